@@ -1,0 +1,349 @@
+"""Configuration: what an operator writes, what a request may change, and errors a person can act on.
+
+A configuration is a mapping with the options of the policy and, under ``layout``, the shape of a frame::
+
+    layout: {grid: [16, 16], frame_start_tokens: 1}
+    history_frames: 2
+    window: 4
+    decay: 0.5
+
+It is given as a YAML or JSON file, as JSON text, as a mapping, or as the name of a preset in ``configs/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from vllm_packcache import policies
+from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.policies import Full, Policy
+
+POLICY_KEY = "kv_cache_policy"
+"""Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
+
+CONFIG_KEY = "kv_cache_policy_config"
+"""Key of ``additional_config`` (and, with dashes, the flag) that holds the configuration."""
+
+REQUEST_PREFIX = "packcache_"
+"""Prefix of the request options in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+OPT_OUT = Full.name
+"""The one other policy a request may name: its whole cache is kept."""
+
+
+class ConfigError(ValueError):
+    """A configuration or request option is wrong. The message names the option and the remedy."""
+
+
+def _is_video_key(key: str) -> bool:
+    return key.startswith(REQUEST_PREFIX)
+
+
+class LayoutConfig(BaseModel):
+    """The shape of a frame: ``grid`` with its extra tokens, or ``tokens_per_frame`` alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    grid: tuple[int, int] | None = None
+    tokens_per_frame: int | None = None
+    frame_start_tokens: int = 0
+    row_end_tokens: int = 0
+    frame_end_tokens: int = 0
+    condition_image_tokens: Annotated[int, Field(ge=0)] = 0
+
+    def frame_layout(self) -> FrameLayout:
+        """The frame this describes.
+
+        Raises:
+            ValueError: the numbers contradict each other, or neither grid nor tokens_per_frame is given.
+        """
+        extra = (self.frame_start_tokens, self.row_end_tokens, self.frame_end_tokens)
+        if self.grid is None:
+            if self.tokens_per_frame is None:
+                raise ValueError("layout needs grid or tokens_per_frame")
+            return FrameLayout(self.tokens_per_frame, None, *extra)
+        if self.tokens_per_frame is None:
+            return FrameLayout.from_grid(self.grid, *extra)
+        return FrameLayout(self.tokens_per_frame, self.grid, *extra)
+
+
+class _RequestOptions(BaseModel):
+    """Options of one request that are not the policy's own, without their prefix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: str | None = None
+    grid: tuple[int, int] | None = None
+    tokens_per_frame: int | None = None
+    condition_tokens: Annotated[int, Field(ge=0)] | None = None
+    condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoPlan:
+    """What one request keeps: its layout and its policy. Scheduler and worker each derive it for themselves."""
+
+    layout: VideoLayout
+    policy: Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """A server's validated configuration.
+
+    Args:
+        policy: the policy of requests that do not change it.
+        layout: the shape of a frame of requests that do not give one; None: every video request must.
+    """
+
+    policy: Policy
+    layout: LayoutConfig | None = None
+
+    @classmethod
+    def parse(cls, policy: str, source: Mapping[str, Any] | str | None = None) -> ServerConfig:
+        """Validate a policy's name and its configuration.
+
+        Args:
+            policy: name of a policy.
+            source: a mapping, JSON text, the path of a YAML or JSON file, or the name of a preset.
+
+        Raises:
+            ConfigError: something is wrong with either.
+        """
+        if not isinstance(policy, str):
+            raise ConfigError(f"{POLICY_KEY} must be the name of a policy, not {policy!r}")
+        try:
+            policy_class = policies.find(policy)
+        except ValueError as error:
+            raise ConfigError(f"{POLICY_KEY}: {error}") from None
+        options = dict(load_mapping(source))
+        layout = cls._parse_layout(options.pop("layout", None))
+        parsed = _parse_policy(policy_class, options, CONFIG_KEY, also="layout")
+        if layout is not None:
+            _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
+        return cls(parsed, layout)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> ServerConfig | None:
+        """Read the configuration out of vLLM's ``additional_config``; None: not switched on.
+
+        Raises:
+            ConfigError: it is switched on and wrong.
+        """
+        if not isinstance(additional_config, Mapping):
+            return None
+        if additional_config.get(POLICY_KEY) is None:
+            if additional_config.get(CONFIG_KEY) is not None:
+                raise ConfigError(f"{CONFIG_KEY} is given without {POLICY_KEY}: name a policy too")
+            return None
+        return cls.parse(additional_config[POLICY_KEY], additional_config.get(CONFIG_KEY))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The configuration as plain JSON-able data, every default spelled out."""
+        mapping = dataclasses.asdict(self.policy)
+        if self.layout is not None:
+            mapping["layout"] = self.layout.model_dump(mode="json")
+        return mapping
+
+    def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
+        """What a request keeps.
+
+        A request is a video request when it carries any option with our prefix; the server's layout and
+        policy fill in what it leaves out. Any other request, and one that opts out, keeps its whole cache.
+
+        Args:
+            extra_args: ``SamplingParams.extra_args`` of the request.
+            num_prompt_tokens: length of its prompt: the condition, unless ``condition_tokens`` says otherwise.
+
+        Returns:
+            The plan, or None when the whole cache is kept.
+
+        Raises:
+            ConfigError: an option is wrong; the message names it.
+        """
+        given = {k.removeprefix(REQUEST_PREFIX): v for k, v in (extra_args or {}).items() if _is_video_key(k)}
+        if not given:
+            return None
+        option_names = {field.name for field in dataclasses.fields(self.policy)}
+        own = {k: v for k, v in given.items() if k not in option_names}
+        changed = {k: v for k, v in given.items() if k in option_names}
+        try:
+            options = _validate(_RequestOptions, own)
+        except ValidationError as error:
+            known = [*_RequestOptions.model_fields, *sorted(option_names)]
+            raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
+        if options.policy not in (None, OPT_OUT, self.policy.name):
+            raise ConfigError(
+                f"{REQUEST_PREFIX}policy must be {self.policy.name!r}, the policy of this server, or {OPT_OUT!r}, "
+                f"not {options.policy!r}"
+            )
+        policy = self.policy
+        if changed:
+            merged = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} | changed
+            policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
+        layout = self._request_layout(options, num_prompt_tokens)
+        if OPT_OUT in (options.policy, policy.name):
+            return None
+        _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
+        return VideoPlan(layout, policy)
+
+    def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
+        base = self.layout or LayoutConfig()
+        if options.grid is None and options.tokens_per_frame is None:
+            if self.layout is None and options.policy != OPT_OUT:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame is needed: this server was started "
+                    "without a layout"
+                )
+            merged = base if self.layout is not None else LayoutConfig(tokens_per_frame=1)
+        elif options.grid is None:
+            # A bare number says nothing of rows, and a grid of the server's need not fit it.
+            merged = LayoutConfig(tokens_per_frame=options.tokens_per_frame)
+        else:
+            merged = base.model_copy(
+                update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame}
+            )
+        condition = num_prompt_tokens if options.condition_tokens is None else options.condition_tokens
+        if condition > num_prompt_tokens:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}condition_tokens is {condition}, but the prompt has {num_prompt_tokens} tokens: the "
+                "condition is the part of the prompt before the first frame"
+            )
+        image = options.condition_image_tokens
+        if image is None:
+            # The server's number describes its usual prompt; a shorter one (text to video) has no such image.
+            image = base.condition_image_tokens if base.condition_image_tokens <= condition else 0
+        try:
+            return VideoLayout(merged.frame_layout(), condition, image)
+        except ValueError as error:
+            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
+
+    @staticmethod
+    def _parse_layout(layout: object) -> LayoutConfig | None:
+        if layout is None:
+            return None
+        if isinstance(layout, str):
+            preset = load_mapping(layout).get("layout")
+            if not isinstance(preset, Mapping):
+                raise ConfigError(f"{CONFIG_KEY}: layout: {layout!r} has no layout of its own")
+            layout = preset
+        if not isinstance(layout, Mapping):
+            raise ConfigError(f"{CONFIG_KEY}: layout must be a mapping or a preset's name, not {layout!r}")
+        try:
+            parsed = _validate(LayoutConfig, layout)
+            parsed.frame_layout()
+        except ValidationError as error:
+            raise ConfigError(
+                _describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{CONFIG_KEY}: layout: {error}") from None
+        return parsed
+
+
+def presets() -> dict[str, Path]:
+    """The presets in ``configs/`` by name."""
+    # In a wheel the folder lies inside the package, in a checkout beside it.
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def load_mapping(source: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    """Read a configuration: a mapping, JSON text, a file's path, or a preset's name.
+
+    Raises:
+        ConfigError: it cannot be read or holds no mapping.
+    """
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, str):
+        raise ConfigError(f"{CONFIG_KEY} must be a mapping, JSON text, a file or a preset, not {source!r}")
+    text = source.strip()
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{CONFIG_KEY} is not valid JSON: {error}") from None
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError):
+        # A text that can be no path: too long, or the home of nobody.
+        is_file = False
+    if not is_file:
+        if text not in presets():
+            raise ConfigError(
+                f"{CONFIG_KEY}: {text!r} is neither a file nor a preset: presets are {', '.join(presets())}"
+            )
+        path = presets()[text]
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{CONFIG_KEY}: {path} cannot be read: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{CONFIG_KEY}: {path} must hold a mapping of options, not {type(loaded).__name__}")
+    return loaded
+
+
+_Model = TypeVar("_Model")
+
+
+def _validate(model: type[_Model], options: Mapping[str, Any]) -> _Model:
+    # By way of JSON, because that is what the options are: strict there means that [2, 3] is a pair and 2 a
+    # number, while "2" and true are not.
+    named = {str(option): value for option, value in options.items()}
+    return TypeAdapter(model).validate_json(json.dumps(named, default=repr))
+
+
+def _parse_policy(
+    policy_class: type[Policy], options: Mapping[str, Any], where: str, *, prefix: str = "", also: str = ""
+) -> Policy:
+    known = [field.name for field in dataclasses.fields(policy_class)]
+    start = prefix or f"{where}: "
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        choices = ", ".join([*known, *([also] if also else [])]) or "none"
+        raise ConfigError(
+            f"{start}{unknown[0]} is no option of policy {policy_class.name!r}: its options are {choices}"
+        )
+    try:
+        return _validate(policy_class, options)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, start, known, prefix)) from None
+
+
+def _check_policy(policy: Policy, frame: FrameLayout, where: str) -> None:
+    try:
+        policy.check(frame)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _describe(error: ValidationError, start: str, known: list[str], prefix: str) -> str:
+    """The first thing wrong, in one sentence."""
+    first = error.errors()[0]
+    option = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        names = ", ".join(prefix + name for name in known)
+        return f"{start}{option} is no known option: known are {names}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not option:
+        return f"{start}{message}"
+    if len(first["loc"]) > 1:
+        message = f"Item {first['loc'][1] + 1}: {message}"
+    return f"{start}{option}: {message[0].lower()}{message[1:]}, not {first['input']!r}"

@@ -1,0 +1,132 @@
+"""The KV cache manager that frees a video's frame blocks by the policy.
+
+It decides nothing: `vllm_packcache.retention` does. It learns a request's layout when the request's first blocks
+are allocated, caps prefix caching to the condition, and frees what the policy no longer keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.engine.spec import RetentionSpec
+from vllm_packcache.layout import CONDITION
+from vllm_packcache.retention import Retention
+
+
+@dataclass(slots=True)
+class _Video:
+    """A video request that holds blocks."""
+
+    retention: Retention
+    # The frame up to which blocks have been freed.
+    frame: int = CONDITION
+
+
+class RetentionManager(FullAttentionManager):
+    """Full attention's manager, with blocks freed by a policy.
+
+    Requests without a layout are stock requests in every respect.
+    """
+
+    def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
+        self._config: ServerConfig = kv_cache_spec.server_config
+        self._prefix_caching = enable_caching
+        # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
+        # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
+        self.enable_caching = True
+        self._videos: dict[str, _Video | None] = {}
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Learn the request's layout, and cache its prefix up to the end of the condition.
+
+        What a frame's keys and values are depends on what its tokens could see, and a later frame's eviction
+        would leave a hole: frames are no prefix to share.
+        """
+        video = self._video(request)
+        if not self._prefix_caching:
+            return
+        if video is not None:
+            num_tokens = min(num_tokens, video.retention.layout.condition_tokens)
+        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free what no step that is still to come reads.
+
+        Args:
+            request_id: the request.
+            processed_computed_tokens: computed tokens without those of steps in flight; those still read what
+                their own frame could see.
+            num_prompt_tokens: unused; part of vLLM's interface.
+        """
+        del num_prompt_tokens
+        video = self._videos.get(request_id)
+        if video is None:
+            return
+        frame = video.retention.layout.frame_of(processed_computed_tokens)
+        if frame <= video.frame:
+            return
+        blocks = self.req_to_blocks[request_id]
+        dropped: list[KVCacheBlock] = []
+        for index in video.retention.dropped_blocks(video.frame, frame).tolist():
+            dropped.append(blocks[index])
+            blocks[index] = self._null_block
+        video.frame = frame
+        self.block_pool.free_blocks(reversed(dropped))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
+        self._videos.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def plan(self, request: Request) -> VideoPlan | None:
+        """What ``request`` keeps; None: everything."""
+        params = request.sampling_params
+        return self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
+
+    def _video(self, request: Request) -> _Video | None:
+        if request.request_id not in self._videos:
+            plan = self.plan(request)
+            video = _Video(Retention(plan.layout, plan.policy, self.block_size)) if plan else None
+            self._videos[request.request_id] = video
+        return self._videos[request.request_id]
+
+
+def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``KVCacheManager.get_computed_blocks``: a video's prefix hit ends with its condition.
+
+    Another request, without a layout or with its whole cache kept, may have cached the same tokens beyond it;
+    their keys and values saw more than this request's policy lets them see.
+    """
+
+    @wraps(get_computed_blocks)
+    def wrapper(manager: KVCacheManager, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        blocks, num_tokens, shared_prefix_boundary = get_computed_blocks(manager, request)
+        retaining = manager.coordinator.single_type_managers[0]
+        if num_tokens == 0 or not isinstance(retaining, RetentionManager):
+            return blocks, num_tokens, shared_prefix_boundary
+        plan = retaining.plan(request)
+        if plan is not None and num_tokens > plan.layout.condition_tokens:
+            num_tokens = plan.layout.condition_tokens // retaining.block_size * retaining.block_size
+            blocks = manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, shared_prefix_boundary
+
+    return wrapper

@@ -1,0 +1,93 @@
+"""What a cache policy is.
+
+A new policy is one file with one frozen dataclass: its fields are its options (they are validated and named
+in errors without further work), its `Policy.past_blocks` is its rule.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_packcache.layout import FrameLayout
+from vllm_packcache.retention import BlockIndices, BlockMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Decides which blocks of the past live while a frame is made."""
+
+    name: ClassVar[str]
+    # Options are numbers as written: "4" and true are no windows.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+
+    @abstractmethod
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Live blocks before the first block of ``frame``.
+
+        Must be a pure function, cost no more than the blocks it can keep, and never return a block that it
+        did not return for an earlier frame: an evicted block cannot come back.
+
+        Args:
+            blocks: tags of the request's logical blocks.
+            frame: the frame being made, 0 or more.
+
+        Returns:
+            Ascending logical block indices, all below ``blocks.tail_start(frame)``.
+        """
+
+    def check(self, frame: FrameLayout) -> None:
+        """Check the options against the shape of a frame.
+
+        Raises:
+            ValueError: they cannot work together; the message names the option and the remedy.
+        """
+        del frame
+
+
+@lru_cache(maxsize=256)
+def spread_order(count: int) -> BlockIndices:
+    """The numbers 0 .. count - 1 in van der Corput (bit-reversed) order.
+
+    Every prefix is spread evenly over the range, and every longer prefix contains the shorter ones: a frame
+    can shrink by cutting the end and still covers the whole picture.
+
+    Source: van der Corput sequence in base 2, ranked among ``count`` items.
+    """
+    bits = max(1, (count - 1).bit_length())
+    numbers = np.arange(1 << bits)
+    reversed_numbers = np.zeros_like(numbers)
+    for bit in range(bits):
+        reversed_numbers |= ((numbers >> bit) & 1) << (bits - 1 - bit)
+    order = reversed_numbers[reversed_numbers < count].astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def spread(blocks: range, keep: int) -> BlockIndices:
+    """The first ``keep`` of ``blocks`` in `spread_order`, ascending. Nested: more contains less."""
+    if keep >= len(blocks):
+        return np.arange(blocks.start, blocks.stop)
+    return np.sort(blocks.start + spread_order(len(blocks))[:keep])
+
+
+def keep_fraction(blocks: range, fraction: float) -> BlockIndices:
+    """``fraction`` of ``blocks``, rounded up to whole blocks, spread evenly, ascending."""
+    # Floating-point dust must not keep a whole block more: 0.7 * 10 is 7.000000000000001 on some paths.
+    return spread(blocks, int(np.ceil(fraction * len(blocks) - 1e-9)))
+
+
+def check_range(option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+    """Raise a `ValueError` that names ``option`` unless low <= value <= high (low < value if ``open_low``)."""
+    too_low = value <= low if open_low else value < low
+    no_number = isinstance(value, float) and not math.isfinite(value)
+    if too_low or (high is not None and value > high) or no_number:
+        bound = f"above {low:g}" if open_low else f"{low:g} or more"
+        if high is not None:
+            bound += f" and at most {high:g}"
+        raise ValueError(f"{option} must be {bound}, not {value}")

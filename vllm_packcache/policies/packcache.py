@@ -1,0 +1,131 @@
+"""PackCache: anchored condition, exponentially decaying history (arXiv 2601.04359)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_packcache.layout import FrameLayout
+from vllm_packcache.policies.base import Policy, check_range, keep_fraction, spread
+from vllm_packcache.retention import BlockIndices, BlockMap
+
+
+MAX_WINDOW = 256
+"""Most history frames: the table of shares grows with the square of the window, which a request may choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCache(Policy):
+    """Keep the condition, and of each earlier frame a share that decays with its temporal distance.
+
+    Three phases: *fill* (the history fits into the budget: nothing is dropped), *pack* (frames shrink as they
+    age), *slide* (more than ``window`` history frames exist: the oldest is dropped whole).
+
+    Args:
+        history_frames: H in frames: the budget for the history is ``history_frames`` x tokens per frame.
+        window: W, the number of history frames of which anything is kept, at most `MAX_WINDOW`.
+        decay: rho, the factor by which attention falls from one temporal distance to the next.
+        gamma_text: fraction of the text's blocks kept once the history no longer fits.
+        gamma_condition: the same for the conditioning image.
+
+    Raises:
+        ValueError: a number is impossible; the message names it.
+    """
+
+    name: ClassVar[str] = "packcache"
+    history_frames: float = 2.0
+    window: int = 4
+    decay: float = 0.5
+    gamma_text: float = 1.0
+    gamma_condition: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("history_frames", self.history_frames, 0, open_low=True)
+        check_range("window", self.window, 1, MAX_WINDOW)
+        check_range("decay", self.decay, 0, 1, open_low=True)
+        check_range("gamma_text", self.gamma_text, 0, 1)
+        check_range("gamma_condition", self.gamma_condition, 0, 1)
+
+    def check(self, frame: FrameLayout) -> None:
+        """Refuse a budget that leaves the oldest frame of the window nothing."""
+        if allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
+            raise ValueError(
+                f"history_frames = {self.history_frames:g} leaves nothing for the oldest of window = {self.window} "
+                "frames: raise history_frames or lower window"
+            )
+
+    def kept_tokens(self, tokens_per_frame: int, frame: int) -> tuple[int, ...]:
+        """Tokens kept of the frames at distance 1, 2, ... while ``frame`` is made, before rounding to blocks.
+
+        A frame cannot grow again, so each gets the least of what it was ever given.
+        """
+        table = _kept_tokens(self, tokens_per_frame)
+        return table[min(frame, len(table) - 1)]
+
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Condition blocks, and of each of the last W frames its share of blocks in `spread` order."""
+        end = blocks.tail_start(frame)
+        tokens_per_frame = blocks.layout.tokens_per_frame
+        if frame <= min(self.window, self.history_frames):
+            return np.arange(end)
+        parts = [
+            keep_fraction(blocks.text_blocks, self.gamma_text),
+            keep_fraction(blocks.image_blocks, self.gamma_condition),
+        ]
+        kept = self.kept_tokens(tokens_per_frame, frame)
+        for distance in range(len(kept), 0, -1):
+            tagged = blocks.frame_blocks(frame - distance)
+            tokens = kept[distance - 1]
+            whole = tokens >= tokens_per_frame
+            parts.append(spread(tagged, len(tagged) if whole else -(-tokens // blocks.block_size)))
+        past = np.concatenate(parts)
+        # A block that the condition shares with the frame being made belongs to the tail.
+        return past[past < end]
+
+
+def shares(decay: float, frames: int) -> tuple[float, ...]:
+    """Shares of the history budget at temporal distance 1 .. ``frames``; they sum to 1.
+
+    ``b_d = (1 - rho) rho^(d-1)`` for d < W and ``b_W = rho^(W-1)``: the sums of a geometric series, the last
+    share taking the rest. With rho = 1/2 this is the paper's ``b_d = 2^-min(d, W-1)``.
+
+    Source: arXiv 2601.04359, mean attention modelled as ``mu_d = C rho^d``.
+    """
+    head = tuple((1 - decay) * decay ** (distance - 1) for distance in range(1, frames))
+    return (*head, decay ** (frames - 1))
+
+
+def allotment(policy: PackCache, tokens_per_frame: int, frame: int) -> tuple[int, ...]:
+    """Tokens that the frames at distance 1, 2, ... are given while ``frame`` is made.
+
+    A share above a whole frame is capped, the surplus goes to the next older frame.
+    """
+    history = min(frame, policy.window)
+    if history <= policy.history_frames:
+        return (tokens_per_frame,) * history
+    given = []
+    surplus = 0.0
+    for share in shares(policy.decay, history):
+        wanted = share * policy.history_frames * tokens_per_frame + surplus
+        tokens = min(float(tokens_per_frame), wanted)
+        surplus = wanted - tokens
+        given.append(int(tokens + 1e-6))
+    return tuple(given)
+
+
+@lru_cache(maxsize=64)
+def _kept_tokens(policy: PackCache, tokens_per_frame: int) -> tuple[tuple[int, ...], ...]:
+    """Row k: tokens kept of the frames at distance 1, 2, ... while frame k is made; the last row holds for ever.
+
+    What a frame was given depends on how many history frames there were at the time: from frame W on that is
+    always W, and W frames later the last frame that saw anything else has gone.
+    """
+    table: list[tuple[int, ...]] = [()]
+    for frame in range(1, 2 * policy.window + 1):
+        given = allotment(policy, tokens_per_frame, frame)
+        aged = (min(kept, now) for kept, now in zip(table[-1], given[1:], strict=False))
+        table.append((given[0], *aged))
+    return tuple(table)

@@ -1,0 +1,36 @@
+"""Sliding window over frames, the baseline of the PackCache paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_packcache.policies.base import Policy, check_range
+from vllm_packcache.retention import BlockIndices, BlockMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow(Policy):
+    """Keep the condition and the last ``window`` frames whole.
+
+    Args:
+        window: n, whole frames of history.
+
+    Raises:
+        ValueError: ``window`` is below 1.
+    """
+
+    name: ClassVar[str] = "sliding_window"
+    window: int = 2
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Condition blocks and the blocks tagged with one of the last n frames."""
+        end = blocks.tail_start(frame)
+        condition = np.arange(min(blocks.condition_blocks.stop, end))
+        oldest = blocks.frame_blocks(max(0, frame - self.window)).start
+        return np.concatenate([condition, np.arange(min(oldest, end), end)])

@@ -1,0 +1,1 @@
+"""Worker side: what attention reads. One adapter a model runner; everything else knows no runner."""

@@ -1,0 +1,105 @@
+"""The attention backend of a model under a policy: the platform's own, reading compacted block tables.
+
+A subclass is made for whatever backend vLLM has chosen, so there is nothing here about any one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_packcache.worker.compaction import compact
+from vllm_packcache.worker.step import Step, current_step
+
+
+@cache
+def retaining_backend(
+    base: type[AttentionBackend], make_spec: Callable[[AttentionSpec], AttentionSpec]
+) -> type[AttentionBackend]:
+    """A subclass of ``base`` whose layers get the spec of ``make_spec`` and read compacted block tables."""
+
+    class RetainingBackend(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            return make_spec(super().customize_spec(spec))
+
+        @staticmethod
+        def get_builder_cls() -> type[AttentionMetadataBuilder]:
+            return retaining_builder(base.get_builder_cls())
+
+    RetainingBackend.__qualname__ = f"Retaining{base.__qualname__}"
+    return RetainingBackend
+
+
+@cache
+def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMetadataBuilder]:
+    """A subclass of the metadata builder ``base`` that compacts what it is given."""
+
+    class RetainingBuilder(base):  # type: ignore[misc, valid-type]
+        # A compacted block table is a new tensor each step, and the rows of a step are more than its requests
+        # when a chunk spans frames: neither can be replayed from a captured graph.
+        supports_update_block_table = False
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            return AttentionCGSupport.NEVER
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+            **kwargs: Any,
+        ) -> Any:
+            step = current_step()
+            if step is not None:
+                common_attn_metadata = compact_metadata(
+                    common_attn_metadata, step, self.kv_cache_spec.block_size
+                )
+            return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+
+    RetainingBuilder.__qualname__ = f"Retaining{base.__qualname__}"
+    return RetainingBuilder
+
+
+def compact_metadata(
+    common: CommonAttentionMetadata, step: Step, kernel_block_size: int
+) -> CommonAttentionMetadata:
+    """``common`` with live blocks and live lengths only.
+
+    Slot mapping, positions and the number of tokens stay: where keys are written and what is computed does not
+    change, only what is read.
+    """
+    batch = compact(step, kernel_block_size)
+    device = common.block_table_tensor.device
+    query_start_loc = torch.from_numpy(batch.query_start_loc)
+    seq_lens = torch.from_numpy(batch.seq_lens)
+    source_rows = torch.from_numpy(batch.source_rows)
+    query_lens = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
+    is_prefilling = common.is_prefilling
+    return replace(
+        common,
+        query_start_loc=query_start_loc.to(device, non_blocking=True),
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens.to(device, non_blocking=True),
+        seq_lens_cpu_upper_bound=seq_lens,
+        num_reqs=len(batch.seq_lens),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(batch.seq_lens.max()),
+        block_table_tensor=torch.from_numpy(batch.block_table).to(device, non_blocking=True),
+        is_prefilling=None if is_prefilling is None else is_prefilling[source_rows],
+        req_idx=None if common.req_idx is None else common.req_idx[batch.source_rows],
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
