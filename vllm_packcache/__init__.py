@@ -1,0 +1,1 @@
+"""Serve autoregressive video models through vLLM with a KV cache that stays bounded."""

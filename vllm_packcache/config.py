@@ -186,7 +186,9 @@ class ServerConfig:
             )
         policy = self.policy
         if changed:
-            merged = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} | changed
+            merged = {
+                field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)
+            } | changed
             policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
         layout = self._request_layout(options, num_prompt_tokens)
         if OPT_OUT in (options.policy, policy.name):
@@ -345,5 +347,5 @@ def _describe(error: ValidationError, start: str, known: list[str], prefix: str)
     if not option:
         return f"{start}{message}"
     if len(first["loc"]) > 1:
-        message = f"Item {first['loc'][1] + 1}: {message}"
+        message = f"Item {int(first['loc'][1]) + 1}: {message}"
     return f"{start}{option}: {message[0].lower()}{message[1:]}, not {first['input']!r}"

@@ -1,7 +1,7 @@
 """What of vLLM's internals this package relies on, checked by reading vLLM's source.
 
-Nothing is imported: the same check runs on the installed vLLM, in ``vllm-packcache doctor``, and on the unpacked
-wheel of a version that is not installed. Every check fails with the name of what moved.
+Nothing is imported: the same check runs on the installed vLLM, in ``vllm-packcache doctor``, and on the
+unpacked wheel of a version that is not installed. Every check fails with the name of what moved.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Reliance:
         symbol: a function, class, method (``Class.method``), field (``Class.field``) or imported name.
         parameters: parameters that the function must have, in any order.
         calls: names that its body must call or read, in this order.
+        exact: it must have no other parameters, because a function of ours with just these stands in for it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Reliance:
     symbol: str
     parameters: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,74 +45,402 @@ class HookCheck:
 
 
 RELIANCES: tuple[Reliance, ...] = (
-    Reliance("flag: add it to vllm serve", "engine/arg_utils.py", "EngineArgs.add_cli_args", ("parser",)),
-    Reliance("flag: plugins load before the parser is built", "engine/arg_utils.py",
-             "AsyncEngineArgs.add_cli_args", ("parser",), ("load_general_plugins", "add_cli_args")),
-    Reliance("flag: carry it into additional_config", "engine/arg_utils.py", "EngineArgs.from_cli_args", ("args",)),
+    Reliance("vLLM: its version", "__init__.py", "__version__"),
+    Reliance("plugin: vLLM loads it", "plugins/__init__.py", "load_general_plugins"),
+    Reliance(
+        "plugin: loads in the engine core",
+        "v1/engine/core.py",
+        "EngineCore.__init__",
+        (),
+        ("load_general_plugins", "model_executor"),
+    ),
+    Reliance(
+        "plugin: loads in the workers",
+        "v1/worker/worker_base.py",
+        "WorkerWrapperBase.init_worker",
+        (),
+        ("load_general_plugins",),
+    ),
+    Reliance(
+        "flag: add it to vllm serve",
+        "engine/arg_utils.py",
+        "EngineArgs.add_cli_args",
+        ("parser",),
+        exact=True,
+    ),
+    Reliance(
+        "flag: plugins load before the parser is built",
+        "engine/arg_utils.py",
+        "AsyncEngineArgs.add_cli_args",
+        ("parser",),
+        ("load_general_plugins", "add_cli_args"),
+    ),
+    Reliance(
+        "flag: carry it into additional_config",
+        "engine/arg_utils.py",
+        "EngineArgs.from_cli_args",
+        ("cls", "args"),
+        exact=True,
+    ),
     Reliance("flag: field that carries it", "engine/arg_utils.py", "EngineArgs.additional_config"),
-    Reliance("start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config"),
+    Reliance(
+        "start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config"
+    ),
     Reliance("start-up: configuration in every process", "config/vllm.py", "VllmConfig.additional_config"),
+    Reliance(
+        "start-up: configuration while a model is built", "config/__init__.py", "get_current_vllm_config"
+    ),
     Reliance("start-up: which runner", "config/vllm.py", "VllmConfig.use_v2_model_runner"),
-    Reliance("request: refuse bad options with HTTP 400", "v1/engine/input_processor.py",
-             "InputProcessor.process_inputs", ("request_id", "prompt", "params")),
+    *(
+        Reliance("start-up: what is refused", "config/vllm.py", f"VllmConfig.{field}")
+        for field in (
+            "model_config",
+            "parallel_config",
+            "cache_config",
+            "speculative_config",
+            "kv_transfer_config",
+        )
+    ),
+    *(
+        Reliance("start-up: models that are refused", "config/model.py", f"ModelConfig.{name}")
+        for name in (
+            "model",
+            "hf_text_config",
+            "use_mla",
+            "is_hybrid",
+            "is_attention_free",
+            "has_inner_state",
+            "is_encoder_decoder",
+            "is_diffusion",
+            "get_sliding_window",
+            "rswa_window",
+            "is_mm_prefix_lm",
+            "uses_alibi",
+        )
+    ),
+    Reliance(
+        "start-up: models that are refused",
+        "config/model.py",
+        "ModelConfig.__post_init__",
+        (),
+        ("runner_type",),
+    ),
+    *(
+        Reliance("start-up: parallelism that is refused", "config/parallel.py", f"ParallelConfig.{name}")
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching")
+    ),
+    Reliance(
+        "start-up: cache option that is refused", "config/cache.py", "CacheConfig.kv_sharing_fast_prefill"
+    ),
+    Reliance(
+        "request: refuse bad options with HTTP 400",
+        "v1/engine/input_processor.py",
+        "InputProcessor.process_inputs",
+        ("request_id", "prompt", "params"),
+    ),
+    Reliance(
+        "request: the configuration at hand",
+        "v1/engine/input_processor.py",
+        "InputProcessor.__init__",
+        ("vllm_config",),
+        ("vllm_config",),
+    ),
     Reliance("request: the error that becomes HTTP 400", "exceptions.py", "VLLMValidationError", ()),
-    Reliance("spec: base class", "v1/kv_cache_interface.py", "FullAttentionSpec.merge", ("specs",)),
-    Reliance("spec: registry", "v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry.register",
-             ("kvcache_spec_cls", "manager_class", "uniform_type_base_spec")),
-    Reliance("spec: built-in specs register first", "v1/kv_cache_spec_registry.py",
-             "KVCacheSpecRegistry._ensure_registered", (), ("_REGISTRY_KVCACHESPEC_LIST",)),
-    Reliance("spec: a backend may change it", "v1/attention/backend.py", "AttentionBackend.customize_spec", ("spec",)),
-    Reliance("spec: the runner asks the backend", "v1/worker/utils.py", "customize_attention_spec",
-             ("backend", "spec"), ("customize_spec",)),
-    Reliance("manager: base class", "v1/core/single_type_kv_cache_manager.py", "SingleTypeKVCacheManager.__init__",
-             ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id"),
-             ("req_to_blocks", "_null_block")),
-    Reliance("manager: brings the request", "v1/core/single_type_kv_cache_manager.py",
-             "FullAttentionManager.cache_blocks",
-             ("request", "num_tokens", "retention_interval", "replay_boundaries")),
-    Reliance("manager: frees blocks", "v1/core/single_type_kv_cache_manager.py",
-             "SingleTypeKVCacheManager.remove_skipped_blocks",
-             ("request_id", "processed_computed_tokens", "num_prompt_tokens")),
-    Reliance("manager: a request ends", "v1/core/single_type_kv_cache_manager.py",
-             "SingleTypeKVCacheManager.pop_blocks_for_free", ("request_id",)),
-    Reliance("manager: freeing ends with pop_blocks_for_free", "v1/core/single_type_kv_cache_manager.py",
-             "SingleTypeKVCacheManager.free", ("request_id",), ("pop_blocks_for_free",)),
-    Reliance("manager: asked for managers that cache", "v1/core/kv_cache_coordinator.py",
-             "KVCacheCoordinator.cache_blocks", ("request",), ("enable_caching", "cache_blocks")),
-    Reliance("manager: frees before it allocates, caches after", "v1/core/kv_cache_manager.py",
-             "KVCacheManager.allocate_slots", ("request",),
-             ("remove_skipped_blocks", "num_in_flight_tokens", "allocate_new_blocks", "cache_blocks")),
-    Reliance("prefix cache: a hit stops at the condition", "v1/core/kv_cache_manager.py",
-             "KVCacheManager.get_computed_blocks", ("request",), ("find_longest_cache_hit",)),
-    Reliance("prefix cache: shorten a hit", "v1/core/kv_cache_manager.py",
-             "KVCacheManager.truncate_computed_blocks", ("blocks", "num_computed_tokens")),
+    *(
+        Reliance("request: what arrives", "v1/engine/__init__.py", f"EngineCoreRequest.{field}")
+        for field in ("prompt_token_ids", "prompt_embeds", "sampling_params")
+    ),
+    Reliance("request: its options", "sampling_params.py", "SamplingParams.extra_args"),
+    Reliance(
+        "request: what the scheduler knows",
+        "v1/request.py",
+        "Request.__init__",
+        (),
+        ("request_id", "sampling_params", "num_prompt_tokens", "num_in_flight_tokens"),
+    ),
+    Reliance(
+        "spec: base class",
+        "v1/kv_cache_interface.py",
+        "FullAttentionSpec.merge",
+        ("cls", "specs"),
+        exact=True,
+    ),
+    Reliance("spec: what a backend is asked about", "v1/kv_cache_interface.py", "AttentionSpec"),
+    Reliance("spec: its block size", "v1/kv_cache_interface.py", "KVCacheSpec.block_size"),
+    Reliance("spec: groups of layers", "v1/kv_cache_interface.py", "KVCacheConfig.kv_cache_groups"),
+    Reliance("spec: of a group", "v1/kv_cache_interface.py", "KVCacheGroupSpec.kv_cache_spec"),
+    Reliance(
+        "spec: registry",
+        "v1/kv_cache_spec_registry.py",
+        "KVCacheSpecRegistry.register",
+        ("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
+    ),
+    Reliance(
+        "spec: built-in specs register first",
+        "v1/kv_cache_spec_registry.py",
+        "KVCacheSpecRegistry._ensure_registered",
+        (),
+        ("_REGISTRY_KVCACHESPEC_LIST",),
+    ),
+    Reliance(
+        "spec: a backend may change it",
+        "v1/attention/backend.py",
+        "AttentionBackend.customize_spec",
+        ("cls", "spec"),
+        exact=True,
+    ),
+    Reliance(
+        "spec: the runner asks the backend",
+        "v1/worker/utils.py",
+        "customize_attention_spec",
+        ("backend", "spec"),
+        ("customize_spec",),
+    ),
+    Reliance(
+        "manager: base class",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.__init__",
+        ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id"),
+        ("block_size", "block_pool", "enable_caching", "req_to_blocks", "_null_block"),
+    ),
+    Reliance(
+        "manager: brings the request",
+        "v1/core/single_type_kv_cache_manager.py",
+        "FullAttentionManager.cache_blocks",
+        ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
+        exact=True,
+    ),
+    Reliance(
+        "manager: frees blocks",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.remove_skipped_blocks",
+        ("self", "request_id", "processed_computed_tokens", "num_prompt_tokens"),
+        exact=True,
+    ),
+    Reliance(
+        "manager: a request ends",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.pop_blocks_for_free",
+        ("self", "request_id"),
+        exact=True,
+    ),
+    Reliance(
+        "manager: freeing ends with pop_blocks_for_free",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.free",
+        ("request_id",),
+        ("pop_blocks_for_free",),
+    ),
+    Reliance(
+        "manager: asked for managers that cache",
+        "v1/core/kv_cache_coordinator.py",
+        "KVCacheCoordinator.cache_blocks",
+        ("request",),
+        ("enable_caching", "cache_blocks"),
+    ),
+    Reliance(
+        "manager: one for each group",
+        "v1/core/kv_cache_coordinator.py",
+        "KVCacheCoordinator.__init__",
+        (),
+        ("single_type_managers", "get_manager_for_kv_cache_spec"),
+    ),
+    Reliance(
+        "manager: found from above",
+        "v1/core/kv_cache_manager.py",
+        "KVCacheManager.__init__",
+        (),
+        ("coordinator",),
+    ),
+    Reliance(
+        "manager: frees before it allocates, caches after",
+        "v1/core/kv_cache_manager.py",
+        "KVCacheManager.allocate_slots",
+        ("request",),
+        ("remove_skipped_blocks", "num_in_flight_tokens", "allocate_new_blocks", "cache_blocks"),
+    ),
+    Reliance(
+        "manager: steps count as in flight once scheduled",
+        "v1/core/sched/scheduler.py",
+        "Scheduler._update_after_schedule",
+        (),
+        ("num_computed_tokens", "num_in_flight_tokens"),
+    ),
+    Reliance(
+        "manager: until their output is processed",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.update_from_output",
+        (),
+        ("num_in_flight_tokens", "_update_request_with_output"),
+    ),
+    Reliance(
+        "manager: a preempted request starts anew",
+        "v1/core/sched/scheduler.py",
+        "Scheduler._preempt_request",
+        (),
+        ("_free_request_blocks", "num_computed_tokens"),
+    ),
+    Reliance(
+        "prefix cache: the scheduler looks a prefix up",
+        "v1/core/sched/scheduler.py",
+        "Scheduler._get_local_prefix_cache_hit",
+        ("request",),
+        ("get_computed_blocks",),
+    ),
+    Reliance(
+        "prefix cache: a hit stops at the condition",
+        "v1/core/kv_cache_manager.py",
+        "KVCacheManager.get_computed_blocks",
+        ("request",),
+        ("find_longest_cache_hit",),
+    ),
+    Reliance(
+        "prefix cache: shorten a hit",
+        "v1/core/kv_cache_manager.py",
+        "KVCacheManager.truncate_computed_blocks",
+        ("blocks", "num_computed_tokens"),
+    ),
+    Reliance(
+        "pool: the null block", "v1/core/block_pool.py", "BlockPool.__init__", (), ("null_block", "is_null")
+    ),
     Reliance("pool: free in order", "v1/core/block_pool.py", "BlockPool.free_blocks", ("ordered_blocks",)),
-    Reliance("attention: where the backend is chosen", "model_executor/layers/attention/attention.py",
-             "get_attn_backend"),
-    Reliance("attention: a layer asks for its backend", "model_executor/layers/attention/attention.py",
-             "Attention.__init__", (), ("get_attn_backend", "get_impl_cls")),
-    Reliance("attention: metadata builder", "v1/attention/backend.py", "AttentionMetadataBuilder.build",
-             ("common_prefix_len", "common_attn_metadata", "fast_build")),
-    Reliance("attention: builder class of a backend", "v1/attention/backend.py", "AttentionBackend.get_builder_cls"),
-    Reliance("attention: graph support of a builder", "v1/attention/backend.py",
-             "AttentionMetadataBuilder.get_cudagraph_support", ("vllm_config", "kv_cache_spec")),
+    Reliance(
+        "attention: where the backend is chosen",
+        "model_executor/layers/attention/attention.py",
+        "get_attn_backend",
+    ),
+    Reliance(
+        "attention: a layer asks for its backend",
+        "model_executor/layers/attention/attention.py",
+        "Attention.__init__",
+        (),
+        ("get_attn_backend", "get_impl_cls"),
+    ),
+    Reliance(
+        "attention: backends are told apart by name",
+        "v1/attention/backend.py",
+        "AttentionBackend.full_cls_name",
+        (),
+        ("__qualname__",),
+    ),
+    Reliance(
+        "attention: metadata builder",
+        "v1/attention/backend.py",
+        "AttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        exact=True,
+    ),
+    Reliance(
+        "attention: a builder knows its spec",
+        "v1/attention/backend.py",
+        "AttentionMetadataBuilder.__init__",
+        ("kv_cache_spec",),
+        ("kv_cache_spec",),
+    ),
+    Reliance(
+        "attention: builder class of a backend",
+        "v1/attention/backend.py",
+        "AttentionBackend.get_builder_cls",
+        exact=True,
+    ),
+    Reliance(
+        "attention: graph support of a builder",
+        "v1/attention/backend.py",
+        "AttentionMetadataBuilder.get_cudagraph_support",
+        ("cls", "vllm_config", "kv_cache_spec"),
+        exact=True,
+    ),
+    Reliance("attention: no graph", "v1/attention/backend.py", "AttentionCGSupport.NEVER"),
+    Reliance(
+        "attention: metadata is built anew each step",
+        "v1/attention/backend.py",
+        "AttentionMetadataBuilder.supports_update_block_table",
+    ),
     *(
         Reliance("attention: metadata field", "v1/attention/backend.py", f"CommonAttentionMetadata.{field}")
         for field in (
-            "query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs",
-            "max_query_len", "max_seq_len", "block_table_tensor", "is_prefilling", "req_idx",
-            "_num_computed_tokens_cache", "_token_to_req_indices_cache",
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "num_reqs",
+            "max_query_len",
+            "max_seq_len",
+            "block_table_tensor",
+            "is_prefilling",
+            "req_idx",
+            "_num_computed_tokens_cache",
+            "_token_to_req_indices_cache",
         )
     ),
-    Reliance("V1 runner: attention metadata of a step", "v1/worker/gpu_model_runner.py",
-             "GPUModelRunner._build_attention_metadata", ("num_scheduled_tokens",), ("build_metadata",)),
-    Reliance("V1 runner: its requests", "v1/worker/gpu_model_runner.py", "GPUModelRunner.__init__", (),
-             ("requests", "input_batch")),
+    Reliance(
+        "attention: a builder's spec has the kernel's blocks",
+        "v1/worker/utils.py",
+        "AttentionGroup.create_metadata_builders",
+        (),
+        ("copy_with_new_block_size", "get_builder_cls"),
+    ),
+    Reliance(
+        "attention: the manager's blocks are split where metadata is built",
+        "v1/worker/utils.py",
+        "AttentionGroup.build_metadata",
+        ("common_attn_metadata",),
+        ("build", "_with_kernel_block_table"),
+    ),
+    Reliance(
+        "V1 runner: attention metadata of a step",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner._build_attention_metadata",
+        ("num_scheduled_tokens",),
+        ("build_metadata",),
+    ),
+    Reliance(
+        "V1 runner: a step names its requests",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner.execute_model",
+        ("scheduler_output",),
+        ("_build_attention_metadata", "num_scheduled_tokens"),
+    ),
+    Reliance(
+        "V1 runner: its configuration and requests",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner.__init__",
+        (),
+        ("vllm_config", "requests", "input_batch"),
+    ),
+    Reliance(
+        "V1 runner: its groups of layers",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner.initialize_kv_cache",
+        ("kv_cache_config",),
+        ("kv_cache_config",),
+    ),
+    Reliance(
+        "V1 runner: that of a CPU derives from it",
+        "v1/worker/cpu_model_runner.py",
+        "CPUModelRunner",
+        (),
+        ("GPUModelRunner",),
+    ),
     Reliance("V1 runner: a request", "v1/worker/gpu_input_batch.py", "CachedRequestState.sampling_params"),
-    Reliance("V1 runner: a request's prompt length", "v1/worker/gpu_input_batch.py",
-             "CachedRequestState.__post_init__", (), ("num_prompt_tokens",)),
-    Reliance("V1 runner: computed tokens on the host", "v1/worker/gpu_input_batch.py", "InputBatch.__init__", (),
-             ("num_computed_tokens_cpu",)),
+    Reliance(
+        "V1 runner: a request's prompt length",
+        "v1/worker/gpu_input_batch.py",
+        "CachedRequestState.__post_init__",
+        (),
+        ("num_prompt_tokens",),
+    ),
+    Reliance("V1 runner: the order of the batch", "v1/worker/gpu_input_batch.py", "InputBatch.req_ids"),
+    Reliance(
+        "V1 runner: computed tokens and block tables on the host",
+        "v1/worker/gpu_input_batch.py",
+        "InputBatch.__init__",
+        (),
+        ("num_computed_tokens_cpu", "block_table"),
+    ),
+    Reliance(
+        "V1 runner: block table of a group", "v1/worker/block_table.py", "MultiGroupBlockTable.__getitem__"
+    ),
     Reliance("V1 runner: block table on the host", "v1/worker/block_table.py", "BlockTable.get_numpy_array"),
 )
 
@@ -137,10 +467,13 @@ def _check(reliance: Reliance, folder: Path) -> HookCheck:
     node = _find(_module(file), reliance.symbol.split("."))
     if node is None:
         return HookCheck(reliance.name, False, f"{where} is gone")
-    if reliance.parameters:
-        missing = set(reliance.parameters) - _parameters(node)
-        if missing:
-            return HookCheck(reliance.name, False, f"{where} no longer takes {', '.join(sorted(missing))}")
+    parameters = _parameters(node)
+    missing = set(reliance.parameters) - parameters
+    if missing:
+        return HookCheck(reliance.name, False, f"{where} no longer takes {', '.join(sorted(missing))}")
+    added = parameters - set(reliance.parameters)
+    if reliance.exact and added:
+        return HookCheck(reliance.name, False, f"{where} takes more than it did: {', '.join(sorted(added))}")
     names = list(_names_in_order(node))
     for called in reliance.calls:
         if called not in names:

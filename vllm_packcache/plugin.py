@@ -83,7 +83,7 @@ def installed_hooks() -> list[str]:
         f"{owner.__name__}.{name}"
         for owner in owners
         for name, value in vars(owner).items()
-        if hasattr(getattr(value, "__func__", value), _INSTALLED)
+        if _INSTALLED in getattr(getattr(value, "__func__", value), "__dict__", {})
     ]
 
 
@@ -96,9 +96,7 @@ def version_error() -> str | None:
     installed = Version(vllm.__version__)
     if supported.contains(installed.public, prereleases=True):
         return None
-    return (
-        f"{POLICY_FLAG}: vLLM {installed} is not supported: install vllm{supported}, or start without {POLICY_FLAG}"
-    )
+    return f"{POLICY_FLAG}: vLLM {installed} is not supported: install vllm{supported}, or start without {POLICY_FLAG}"
 
 
 def supported_vllm() -> SpecifierSet:
@@ -119,11 +117,17 @@ def check_engine(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     text_config = model.hf_text_config
-    rope = any(getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct"))
+    rope = any(
+        getattr(text_config, name, None)
+        for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
+    )
     layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "attention"}
     model_reasons = (
         (model.use_mla, "caches MLA latents, not keys and values"),
-        (model.is_hybrid or model.is_attention_free or model.has_inner_state, "has layers that are not attention"),
+        (
+            model.is_hybrid or model.is_attention_free or model.has_inner_state,
+            "has layers that are not attention",
+        ),
         (model.is_encoder_decoder, "has an encoder"),
         (model.is_diffusion, "denoises whole canvases instead of decoding tokens"),
         (model.runner_type != "generate", "does not generate"),
@@ -142,9 +146,21 @@ def check_engine(vllm_config: VllmConfig) -> None:
             )
     option_reasons = (
         (vllm_config.speculative_config is not None, "--speculative-config", "it rolls tokens back"),
-        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "it moves blocks that may be freed"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "it splits blocks over ranks"),
-        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "it splits blocks over ranks"),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "--kv-transfer-config",
+            "it moves blocks that may be freed",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "--decode-context-parallel-size",
+            "it splits blocks over ranks",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "--prefill-context-parallel-size",
+            "it splits blocks over ranks",
+        ),
         (parallel.use_ubatching, "--enable-dbo", "it splits a step's requests"),
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
@@ -154,7 +170,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     )
     for given, option, reason in option_reasons:
         if given:
-            raise ConfigError(f"{POLICY_FLAG} cannot be combined with {option}, because {reason}: leave one of them out")
+            raise ConfigError(
+                f"{POLICY_FLAG} cannot be combined with {option}, because {reason}: leave one of them out"
+            )
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             f"{POLICY_FLAG} needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"

@@ -12,9 +12,8 @@ from vllm_packcache.layout import FrameLayout
 from vllm_packcache.policies.base import Policy, check_range, keep_fraction, spread
 from vllm_packcache.retention import BlockIndices, BlockMap
 
-
 MAX_WINDOW = 256
-"""Most history frames: the table of shares grows with the square of the window, which a request may choose."""
+"""Most history frames: the table of shares grows with the square of the window, and requests may choose it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +86,23 @@ class PackCache(Policy):
 
 
 def shares(decay: float, frames: int) -> tuple[float, ...]:
-    """Shares of the history budget at temporal distance 1 .. ``frames``; they sum to 1.
+    """Shares of the history budget at temporal distance 1 .. ``frames``; never increasing, they sum to 1.
 
     ``b_d = (1 - rho) rho^(d-1)`` for d < W and ``b_W = rho^(W-1)``: the sums of a geometric series, the last
-    share taking the rest. With rho = 1/2 this is the paper's ``b_d = 2^-min(d, W-1)``.
+    share taking the rest. With rho = 1/2 this is the paper's ``b_d = 2^-min(d, W-1)``. Above 1/2 the rest is
+    more than the frame before it has, and a frame cannot grow as it ages: it takes as much as that frame,
+    and what is left over is divided in proportion.
 
     Source: arXiv 2601.04359, mean attention modelled as ``mu_d = C rho^d``.
     """
-    head = tuple((1 - decay) * decay ** (distance - 1) for distance in range(1, frames))
-    return (*head, decay ** (frames - 1))
+    weights = [decay ** (distance - 1) for distance in range(1, frames)]
+    if weights:
+        # All in units of 1 - rho, which may be 0.
+        weights.append(weights[-1] * min(1.0, decay / (1 - decay) if decay < 1 else 1.0))
+    else:
+        weights.append(1.0)
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def allotment(policy: PackCache, tokens_per_frame: int, frame: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ def retaining_backend(
 ) -> type[AttentionBackend]:
     """A subclass of ``base`` whose layers get the spec of ``make_spec`` and read compacted block tables."""
 
-    class RetainingBackend(base):  # type: ignore[misc, valid-type]
+    class RetainingBackend(base):
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
             return make_spec(super().customize_spec(spec))
@@ -46,7 +46,7 @@ def retaining_backend(
 def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMetadataBuilder]:
     """A subclass of the metadata builder ``base`` that compacts what it is given."""
 
-    class RetainingBuilder(base):  # type: ignore[misc, valid-type]
+    class RetainingBuilder(base):
         # A compacted block table is a new tensor each step, and the rows of a step are more than its requests
         # when a chunk spans frames: neither can be replayed from a captured graph.
         supports_update_block_table = False

@@ -1,8 +1,8 @@
 """Block-table compaction: attention reads live blocks only, and every backend works unmodified.
 
 Softmax attention does not depend on the order of its keys and RoPE is already in the cached ones, so a row's
-block table may list just the live blocks, with its length reduced to the live tokens. A row whose queries span
-several frames becomes one virtual row a frame, because each frame sees what was live while it was made.
+block table may list just the live blocks, with its length reduced to the live tokens. A row whose queries
+span several frames becomes one virtual row a frame, because each frame sees what was live while it was made.
 """
 
 from __future__ import annotations
@@ -46,20 +46,25 @@ def compact(step: Step, kernel_block_size: int) -> CompactedBatch:
     """Compact the block tables of a step.
 
     Args:
-        step: the batch; its block table is in kernel blocks.
-        kernel_block_size: tokens of a block of that table. It divides the retention's block size: vLLM splits
-            the manager's blocks for backends that want smaller ones.
+        step: the batch; its block table is in the manager's blocks.
+        kernel_block_size: tokens of a block of the compacted table. It divides the manager's block size: for
+            backends that want smaller blocks vLLM splits the manager's block b into b * split + 0, 1, ...
     """
     rows = [
-        virtual for source, row in enumerate(step.rows) for virtual in _virtual_rows(source, row, kernel_block_size)
+        virtual
+        for source, row in enumerate(step.rows)
+        for virtual in _virtual_rows(source, row, step.block_size)
     ]
-    widths = [len(row.past) + row.tail_stop - row.tail_start for row in rows]
+    split = step.block_size // kernel_block_size
+    widths = [-(-row.seq_len // kernel_block_size) for row in rows]
     table = np.zeros((len(rows), max(widths)), dtype=np.int32)
-    for target, row in zip(table, rows, strict=True):
+    for target, row, width in zip(table, rows, widths, strict=True):
         blocks = step.block_table[row.source]
-        past = len(row.past)
-        target[:past] = blocks[row.past]
-        target[past : past + row.tail_stop - row.tail_start] = blocks[row.tail_start : row.tail_stop]
+        live = np.concatenate([blocks[row.past], blocks[row.tail_start : row.tail_stop]])
+        if split > 1:
+            live = (live[:, None] * split + np.arange(split)).ravel()
+        # The last of the manager's blocks may be filled so little that not all its parts hold tokens.
+        target[:width] = live[:width]
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([row.queries for row in rows], out=starts[1:])
     return CompactedBatch(
@@ -70,20 +75,18 @@ def compact(step: Step, kernel_block_size: int) -> CompactedBatch:
     )
 
 
-def _virtual_rows(source: int, row: Row, kernel_block_size: int) -> list[_VirtualRow]:
+def _virtual_rows(source: int, row: Row, block_size: int) -> list[_VirtualRow]:
     stop = row.computed + row.scheduled
     if row.retention is None:
         everything = np.empty(0, dtype=np.int64)
-        return [_VirtualRow(source, row.scheduled, everything, 0, -(-stop // kernel_block_size), stop)]
-    block_size = row.retention.block_size
-    split = block_size // kernel_block_size
+        return [_VirtualRow(source, row.scheduled, everything, 0, -(-stop // block_size), stop)]
     return [
         _VirtualRow(
             source,
             segment.stop - segment.start,
-            segment.past if split == 1 else (segment.past[:, None] * split + np.arange(split)).ravel(),
-            segment.tail_start * split,
-            -(-segment.stop // kernel_block_size),
+            segment.past,
+            segment.tail_start,
+            -(-segment.stop // block_size),
             segment.live_tokens(block_size),
         )
         for segment in row.retention.segments(row.computed, stop)

@@ -32,18 +32,20 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
         # Warm-up and graph capture run on made-up rows and name no requests.
         step = _step(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
         if step is None:
-            return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
+            return build_attention_metadata(
+                runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
+            )
         with publish(step):
-            return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
+            return build_attention_metadata(
+                runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
+            )
 
     return wrapper
 
 
 def _config_of(runner: GPUModelRunner) -> ServerConfig | None:
     if not hasattr(runner, _ATTRIBUTE):
-        setattr(
-            runner, _ATTRIBUTE, ServerConfig.from_additional_config(runner.vllm_config.additional_config)
-        )
+        setattr(runner, _ATTRIBUTE, ServerConfig.from_additional_config(runner.vllm_config.additional_config))
     return getattr(runner, _ATTRIBUTE)
 
 
@@ -61,7 +63,7 @@ def _step(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: di
     ]
     if all(row.retention is None for row in rows):
         return None
-    return Step(rows, batch.block_table[0].get_numpy_array())
+    return Step(rows, batch.block_table[0].get_numpy_array(), block_size)
 
 
 def _retention_of(request: CachedRequestState, config: ServerConfig, block_size: int) -> Retention | None:

@@ -32,11 +32,13 @@ class Step:
 
     Args:
         rows: the requests in batch order.
-        block_table: host copy of the block table, [at least len(rows), blocks], int32.
+        block_table: host copy of the block table, [at least len(rows), blocks], int32: the manager's blocks.
+        block_size: tokens of a block of that table, the same as every retention's.
     """
 
     rows: list[Row]
     block_table: npt.NDArray[np.int32]
+    block_size: int
 
 
 _current: ContextVar[Step | None] = ContextVar("packcache_step", default=None)

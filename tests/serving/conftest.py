@@ -1,0 +1,34 @@
+"""Helpers to run requests through an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """``length`` random token ids."""
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def sampling(max_tokens: int, **options: Any) -> Any:
+    """Greedy sampling; ``options`` are request options without their prefix."""
+    from vllm import SamplingParams
+
+    extra = {f"packcache_{name}": value for name, value in options.items()}
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra or None
+    )
+
+
+def run(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[list[int]]:
+    """Generated tokens of a batch of requests."""
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], list(params), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def generate(llm: Any, ids: list[int], max_tokens: int, **options: Any) -> list[int]:
+    """Generated tokens of one request alone."""
+    return run(llm, [ids], [sampling(max_tokens, **options)])[0]

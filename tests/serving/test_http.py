@@ -1,0 +1,133 @@
+"""A real server over HTTP: the flag, a video request, bad requests, and a server that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.conftest import prompt
+from vllm_packcache.config import ServerConfig
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}}
+ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of ``vllm serve CHECKPOINT --kv-cache-policy packcache``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        VLLM, "serve", str(checkpoint), "--kv-cache-policy", "packcache", "--kv-cache-policy-config",
+        json.dumps(CONFIG), "--skip-tokenizer-init", "--served-model-name", "m", "--dtype", "float32",
+        "--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    try:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                if client.get("/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def complete(client: httpx.Client, ids: list[int], max_tokens: int, **options: Any) -> httpx.Response:
+    xargs = {f"packcache_{name}": value for name, value in options.items()}
+    body = {
+        "model": "m", "prompt": ids, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+        "return_token_ids": True, "vllm_xargs": xargs or None,
+    }  # fmt: skip
+    return client.post("/v1/completions", json=body)
+
+
+def tokens(response: httpx.Response) -> list[int]:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
+
+
+def test_video_over_http_equals_reference(server: httpx.Client, reference: Any) -> None:
+    ids = prompt(70, seed=11)
+    config = ServerConfig.parse("packcache", CONFIG)
+    requests: list[dict[str, Any]] = [
+        {"grid": [6, 11]},
+        {"grid": [5, 9]},
+        {"tokens_per_frame": 40, "window": 2, "history_frames": 1.5},
+        {"policy": "packcache", "condition_tokens": 50},
+    ]
+    for options in requests:
+        extra = {f"packcache_{name}": value for name, value in options.items()}
+        expected = reference.generate(ids, 500, config.plan(extra, len(ids)), 32).token_ids
+        assert tokens(complete(server, ids, 500, **options)) == expected, options
+
+
+def test_text_over_http_equals_reference(server: httpx.Client, reference: Any) -> None:
+    ids = prompt(70, seed=12)
+    expected = reference.generate(ids, 300).token_ids
+    assert tokens(complete(server, ids, 300)) == expected
+    assert tokens(complete(server, ids, 300, grid=[6, 11], policy="full")) == expected
+
+
+BAD_REQUESTS = [
+    ({"grid": [6]}, "packcache_grid"),
+    ({"grid": [6, 0]}, "grid must have at least one row"),
+    ({"grid": [6, 11], "tokens_per_frame": 3}, "tokens_per_frame is 3"),
+    ({"window": 0}, "packcache_window must be 1 or more"),
+    ({"window": "four"}, "packcache_window"),
+    ({"history_frames": -1}, "packcache_history_frames must be above 0"),
+    ({"condition_tokens": 71}, "packcache_condition_tokens is 71, but the prompt has 70 tokens"),
+    ({"policy": "sliding_window"}, "packcache_policy must be 'packcache'"),
+    ({"gird": [6, 11]}, "packcache_gird is no known option"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_REQUESTS)
+def test_bad_request_is_refused_and_hurts_nobody(
+    server: httpx.Client, options: dict[str, Any], sentence: str
+) -> None:
+    response = complete(server, prompt(70), 10, **options)
+    assert response.status_code == 400, response.text
+    assert sentence in response.json()["error"]["message"]
+    assert len(tokens(complete(server, prompt(70), 5, grid=[6, 11]))) == 5
+
+
+def test_flag_is_shown_in_help() -> None:
+    shown = subprocess.run(
+        [VLLM, "serve", "--help=all"], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    ).stdout
+    assert "--kv-cache-policy " in shown
+    assert "--kv-cache-policy-config" in shown
+
+
+def test_unknown_policy_stops_the_command_early(checkpoint: Path) -> None:
+    stopped = subprocess.run(
+        [VLLM, "serve", str(checkpoint), "--kv-cache-policy", "nope"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert stopped.returncode == 2
+    assert "--kv-cache-policy: invalid choice: 'nope'" in stopped.stderr

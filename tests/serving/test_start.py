@@ -1,0 +1,195 @@
+"""What cannot be right is refused before a model loads, in one sentence that names the option."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_packcache import plugin
+from vllm_packcache.config import ConfigError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "torch_dtype": "float32",
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "sliding-window": {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+    "mla": {
+        **LLAMA, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 32,
+        "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    },
+    "mamba": {
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64, "state_size": 16,
+        "num_hidden_layers": 2, "vocab_size": 256, "conv_kernel": 4, "expand": 2, "intermediate_size": 128,
+    },
+    "learned-positions": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4,
+        "n_positions": 512, "vocab_size": 256,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Any]:
+    """``start(model, additional_config, **options)``: make the engine's configuration; nothing is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+
+    def make(model: str = "llama", additional: dict[str, Any] | None = None, **options: Any) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(MODELS[model]))
+        additional = {"kv_cache_policy": "packcache"} if additional is None else additional
+        arguments = EngineArgs(
+            model=str(tmp_path),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            additional_config=additional,
+            **options,
+        )
+        return arguments.create_engine_config()
+
+    return make
+
+
+def test_a_llama_starts(start: Callable[..., Any]) -> None:
+    assert start().additional_config == {"kv_cache_policy": "packcache"}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("sliding-window", "has layers without full attention"),
+        ("mla", "caches MLA latents, not keys and values"),
+        ("mamba", "has layers that are not attention"),
+        ("learned-positions", "has no rotary position embedding"),
+    ],
+)
+def test_unsupported_models(start: Callable[..., Any], model: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"--kv-cache-policy: .* {reason}: serve a decoder"):
+        start(model)
+    start(model, additional={})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+    ],
+)
+def test_unsupported_options(start: Callable[..., Any], options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot be combined with {named}, because"):
+        start(**options)
+
+
+def test_context_parallelism_is_refused(start: Callable[..., Any]) -> None:
+    config = start()
+    for name, option in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        setattr(config.parallel_config, name, 2)
+        with pytest.raises(ConfigError, match=option):
+            plugin.check_engine(config)
+        setattr(config.parallel_config, name, 1)
+
+
+def test_v2_runner_is_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = start()
+    # On a GPU this is the default; without Triton vLLM itself would refuse to make such a configuration.
+    monkeypatch.setattr(type(config), "use_v2_model_runner", property(lambda config: True))
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        plugin.check_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("additional", "sentence"),
+    [
+        ({"kv_cache_policy": "nope"}, "kv_cache_policy: unknown policy 'nope': choose one of"),
+        (
+            {"kv_cache_policy_config": {"window": 3}},
+            "kv_cache_policy_config is given without kv_cache_policy",
+        ),
+        (
+            {"kv_cache_policy": "packcache", "kv_cache_policy_config": {"windows": 3}},
+            "windows is no option of policy 'packcache'",
+        ),
+        (
+            {"kv_cache_policy": "packcache", "kv_cache_policy_config": {"window": 0}},
+            "window must be 1 or more",
+        ),
+    ],
+)
+def test_bad_configuration(start: Callable[..., Any], additional: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        start(additional=additional)
+
+
+def test_unsupported_vllm_version(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.40.1")
+    plugin.version_error.cache_clear()
+    try:
+        with pytest.raises(
+            ConfigError, match=r"--kv-cache-policy: vLLM 0\.40\.1 is not supported: install vllm"
+        ):
+            start()
+        start(additional={})
+    finally:
+        plugin.version_error.cache_clear()
+
+
+def test_flags_reach_additional_config(checkpoint: Path, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    file = tmp_path / "policy.yaml"
+    file.write_text("window: 3\nlayout: {grid: [4, 8]}\n")
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+    def parse(*flags: str) -> Any:
+        arguments = parser.parse_args(["--model", str(checkpoint), *flags])
+        return AsyncEngineArgs.from_cli_args(arguments).additional_config
+
+    config = {"window": 3, "layout": {"grid": [4, 8]}}
+    expected = {"kv_cache_policy": "packcache", "kv_cache_policy_config": config}
+    policy = ("--kv-cache-policy", "packcache")
+    assert parse(*policy, "--kv-cache-policy-config", str(file)) == expected
+    assert parse(*policy, "--kv-cache-policy-config", json.dumps(config)) == expected
+    assert parse(*policy, "--additional-config", '{"other": 1}') == {
+        "other": 1,
+        "kv_cache_policy": "packcache",
+    }
+    assert parse("--additional-config", json.dumps(expected)) == expected
+    assert parse() == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--kv-cache-policy", "nope"), "argument --kv-cache-policy: invalid choice: 'nope'"),
+        (("--kv-cache-policy-config", "nowhere.yaml"), "neither a file nor a preset"),
+        (("--kv-cache-policy-config", "{"), "is not valid JSON"),
+    ],
+)
+def test_bad_flags(flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "x", *flags])
+    assert sentence in capsys.readouterr().err

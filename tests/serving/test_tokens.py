@@ -1,0 +1,143 @@
+"""vLLM's tokens under a policy equal the plain PyTorch reference's, all of them (float32, greedy)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import generate, prompt, run, sampling
+from vllm_packcache.config import ServerConfig
+
+
+def reference_tokens(
+    reference: Any,
+    policy: str,
+    config: dict[str, Any],
+    ids: list[int],
+    max_tokens: int,
+    block_size: int,
+    **options: Any,
+) -> list[int]:
+    extra = {f"packcache_{name}": value for name, value in options.items()}
+    plan = ServerConfig.parse(policy, config).plan(extra, len(ids))
+    return reference.generate(ids, max_tokens, plan, block_size).token_ids
+
+
+LAYOUTS = [
+    # condition, tokens per frame, block size, frames
+    pytest.param(70, 67, 32, 13, id="no multiple of the block"),
+    pytest.param(64, 128, 32, 12, id="whole blocks"),
+    pytest.param(41, 97, 64, 14, id="large blocks"),
+    pytest.param(5, 40, 32, 20, id="frame and condition share a block"),
+    pytest.param(33, 20, 32, 24, id="frames shorter than a block"),
+    pytest.param(300, 257, 32, 12, id="the demo's frames"),
+]
+
+
+@pytest.mark.parametrize(("condition", "frame", "block_size", "frames"), LAYOUTS)
+def test_packcache_equals_reference(
+    engine: Any, reference: Any, condition: int, frame: int, block_size: int, frames: int
+) -> None:
+    llm = engine("packcache", block_size=block_size)
+    ids = prompt(condition, seed=frame)
+    length = frames * frame + 3
+    expected = reference_tokens(reference, "packcache", {}, ids, length, block_size, tokens_per_frame=frame)
+    assert generate(llm, ids, length, tokens_per_frame=frame) == expected
+    assert expected != generate(llm, ids, length), "the policy changed nothing: the comparison shows nothing"
+
+
+POLICIES = [
+    pytest.param("packcache", {"window": 2, "history_frames": 1}, id="small window"),
+    pytest.param("packcache", {"decay": 0.8, "window": 6, "history_frames": 2.5}, id="slow decay"),
+    pytest.param("packcache", {"window": 1, "history_frames": 0.4}, id="part of one frame"),
+    pytest.param(
+        "packcache",
+        {
+            "gamma_text": 0.5,
+            "gamma_condition": 0.3,
+            "layout": {"tokens_per_frame": 67, "condition_image_tokens": 90},
+        },
+        id="quotas",
+    ),
+    pytest.param("sliding_window", {"window": 1}, id="one-frame window"),
+    pytest.param("sliding_window", {"window": 3}, id="three-frame window"),
+    pytest.param("attention_sink", {"sink_tokens": 4, "recent_tokens": 150}, id="sink"),
+]
+
+
+@pytest.mark.parametrize(("policy", "config"), POLICIES)
+def test_policies_equal_reference(engine: Any, reference: Any, policy: str, config: dict[str, Any]) -> None:
+    ids = prompt(200, seed=7)
+    length = 12 * 67 + 5
+    expected = reference_tokens(reference, policy, config, ids, length, 32, tokens_per_frame=67)
+    llm = engine(policy, config)
+    assert generate(llm, ids, length, tokens_per_frame=67) == expected
+    assert expected != generate(llm, ids, length), "the policy changed nothing: the comparison shows nothing"
+
+
+def test_budget_that_holds_everything_equals_stock(engine: Any) -> None:
+    ids = prompt(70, seed=1)
+    stock = generate(engine(), ids, 900)
+    assert generate(engine("packcache"), ids, 900, tokens_per_frame=67, window=20, history_frames=20) == stock
+    assert generate(engine("sliding_window"), ids, 900, tokens_per_frame=67, window=20) == stock
+    assert generate(engine("full"), ids, 900, tokens_per_frame=67) == stock
+
+
+def test_text_and_opted_out_requests_equal_stock(engine: Any) -> None:
+    ids = prompt(70, seed=2)
+    stock = generate(engine(), ids, 700)
+    llm = engine("packcache")
+    assert generate(llm, ids, 700) == stock
+    assert generate(llm, ids, 700, tokens_per_frame=67, policy="full") == stock
+
+
+def test_switched_off_options_change_nothing(engine: Any, reference: Any) -> None:
+    ids = prompt(70, seed=3)
+    stock = reference.generate(ids, 600).token_ids
+    assert generate(engine(), ids, 600) == stock
+    assert generate(engine(), ids, 600, tokens_per_frame=67) == stock
+
+
+@pytest.mark.parametrize("chunk", [32, 61, 512, 2048])
+def test_given_frames_in_any_chunk_size_equal_generated_ones(engine: Any, chunk: int) -> None:
+    condition, frame, frames = 70, 67, 12
+    ids = prompt(condition, seed=4)
+    total = frames * frame
+    generated = generate(engine("packcache"), ids, total, tokens_per_frame=frame)
+    llm = engine("packcache", max_num_batched_tokens=chunk, max_num_seqs=4)
+    for given in (3 * frame + 13, 6 * frame, 9 * frame + 66):
+        rest = generate(
+            llm, ids + generated[:given], total - given, tokens_per_frame=frame, condition_tokens=condition
+        )
+        assert rest == generated[given:], f"{given} tokens of frames given in chunks of {chunk}"
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_company_changes_nothing(engine: Any, prefix_caching: bool) -> None:
+    llm = engine("packcache", enable_prefix_caching=prefix_caching)
+    requests = [
+        (prompt(70, seed=5), sampling(800, tokens_per_frame=67)),
+        (prompt(130, seed=6), sampling(500)),
+        (prompt(20, seed=7), sampling(700, tokens_per_frame=33, window=2, history_frames=1)),
+        (prompt(70, seed=5), sampling(600, tokens_per_frame=67, policy="full")),
+        (prompt(250, seed=8), sampling(600, tokens_per_frame=50, condition_tokens=100)),
+    ]
+    alone = [run(llm, [ids], [params])[0] for ids, params in requests]
+    together = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
+    assert together == alone
+
+
+def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
+    llm = engine("packcache", max_num_seqs=5)
+    ids = prompt(100, seed=9)
+    first = generate(llm, ids, 400, tokens_per_frame=67)
+    continuation = ids + first[:300]
+    # A text request caches the blocks of the same tokens as if they were no frames.
+    generate(llm, continuation, 4)
+    params = sampling(100, tokens_per_frame=67, condition_tokens=100)
+    # Greedy by another name: vLLM refuses several samples of a request with temperature 0.
+    params.n, params.temperature, params.top_k = 3, 1.0, 1
+    output = llm.generate([{"prompt_token_ids": continuation}], params, use_tqdm=False)[0]
+    assert output.num_cached_tokens == 96, "the condition's full blocks, and no block of a frame"
+    assert [list(sample.token_ids) for sample in output.outputs] == [first[300:400]] * 3

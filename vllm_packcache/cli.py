@@ -1,0 +1,149 @@
+"""The command ``vllm-packcache``.
+
+Commands import what they run only when they run: `explain` and ``--help`` must not wait for torch and vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_packcache.config import ConfigError
+
+app = typer.Typer(
+    name="vllm-packcache",
+    help="Serve autoregressive video models through vLLM with a KV cache that stays bounded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure what the policies cost and save.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn an error that a person can act on into its sentence and exit status 2."""
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        typer.echo(f"vllm-packcache: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-packcache {version('vllm-packcache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def demo(
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to start from; a scene is made up without one.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo"),
+) -> None:
+    """Turn a picture and a sentence into a video, with and without packcache."""
+    from vllm_packcache.demo.run import run_demo
+
+    with _one_sentence():
+        run_demo(image, prompt, out)
+
+
+@app.command()
+def explain(
+    config: Annotated[
+        str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")
+    ] = "demo",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Name of a policy. Only packcache takes a preset's options; others their defaults."
+        ),
+    ] = "packcache",
+    frames: Annotated[int, typer.Option(min=1, max=1000, help="Frames of the video.")] = 12,
+    condition_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Tokens before the first frame; by default a short text and the conditioning image."
+        ),
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Write a PNG too.")] = None,
+) -> None:
+    """Show which blocks of the KV cache live while each frame is made."""
+    from rich.console import Console
+
+    from vllm_packcache import explain as explaining
+
+    with _one_sentence():
+        explanation = explaining.explain(
+            config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
+        )
+        explaining.print_text(explanation, Console(highlight=False))
+        if out is not None:
+            explaining.draw(explanation, out)
+            typer.echo(f"wrote {out}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check the installation and say what to do about what is wrong with it."""
+    from rich.console import Console
+
+    from vllm_packcache import doctor as checking
+
+    # vLLM logs to stdout, which is ours. A level that the user chose stays.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with contextlib.redirect_stdout(sys.stderr):
+        checks = checking.run_checks()
+    if as_json:
+        typer.echo(json.dumps(checking.as_mapping(checks), indent=2))
+    else:
+        checking.print_table(checks, Console(highlight=False))
+    if not checking.healthy(checks):
+        raise typer.Exit(1)
+
+
+@bench.command("decode")
+def bench_decode(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
+    ] = False,
+) -> None:
+    """Time decode steps with and without packcache, as ratios of runs side by side."""
+    from vllm_packcache.bench.decode import run
+
+    with _one_sentence():
+        run(json_path, quick=quick)

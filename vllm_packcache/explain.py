@@ -1,0 +1,474 @@
+"""Pictures and text of what a configuration keeps: which blocks live while each frame is made.
+
+Everything shown is asked of `Retention`, the same object that scheduler and worker obey.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.text import Text
+
+from vllm_packcache.config import ConfigError, ServerConfig, presets
+from vllm_packcache.layout import CONDITION, VideoLayout
+from vllm_packcache.policies import PackCache
+from vllm_packcache.retention import Retention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BlockStates = npt.NDArray[np.int64]
+
+NOT_YET = -3
+"""State of a block that holds no token yet."""
+DROPPED = -2
+"""State of a block that was evicted."""
+IN_CONDITION = -1
+"""State of a live block of the condition. Live blocks of frames have their temporal distance, 0 or more."""
+
+TEXT_TOKENS = 32
+"""Tokens of text assumed before the conditioning image, where nobody says how many there are."""
+
+OLDEST_SHADE = 5
+"""Frames at this temporal distance or more share a colour."""
+
+
+class FrameTokens(NamedTuple):
+    """How many tokens the last query of ``frame`` reads, and would read with nothing dropped."""
+
+    frame: int
+    live: int
+    full: int
+
+    @property
+    def percent(self) -> float:
+        """Live tokens as a percentage of the full cache."""
+        return 100 * self.live / self.full
+
+
+@dataclass(frozen=True, slots=True)
+class FrameView:
+    """What lives while one frame is made, at its last token.
+
+    Args:
+        states: one state a block of the whole video, see `NOT_YET`, `DROPPED`, `IN_CONDITION`.
+        owners: the frame (or `CONDITION`) that each block counts as while this frame is made.
+        tokens: the same in numbers.
+    """
+
+    states: BlockStates
+    owners: BlockStates
+    tokens: FrameTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What is known of a whole video once every frame has been looked at.
+
+    Args:
+        tokens: live and full tokens of every frame.
+        oldest: the largest temporal distance of a live block.
+        first_dropping: the first frame during which anything is gone; None: nothing is ever dropped.
+    """
+
+    tokens: list[FrameTokens]
+    oldest: int
+    first_dropping: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A configuration applied to a video of ``frames`` frames.
+
+    Args:
+        title: what the configuration is called.
+        retention: the decisions.
+        frames: how many frames to show.
+    """
+
+    title: str
+    retention: Retention
+    frames: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole video with nothing dropped."""
+        return -(-self.retention.layout.frame_start(self.frames) // self.retention.block_size)
+
+    @property
+    def options(self) -> str:
+        """The policy's options in a line."""
+        policy = self.retention.policy
+        pairs = (f"{field.name} {getattr(policy, field.name):g}" for field in dataclasses.fields(policy))
+        return ", ".join(pairs) or "no options"
+
+    @property
+    def shape(self) -> str:
+        """The video in a line."""
+        layout = self.retention.layout
+        return (
+            f"condition {layout.condition_tokens:,} tokens, "
+            f"{self.frames} frames of {layout.tokens_per_frame:,} tokens, "
+            f"{self.num_blocks:,} blocks of {self.retention.block_size}"
+        )
+
+    @property
+    def summary(self) -> str:
+        """What the policy achieves, in a sentence."""
+        first, last = self.overview.first_dropping, self.overview.tokens[-1]
+        if first is None:
+            return f"Nothing is dropped in these {self.frames} frames."
+        return (
+            f"Blocks are dropped from frame {first} on; frame {last.frame} reads {last.live:,} of "
+            f"{last.full:,} tokens, {last.percent:.0f} % of the full cache."
+        )
+
+    @cached_property
+    def overview(self) -> Overview:
+        """All frames in numbers. Views are not kept: those of a long video would fill the memory."""
+        tokens = []
+        oldest = 0
+        first_dropping = None
+        for view in self.views():
+            tokens.append(view.tokens)
+            oldest = max(oldest, int(view.states.max()))
+            if first_dropping is None and np.any(view.states == DROPPED):
+                first_dropping = view.tokens.frame
+        return Overview(tokens, oldest, first_dropping)
+
+    def view(self, frame: int) -> FrameView:
+        """What lives while ``frame`` is made."""
+        retention, layout = self.retention, self.retention.layout
+        stop = layout.frame_start(frame + 1)
+        segment = next(retention.segments(layout.frame_start(frame), stop))
+        made = -(-stop // retention.block_size)
+        blocks = np.arange(self.num_blocks)
+        # The tag of every block at once; a block of the frame being made may already wait for the next one.
+        last_tokens = (blocks + 1) * retention.block_size - 1
+        newest = (last_tokens - layout.condition_tokens) // layout.tokens_per_frame
+        in_condition = blocks < retention.blocks.condition_blocks.stop
+        owners = np.where(in_condition, CONDITION, np.minimum(newest, frame))
+        live = np.zeros(self.num_blocks, dtype=bool)
+        live[segment.past] = True
+        live[segment.tail_start : made] = True
+        states = np.where(live, np.where(owners == CONDITION, IN_CONDITION, frame - owners), DROPPED)
+        states[made:] = NOT_YET
+        tokens = FrameTokens(frame, segment.live_tokens(retention.block_size), stop)
+        return FrameView(states, owners, tokens)
+
+    def views(self) -> Iterator[FrameView]:
+        """`view` of every frame."""
+        return map(self.view, range(self.frames))
+
+
+def explain(
+    source: str,
+    policy: str,
+    *,
+    frames: int,
+    condition_tokens: int | None = None,
+    block_size: int = 16,
+) -> Explanation:
+    """Apply a configuration to a video.
+
+    A preset's options belong to packcache: with another policy only its layout is taken.
+
+    Args:
+        source: name of a preset, a file or JSON text.
+        policy: name of a policy.
+        frames: frames of the video.
+        condition_tokens: tokens before frame 0; by default a short text and the conditioning image.
+        block_size: tokens of a KV-cache block.
+
+    Raises:
+        ConfigError: the configuration is wrong or has no layout, or a number is impossible.
+    """
+    layout_only = policy != PackCache.name and source in presets()
+    config = ServerConfig.parse(policy, {"layout": source} if layout_only else source)
+    if config.layout is None:
+        raise ConfigError("there is nothing to draw: the configuration has no layout, so give it a grid")
+    if block_size < 1:
+        raise ConfigError(f"block size must be 1 or more, not {block_size}")
+    if frames < 1:
+        raise ConfigError(f"frames must be 1 or more, not {frames}")
+    image_tokens = config.layout.condition_image_tokens
+    if condition_tokens is None:
+        condition_tokens = TEXT_TOKENS + image_tokens
+    elif condition_tokens < image_tokens:
+        # As for a request: a prompt shorter than the server's usual image has none.
+        image_tokens = 0
+    try:
+        layout = VideoLayout(config.layout.frame_layout(), condition_tokens, image_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    name = "JSON" if source.lstrip().startswith("{") else Path(source).name
+    return Explanation(f"{name}: {config.policy.name}", Retention(layout, config.policy, block_size), frames)
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+_TEXT_STYLES = {
+    DROPPED: "bright_black",
+    IN_CONDITION: "yellow",
+    0: "bold red",
+    1: "bright_blue",
+    2: "cyan",
+    3: "green",
+    4: "magenta",
+    OLDEST_SHADE: "white",
+}
+_MIN_COLUMNS = 16
+
+
+def _character(state: int) -> str:
+    if state == NOT_YET:
+        return " "
+    if state == DROPPED:
+        return "·"
+    if state == IN_CONDITION:
+        return "C"
+    if state == 0:
+        return "#"
+    return str(state) if state < 10 else "+"
+
+
+def _shown_states(view: FrameView, columns: int) -> list[int]:
+    """One state a character.
+
+    Of a thinned frame as large a share of characters is live as of its blocks, so that what is seen does not
+    depend on the width; a frame of which anything lives is never shown as gone.
+    """
+    if len(view.states) <= columns:
+        return [int(state) for state in view.states]
+    edges = np.linspace(0, len(view.states), columns + 1).astype(int)
+    shown = [DROPPED] * columns
+    owner_of = [int(view.owners[(start + stop) // 2]) for start, stop in pairwise(edges)]
+    first = 0
+    while first < columns:
+        last = first
+        while last < columns and owner_of[last] == owner_of[first]:
+            last += 1
+        _show_segment(view, edges, range(first, last), shown)
+        first = last
+    return shown
+
+
+def _show_segment(view: FrameView, edges: npt.NDArray[np.int64], columns: range, shown: list[int]) -> None:
+    """Fill in the characters of one frame (or of the condition)."""
+    owner = view.owners[(edges[columns.start] + edges[columns.start + 1]) // 2]
+    state = IN_CONDITION if owner == CONDITION else int(view.tokens.frame - owner)
+    due = 0.5
+    any_live = False
+    for column in columns:
+        cell = slice(edges[column], edges[column + 1])
+        # A character on the border belongs to one of two frames, and the other's blocks do not count.
+        states = view.states[cell][view.owners[cell] == owner]
+        states = states[states != NOT_YET]
+        if len(states) == 0:
+            shown[column] = NOT_YET
+            continue
+        live = int(np.count_nonzero(states != DROPPED))
+        any_live = any_live or live > 0
+        due += live / len(states)
+        if due >= 1:
+            shown[column] = state
+            due -= 1
+    if any_live and all(shown[column] != state for column in columns):
+        shown[columns[len(columns) // 2]] = state
+
+
+def print_text(explanation: Explanation, console: Console) -> None:
+    """Print one line a frame, one character a block (or a group of blocks where the terminal is narrow)."""
+    layout = explanation.retention.layout
+    number_width = len(str(explanation.frames - 1))
+    tokens_width = len(f"{layout.frame_start(explanation.frames):,}")
+    # "frame ", number, " │", the blocks, "│ ", tokens, " of full"
+    room = console.width - (6 + number_width + 2 + 2 + tokens_width + 8)
+    columns = min(explanation.num_blocks, max(_MIN_COLUMNS, room))
+    per_character = explanation.num_blocks / columns
+    console.print(Text(f"{explanation.title} ({explanation.options})", style="bold"))
+    console.print(Text(explanation.shape))
+    console.print(_text_legend(explanation, per_character))
+    console.print()
+    words = "blocks, first to last" if columns > 24 else "blocks"
+    head = Text(f"{'':{6 + number_width}} ┌{words:─<{columns}.{columns}}┐ ")
+    head.append(f"{'live':>{tokens_width}} of full")
+    console.print(head, no_wrap=True, overflow="crop")
+    for view in explanation.views():
+        line = Text(f"frame {view.tokens.frame:>{number_width}} │")
+        for state in _shown_states(view, columns):
+            line.append(_character(state), _TEXT_STYLES.get(min(state, OLDEST_SHADE), ""))
+        line.append(f"│ {view.tokens.live:>{tokens_width},} {view.tokens.percent:>4.0f} %")
+        console.print(line, no_wrap=True, overflow="crop")
+    console.print()
+    console.print(Text(explanation.summary))
+
+
+def _text_legend(explanation: Explanation, per_character: float) -> Text:
+    oldest = explanation.overview.oldest
+    entries = [(IN_CONDITION, "condition"), (0, "frame being made")]
+    if oldest >= 1:
+        entries.append((1, "previous frame"))
+    if oldest >= 2:
+        entries.append((2, "the one before that, and so on" if oldest > 2 else "the one before that"))
+    if explanation.overview.first_dropping is not None:
+        entries.append((DROPPED, "dropped"))
+    legend = Text()
+    for state, meaning in entries:
+        legend.append(_character(state), _TEXT_STYLES[state])
+        legend.append(f" {meaning}   ")
+    if per_character > 1:
+        legend.append(f"(a character stands for {per_character:.1f} blocks)")
+    legend.rstrip()
+    return legend
+
+
+# -- picture -------------------------------------------------------------------------------------------------
+
+_COLOURS = {
+    NOT_YET: "#ffffff",
+    DROPPED: "#e4e4e4",
+    IN_CONDITION: "#e69f00",
+    0: "#c8102e",
+    1: "#08306b",
+    2: "#2171b5",
+    3: "#4a9fc9",
+    4: "#5bb8a5",
+    OLDEST_SHADE: "#7fbf5a",
+}
+_HALF_DROPPED = "#82aacc"
+"""How a frame 2 back looks with half of its blocks dropped."""
+_MAX_SINGLE_BLOCKS = 600
+"""Up to so many blocks each one is drawn. More are averaged in groups, so a thinned frame looks paler."""
+_MIN_GROUP = 8
+"""Blocks of the smallest group: smaller ones would draw the order of dropping as a false pattern."""
+_GRID_BLOCKS = 96
+"""Up to so many blocks each one is outlined."""
+_LABELLED_FRAMES = 32
+"""Up to so many frames each one is labelled."""
+_OUTLINED_FRAMES = 64
+"""Up to so many frames each one is outlined."""
+
+
+def draw(explanation: Explanation, path: Path) -> None:
+    """Write a PNG: live blocks on the left, live tokens beside the full cache on the right, a row a frame.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Without pyplot there is no global state and no display to look for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    row_height = 0.32 if explanation.frames <= _LABELLED_FRAMES else 10 / explanation.frames
+    height = 2.6 + row_height * max(explanation.frames, 4)
+    figure = Figure(figsize=(14, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    blocks, tokens = figure.subplots(1, 2, sharey=True, width_ratios=[3.4, 1])
+    _draw_blocks(explanation, blocks)
+    _draw_tokens(explanation.overview.tokens, tokens)
+    _draw_words(explanation, figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _pixels(explanation: Explanation) -> npt.NDArray[np.float64]:
+    """RGB [frames, columns, 3]: the mean colour of the blocks behind each column."""
+    from matplotlib.colors import to_rgb
+
+    palette = np.array([to_rgb(_COLOURS[state]) for state in range(NOT_YET, OLDEST_SHADE + 1)])
+    columns = explanation.num_blocks
+    if columns > _MAX_SINGLE_BLOCKS:
+        columns = min(columns // _MIN_GROUP, _MAX_SINGLE_BLOCKS)
+    edges = np.linspace(0, explanation.num_blocks, columns + 1).astype(int)
+    rows = []
+    for view in explanation.views():
+        colours = palette[np.minimum(view.states, OLDEST_SHADE) - NOT_YET]
+        rows.append(np.add.reduceat(colours, edges[:-1], axis=0) / np.diff(edges)[:, None])
+    return np.stack(rows)
+
+
+def _draw_blocks(explanation: Explanation, axes: Axes) -> None:
+    num_blocks, frames = explanation.num_blocks, explanation.frames
+    extent = (0, num_blocks, frames - 0.5, -0.5)
+    axes.imshow(_pixels(explanation), aspect="auto", interpolation="nearest", extent=extent)
+    if frames <= _OUTLINED_FRAMES:
+        for row in range(1, frames):
+            axes.axhline(row - 0.5, color="white", linewidth=min(2.0, 40 / frames))
+    if num_blocks <= _GRID_BLOCKS:
+        for block in range(1, num_blocks):
+            axes.axvline(block, color="white", linewidth=0.6)
+    first_blocks = [explanation.retention.blocks.frame_blocks(frame).start for frame in range(frames)]
+    if frames <= _OUTLINED_FRAMES:
+        for start in first_blocks:
+            axes.axvline(start, color="#555555", linewidth=0.5, alpha=0.6)
+    names = ["condition", *(f"frame {frame}" for frame in range(frames))]
+    # Names that would run into each other are left out; the first always stays.
+    wide_enough = num_blocks / 14
+    top = axes.secondary_xaxis("top")
+    ticks: list[tuple[float, str]] = []
+    for name, start, stop in zip(names, [0, *first_blocks], [*first_blocks, num_blocks], strict=True):
+        middle = (start + stop) / 2
+        if stop > start and (not ticks or middle - ticks[-1][0] >= wide_enough):
+            ticks.append((middle, name))
+    top.set_xticks([middle for middle, _ in ticks], [name for _, name in ticks], fontsize=9)
+    top.tick_params(length=0)
+    axes.set_xlabel(f"block of the sequence ({explanation.retention.block_size} tokens each), first to last")
+    axes.set_ylabel("frame being made")
+    if frames <= _LABELLED_FRAMES:
+        axes.set_yticks(range(frames))
+    axes.set_xlim(0, num_blocks)
+
+
+def _draw_tokens(tokens: list[FrameTokens], axes: Axes) -> None:
+    frames, live, full = zip(*tokens, strict=True)
+    height = 0.8 if len(tokens) <= _OUTLINED_FRAMES else 1.0
+    axes.barh(frames, full, height=height, color="#dddddd", label="full cache")
+    axes.barh(frames, live, height=height, color="#3b6ea5", label="live")
+    if len(tokens) <= _LABELLED_FRAMES:
+        for row in tokens:
+            axes.annotate(
+                f"{row.percent:.0f} %",
+                (row.full, row.frame),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+    axes.set_xlim(0, max(full) * 1.18)
+    axes.set_title("tokens in the cache", fontsize=10)
+    axes.set_xlabel("tokens")
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(axis="y", left=False, labelleft=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", fontsize=8, frameon=False)
+
+
+def _draw_words(explanation: Explanation, figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    overview = explanation.overview
+    entries = [(_COLOURS[IN_CONDITION], "condition (text, image)"), (_COLOURS[0], "frame being made")]
+    for distance in range(1, min(overview.oldest, OLDEST_SHADE) + 1):
+        more = " or more" if distance == OLDEST_SHADE else ""
+        name = "previous frame" if distance == 1 else f"{distance}{more} frames back"
+        entries.append((_COLOURS[distance], name))
+    if overview.first_dropping is not None:
+        if explanation.num_blocks > _MAX_SINGLE_BLOCKS:
+            entries.append((_HALF_DROPPED, "paler: thinned"))
+        entries.append((_COLOURS[DROPPED], "dropped"))
+    patches = [Patch(facecolor=colour, edgecolor="#999999", label=label) for colour, label in entries]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
+    lines = (f"{explanation.title} ({explanation.options})", explanation.shape, explanation.summary)
+    figure.suptitle("\n".join(lines), fontsize=11)
