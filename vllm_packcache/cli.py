@@ -62,9 +62,7 @@ def _options(
 
 @app.command()
 def demo(
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to start from; a scene is made up without one.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from; a scene is made up without one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo"),
 ) -> None:
@@ -77,21 +75,15 @@ def demo(
 
 @app.command()
 def explain(
-    config: Annotated[
-        str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")
-    ] = "demo",
+    config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",
     policy: Annotated[
         str,
-        typer.Option(
-            help="Name of a policy. Only packcache takes a preset's options; others their defaults."
-        ),
+        typer.Option(help="Name of a policy. Only packcache takes a preset's options; others their defaults."),
     ] = "packcache",
     frames: Annotated[int, typer.Option(min=1, max=1000, help="Frames of the video.")] = 12,
     condition_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Tokens before the first frame; by default a short text and the conditioning image."
-        ),
+        typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Write a PNG too.")] = None,

@@ -186,9 +186,7 @@ class ServerConfig:
             )
         policy = self.policy
         if changed:
-            merged = {
-                field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)
-            } | changed
+            merged = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} | changed
             policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
         layout = self._request_layout(options, num_prompt_tokens)
         if OPT_OUT in (options.policy, policy.name):
@@ -209,9 +207,7 @@ class ServerConfig:
             # A bare number says nothing of rows, and a grid of the server's need not fit it.
             merged = LayoutConfig(tokens_per_frame=options.tokens_per_frame)
         else:
-            merged = base.model_copy(
-                update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame}
-            )
+            merged = base.model_copy(update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame})
         condition = num_prompt_tokens if options.condition_tokens is None else options.condition_tokens
         if condition > num_prompt_tokens:
             raise ConfigError(
@@ -242,9 +238,7 @@ class ServerConfig:
             parsed = _validate(LayoutConfig, layout)
             parsed.frame_layout()
         except ValidationError as error:
-            raise ConfigError(
-                _describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")
-            ) from None
+            raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:
             raise ConfigError(f"{CONFIG_KEY}: layout: {error}") from None
         return parsed

@@ -83,13 +83,9 @@ RELIANCES: tuple[Reliance, ...] = (
         exact=True,
     ),
     Reliance("flag: field that carries it", "engine/arg_utils.py", "EngineArgs.additional_config"),
-    Reliance(
-        "start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config"
-    ),
+    Reliance("start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config"),
     Reliance("start-up: configuration in every process", "config/vllm.py", "VllmConfig.additional_config"),
-    Reliance(
-        "start-up: configuration while a model is built", "config/__init__.py", "get_current_vllm_config"
-    ),
+    Reliance("start-up: configuration while a model is built", "config/__init__.py", "get_current_vllm_config"),
     Reliance("start-up: which runner", "config/vllm.py", "VllmConfig.use_v2_model_runner"),
     *(
         Reliance("start-up: what is refused", "config/vllm.py", f"VllmConfig.{field}")
@@ -129,9 +125,7 @@ RELIANCES: tuple[Reliance, ...] = (
         Reliance("start-up: parallelism that is refused", "config/parallel.py", f"ParallelConfig.{name}")
         for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching")
     ),
-    Reliance(
-        "start-up: cache option that is refused", "config/cache.py", "CacheConfig.kv_sharing_fast_prefill"
-    ),
+    Reliance("start-up: cache option that is refused", "config/cache.py", "CacheConfig.kv_sharing_fast_prefill"),
     Reliance(
         "request: refuse bad options with HTTP 400",
         "v1/engine/input_processor.py",
@@ -300,9 +294,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "KVCacheManager.truncate_computed_blocks",
         ("blocks", "num_computed_tokens"),
     ),
-    Reliance(
-        "pool: the null block", "v1/core/block_pool.py", "BlockPool.__init__", (), ("null_block", "is_null")
-    ),
+    Reliance("pool: the null block", "v1/core/block_pool.py", "BlockPool.__init__", (), ("null_block", "is_null")),
     Reliance("pool: free in order", "v1/core/block_pool.py", "BlockPool.free_blocks", ("ordered_blocks",)),
     Reliance(
         "attention: where the backend is chosen",
@@ -438,9 +430,7 @@ RELIANCES: tuple[Reliance, ...] = (
         (),
         ("num_computed_tokens_cpu", "block_table"),
     ),
-    Reliance(
-        "V1 runner: block table of a group", "v1/worker/block_table.py", "MultiGroupBlockTable.__getitem__"
-    ),
+    Reliance("V1 runner: block table of a group", "v1/worker/block_table.py", "MultiGroupBlockTable.__getitem__"),
     Reliance("V1 runner: block table on the host", "v1/worker/block_table.py", "BlockTable.get_numpy_array"),
 )
 

@@ -86,9 +86,7 @@ def print_table(checks: list[Check], console: Console) -> None:
     """Print a table of all checks, then what to do about those that are not in order."""
     table = Table("check", "found", "verdict")
     for check in _with_good_hooks_in_one(checks):
-        table.add_row(
-            Text(check.name), Text(check.found), Text(check.verdict.value, style=_STYLES[check.verdict])
-        )
+        table.add_row(Text(check.name), Text(check.found), Text(check.verdict.value, style=_STYLES[check.verdict]))
     console.print(table)
     for check in checks:
         if check.remedy:
@@ -181,9 +179,7 @@ def check_vllm() -> Iterator[Check]:
         )
     # Of a build such as 0.32.0+cpu only the public part is in question.
     elif not supported.contains(Version(installed).public, prereleases=True):
-        yield Check(
-            "vllm", installed, Verdict.FAIL, f'run `pip install "vllm{supported}"`: this version is untested'
-        )
+        yield Check("vllm", installed, Verdict.FAIL, f'run `pip install "vllm{supported}"`: this version is untested')
     else:
         yield Check("vllm", installed)
     beside = Path(sys.executable).parent / "vllm"
@@ -286,9 +282,7 @@ def check_environment() -> Iterator[Check]:
         )
     xformers = _version("xformers")
     if xformers is None:
-        remedy = (
-            "nothing needs it; `pip install --no-deps xformers` adds an independent check to the test suite"
-        )
+        remedy = "nothing needs it; `pip install --no-deps xformers` adds an independent check to the test suite"
         yield Check("xformers", "not installed", Verdict.NOTE, remedy)
     else:
         yield Check("xformers", f"{xformers} (optional)")

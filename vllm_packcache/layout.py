@@ -68,13 +68,9 @@ class FrameLayout:
         if self.tokens_per_frame < 1:
             raise ValueError(f"tokens_per_frame must be 1 or more, not {self.tokens_per_frame}")
         if self.tokens_per_frame > MAX_TOKENS_PER_FRAME:
-            raise ValueError(
-                f"tokens_per_frame must be at most {MAX_TOKENS_PER_FRAME}, not {self.tokens_per_frame}"
-            )
+            raise ValueError(f"tokens_per_frame must be at most {MAX_TOKENS_PER_FRAME}, not {self.tokens_per_frame}")
         if self.grid is not None:
-            expected = self.grid_tokens(
-                self.grid, self.frame_start_tokens, self.row_end_tokens, self.frame_end_tokens
-            )
+            expected = self.grid_tokens(self.grid, self.frame_start_tokens, self.row_end_tokens, self.frame_end_tokens)
             if expected != self.tokens_per_frame:
                 rows, columns = self.grid
                 raise ValueError(
@@ -83,9 +79,7 @@ class FrameLayout:
                 )
 
     @staticmethod
-    def grid_tokens(
-        grid: tuple[int, int], frame_start_tokens: int, row_end_tokens: int, frame_end_tokens: int
-    ) -> int:
+    def grid_tokens(grid: tuple[int, int], frame_start_tokens: int, row_end_tokens: int, frame_end_tokens: int) -> int:
         """Tokens of a frame of ``grid`` = (rows, columns) with its extra tokens.
 
         Raises:

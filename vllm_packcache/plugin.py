@@ -118,8 +118,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     text_config = model.hf_text_config
     rope = any(
-        getattr(text_config, name, None)
-        for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
+        getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
     )
     layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "attention"}
     model_reasons = (

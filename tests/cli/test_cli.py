@@ -50,8 +50,6 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "arguments", [["explain", "--frames", "0"], ["explain", "--block-size", "x"], ["nonsense"]]
-)
+@pytest.mark.parametrize("arguments", [["explain", "--frames", "0"], ["explain", "--block-size", "x"], ["nonsense"]])
 def test_usage_errors(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 2

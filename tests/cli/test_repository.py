@@ -71,9 +71,7 @@ def installed(tmp_path: Path) -> Path:
     ],
 )
 def test_demo_passes_words_literally(installed: Path, prompt: str) -> None:
-    result = make(
-        "demo", f"VENV={installed}", f"PROMPT={prompt}", "IMAGE=my photos/it's me.jpg", "OUT=some where"
-    )
+    result = make("demo", f"VENV={installed}", f"PROMPT={prompt}", "IMAGE=my photos/it's me.jpg", "OUT=some where")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "demo", "--out", "some where", "--image", "my photos/it's me.jpg", "--prompt", prompt,

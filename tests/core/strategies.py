@@ -31,9 +31,7 @@ def packcaches(gammas: st.SearchStrategy[float] = fractions) -> st.SearchStrateg
 _OPTIONS = {
     "packcache": packcaches(),
     "sliding_window": st.builds(SlidingWindow, window=st.integers(1, 8)),
-    "attention_sink": st.builds(
-        AttentionSink, sink_tokens=st.integers(0, 500), recent_tokens=st.integers(1, 3000)
-    ),
+    "attention_sink": st.builds(AttentionSink, sink_tokens=st.integers(0, 500), recent_tokens=st.integers(1, 3000)),
 }
 
 

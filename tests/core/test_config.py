@@ -11,9 +11,7 @@ from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
 
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition"
-LAYOUT_OPTIONS = (
-    "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens"
-)
+LAYOUT_OPTIONS = "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens"
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
 
 
@@ -32,8 +30,7 @@ def refusal(call) -> str:
         (
             "nope",
             None,
-            "kv_cache_policy: unknown policy 'nope': choose one of "
-            "attention_sink, full, packcache, sliding_window",
+            "kv_cache_policy: unknown policy 'nope': choose one of attention_sink, full, packcache, sliding_window",
         ),
         (
             "packcache",
@@ -44,8 +41,7 @@ def refusal(call) -> str:
         (
             "sliding_window",
             {"decay": 1},
-            "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are "
-            "window, layout",
+            "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout",
         ),
         (
             "full",
@@ -132,8 +128,7 @@ def refusal(call) -> str:
         (
             "packcache",
             {"layout": {"tokens_per_frame": 8, "condition_image_tokens": -1}},
-            "kv_cache_policy_config: layout.condition_image_tokens: input should be greater than or equal "
-            "to 0, not -1",
+            "kv_cache_policy_config: layout.condition_image_tokens: input should be greater than or equal to 0, not -1",
         ),
         (
             "packcache",
@@ -395,8 +390,7 @@ REQUEST_OPTIONS = ", ".join(
         ),
         (
             {"packcache_policy": "sliding_window"},
-            "packcache_policy must be 'packcache', the policy of this server, or 'full', "
-            "not 'sliding_window'",
+            "packcache_policy must be 'packcache', the policy of this server, or 'full', not 'sliding_window'",
         ),
         ({"packcache_window": 0}, "packcache_window must be 1 or more and at most 256, not 0"),
         ({"packcache_window": 257}, "packcache_window must be 1 or more and at most 256, not 257"),

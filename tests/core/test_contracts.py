@@ -121,9 +121,7 @@ def test_a_policy_of_another_package_is_found_and_configured(tmp_path):
     ],
 )
 def test_an_entry_point_that_cannot_be_used_is_refused(tmp_path, entry_point, error):
-    result = python(
-        "from vllm_packcache.policies import available; available()", path=install(tmp_path, entry_point)
-    )
+    result = python("from vllm_packcache.policies import available; available()", path=install(tmp_path, entry_point))
 
     assert result.returncode != 0
     assert error in result.stderr

@@ -229,8 +229,7 @@ def literal_packcache(
             siblings = [
                 b
                 for b in range(begin // block_size + 1)
-                if b * block_size >= condition
-                and ((b + 1) * block_size - 1 - condition) // tokens_per_frame == tag
+                if b * block_size >= condition and ((b + 1) * block_size - 1 - condition) // tokens_per_frame == tag
             ]
             bits = max(1, len(bin(len(siblings) - 1)) - 2)
             order = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(2**bits)]

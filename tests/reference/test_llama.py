@@ -146,12 +146,8 @@ def test_a_policy_with_room_for_everything_changes_nothing(reference):
     everything = reference.logits(tokens)
 
     for policy in (Full(), PackCache(history_frames=8, window=8), SlidingWindow(window=8)):
-        assert torch.equal(
-            reference.logits(tokens, plan(policy), BLOCK_SIZE).argmax(-1), everything.argmax(-1)
-        )
-        torch.testing.assert_close(
-            reference.logits(tokens, plan(policy), BLOCK_SIZE), everything, atol=1e-4, rtol=0
-        )
+        assert torch.equal(reference.logits(tokens, plan(policy), BLOCK_SIZE).argmax(-1), everything.argmax(-1))
+        torch.testing.assert_close(reference.logits(tokens, plan(policy), BLOCK_SIZE), everything, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -161,9 +157,7 @@ def test_dropping_blocks_changes_what_is_generated_within_twelve_frames(tmp_path
     given = prompt(70, seed)
     policies = [Full(), PackCache(window=4), PackCache(window=3), SlidingWindow(window=2)]
 
-    videos = [
-        model.generate(given, 12 * 64, plan(policy, tokens_per_frame=64), BLOCK_SIZE) for policy in policies
-    ]
+    videos = [model.generate(given, 12 * 64, plan(policy, tokens_per_frame=64), BLOCK_SIZE) for policy in policies]
 
     for index, video in enumerate(videos):
         for other in videos[:index]:

@@ -31,9 +31,7 @@ def test_without_a_plan_every_query_sees_what_is_not_later():
 
 @policies
 @shapes
-def test_a_query_sees_the_blocks_that_live_while_its_frame_is_made(
-    policy, condition, tokens_per_frame, block_size
-):
+def test_a_query_sees_the_blocks_that_live_while_its_frame_is_made(policy, condition, tokens_per_frame, block_size):
     plan = video(policy, condition, tokens_per_frame)
     num_tokens = condition + 7 * tokens_per_frame + 3
     retention = Retention(plan.layout, policy, block_size)
@@ -65,9 +63,7 @@ def test_what_once_became_invisible_stays_so(policy, condition, tokens_per_frame
 
 @policies
 @shapes
-def test_the_mask_is_that_of_xformers_over_compacted_live_blocks(
-    policy, condition, tokens_per_frame, block_size
-):
+def test_the_mask_is_that_of_xformers_over_compacted_live_blocks(policy, condition, tokens_per_frame, block_size):
     """The queries of each frame are one request whose keys are the live blocks, side by side."""
     bias = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xformers is optional")
     plan = video(policy, condition, tokens_per_frame)
@@ -108,8 +104,7 @@ def test_the_mask_is_that_of_xformers_over_paged_live_blocks(policy, condition, 
     segments = list(Retention(plan.layout, policy, block_size).segments(0, num_tokens))
     pages = -(-num_tokens // block_size)
     tables = [
-        [*segment.past.tolist(), *range(segment.tail_start, -(-segment.stop // block_size))]
-        for segment in segments
+        [*segment.past.tolist(), *range(segment.tail_start, -(-segment.stop // block_size))] for segment in segments
     ]
     width = max(map(len, tables))
 

@@ -105,9 +105,7 @@ BAD_REQUESTS = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), BAD_REQUESTS)
-def test_bad_request_is_refused_and_hurts_nobody(
-    server: httpx.Client, options: dict[str, Any], sentence: str
-) -> None:
+def test_bad_request_is_refused_and_hurts_nobody(server: httpx.Client, options: dict[str, Any], sentence: str) -> None:
     response = complete(server, prompt(70), 10, **options)
     assert response.status_code == 400, response.text
     assert sentence in response.json()["error"]["message"]

@@ -141,9 +141,7 @@ def test_unsupported_vllm_version(start: Callable[..., Any], monkeypatch: pytest
     monkeypatch.setattr(vllm, "__version__", "0.40.1")
     plugin.version_error.cache_clear()
     try:
-        with pytest.raises(
-            ConfigError, match=r"--kv-cache-policy: vLLM 0\.40\.1 is not supported: install vllm"
-        ):
+        with pytest.raises(ConfigError, match=r"--kv-cache-policy: vLLM 0\.40\.1 is not supported: install vllm"):
             start()
         start(additional={})
     finally:

@@ -107,9 +107,7 @@ def test_given_frames_in_any_chunk_size_equal_generated_ones(engine: Any, chunk:
     generated = generate(engine("packcache"), ids, total, tokens_per_frame=frame)
     llm = engine("packcache", max_num_batched_tokens=chunk, max_num_seqs=4)
     for given in (3 * frame + 13, 6 * frame, 9 * frame + 66):
-        rest = generate(
-            llm, ids + generated[:given], total - given, tokens_per_frame=frame, condition_tokens=condition
-        )
+        rest = generate(llm, ids + generated[:given], total - given, tokens_per_frame=frame, condition_tokens=condition)
         assert rest == generated[given:], f"{given} tokens of frames given in chunks of {chunk}"
 
 

@@ -118,9 +118,7 @@ def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(get_computed_blocks)
-    def wrapper(
-        manager: KVCacheManager, request: Request, *args: Any, **kwargs: Any
-    ) -> tuple[KVCacheBlocks, int, int]:
+    def wrapper(manager: KVCacheManager, request: Request, *args: Any, **kwargs: Any) -> tuple[KVCacheBlocks, int, int]:
         blocks, num_tokens, shared_prefix_boundary = get_computed_blocks(manager, request, *args, **kwargs)
         retaining = manager.coordinator.single_type_managers[0]
         if num_tokens == 0 or not isinstance(retaining, RetentionManager):

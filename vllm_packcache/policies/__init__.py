@@ -33,9 +33,7 @@ def available() -> dict[str, type[Policy]]:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         policy = entry.load()
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
-            raise TypeError(
-                f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r} is no Policy: {policy!r}"
-            )
+            raise TypeError(f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r} is no Policy: {policy!r}")
         if policies.setdefault(entry.name, policy) is not policy:
             raise ValueError(f"entry point {entry.name!r} of group {ENTRY_POINT_GROUP!r}: the name is in use")
     return policies

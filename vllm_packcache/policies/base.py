@@ -82,9 +82,7 @@ def keep_fraction(blocks: range, fraction: float) -> BlockIndices:
     return spread(blocks, int(np.ceil(fraction * len(blocks) - 1e-9)))
 
 
-def check_range(
-    option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False
-) -> None:
+def check_range(option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False) -> None:
     """Raise a `ValueError` that names ``option`` unless low <= value <= high (low < value if ``open_low``)."""
     too_low = value <= low if open_low else value < low
     no_number = isinstance(value, float) and not math.isfinite(value)

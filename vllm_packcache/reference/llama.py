@@ -198,9 +198,7 @@ class LlamaReference:
             prefix = f"model.layers.{layer}"
             normed = self._norm(hidden, f"{prefix}.input_layernorm")
             queries, keys, values = (
-                linear(normed, weights[f"{prefix}.self_attn.{name}_proj.weight"]).unflatten(
-                    -1, (-1, config.head_dim)
-                )
+                linear(normed, weights[f"{prefix}.self_attn.{name}_proj.weight"]).unflatten(-1, (-1, config.head_dim))
                 for name in ("q", "k", "v")
             )
             cache[layer, 0, start:stop] = keys

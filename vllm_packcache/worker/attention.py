@@ -64,18 +64,14 @@ def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMet
         ) -> Any:
             step = current_step()
             if step is not None:
-                common_attn_metadata = compact_metadata(
-                    common_attn_metadata, step, self.kv_cache_spec.block_size
-                )
+                common_attn_metadata = compact_metadata(common_attn_metadata, step, self.kv_cache_spec.block_size)
             return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
 
     RetainingBuilder.__qualname__ = f"Retaining{base.__qualname__}"
     return RetainingBuilder
 
 
-def compact_metadata(
-    common: CommonAttentionMetadata, step: Step, kernel_block_size: int
-) -> CommonAttentionMetadata:
+def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_size: int) -> CommonAttentionMetadata:
     """``common`` with live blocks and live lengths only.
 
     Slot mapping, positions and the number of tokens stay: where keys are written and what is computed does not

@@ -50,11 +50,7 @@ def compact(step: Step, kernel_block_size: int) -> CompactedBatch:
         kernel_block_size: tokens of a block of the compacted table. It divides the manager's block size: for
             backends that want smaller blocks vLLM splits the manager's block b into b * split + 0, 1, ...
     """
-    rows = [
-        virtual
-        for source, row in enumerate(step.rows)
-        for virtual in _virtual_rows(source, row, step.block_size)
-    ]
+    rows = [virtual for source, row in enumerate(step.rows) for virtual in _virtual_rows(source, row, step.block_size)]
     split = step.block_size // kernel_block_size
     widths = [-(-row.seq_len // kernel_block_size) for row in rows]
     table = np.zeros((len(rows), max(widths)), dtype=np.int32)

@@ -32,13 +32,9 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
         # Warm-up and graph capture run on made-up rows and name no requests.
         step = _step(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
         if step is None:
-            return build_attention_metadata(
-                runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
-            )
+            return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
         with publish(step):
-            return build_attention_metadata(
-                runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
-            )
+            return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
 
     return wrapper
 

@@ -1,0 +1,420 @@
+"""What the package relies on in vLLM: in the installed version, in the next one, and as code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import attention
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from tests.contract.wheels import vllm_sources
+from vllm_packcache import contract, plugin
+from vllm_packcache.config import POLICY_KEY
+from vllm_packcache.contract import RELIANCES, Reliance, check_hooks
+from vllm_packcache.engine.manager import RetentionManager, capping_hits
+from vllm_packcache.engine.spec import RetentionSpec
+from vllm_packcache.worker.attention import retaining_backend
+from vllm_packcache.worker.runner_v1 import publishing_step
+
+NEXT_VERSION = "0.33.0"
+
+each_reliance = pytest.mark.parametrize(
+    "reliance", RELIANCES, ids=lambda reliance: f"{reliance.symbol.replace('.', '-')}: {reliance.name}"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    plugin.register()
+
+
+# --------------------------------------------------------------------------- by reading source
+
+
+@each_reliance
+def test_installed(reliance: Reliance) -> None:
+    check = contract._check(reliance, Path(vllm.__file__).parent)
+    assert check.ok, check.detail
+
+
+@pytest.fixture(scope="module")
+def next_vllm(request: pytest.FixtureRequest) -> Path:
+    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT_VERSION)
+
+
+@each_reliance
+def test_next_version(reliance: Reliance, next_vllm: Path) -> None:
+    check = contract._check(reliance, next_vllm)
+    assert check.ok, f"vLLM {NEXT_VERSION}: {check.detail}"
+
+
+def test_both_versions_are_supported() -> None:
+    supported = plugin.supported_vllm()
+    assert supported.contains(NEXT_VERSION)
+    assert supported.contains(vllm.__version__.split("+")[0])
+    assert plugin.version_error() is None
+
+
+def test_check_hooks_checks_every_reliance() -> None:
+    checks = check_hooks()
+    assert [check.name for check in checks] == [reliance.name for reliance in RELIANCES]
+    assert [check.detail for check in checks if not check.ok] == []
+
+
+# --------------------------------------------------------------------------- the checker can fail
+
+SOURCE = """
+from elsewhere import tool
+
+limit: int = 3
+names = ("a",)
+
+
+class Base:
+    size: int
+
+    def run(self, request, *, count=0):
+        self.prepare(request)
+        outcome = self.work(count)
+        return self.finish(outcome)
+
+
+async def serve(port, /):
+    return port
+"""
+
+RUN = Reliance("run", "engine/core.py", "Base.run", ("request", "count"), ("prepare", "work", "finish"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[[str], Path]:
+    """``tree(source)`` -> the folder of a package whose engine/core.py holds ``source``."""
+
+    def make(source: str) -> Path:
+        # A folder of its own: the checker reads a file once.
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / "engine").mkdir(parents=True)
+        (folder / "engine" / "core.py").write_text(source, encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "reliance",
+    [
+        RUN,
+        replace(RUN, parameters=("self", "request", "count"), exact=True),
+        *(Reliance("symbol", "engine/core.py", name) for name in ("tool", "limit", "names", "Base", "Base.size")),
+        Reliance("coroutine", "engine/core.py", "serve", ("port",), exact=True),
+    ],
+    ids=lambda reliance: reliance.symbol,
+)
+def test_what_is_there_passes(tree: Callable[[str], Path], reliance: Reliance) -> None:
+    check = contract._check(reliance, tree(SOURCE))
+    assert check.ok
+    assert check.detail == f"vllm/engine/core.py: {reliance.symbol}"
+
+
+@pytest.mark.parametrize(
+    ("change", "reliance", "moved"),
+    [
+        pytest.param(
+            ("", ""),
+            replace(RUN, file="engine/gone.py"),
+            "engine/gone.py: Base.run: the file is gone",
+            id="file",
+        ),
+        pytest.param(("def run", "def execute"), RUN, "Base.run is gone", id="method"),
+        pytest.param(("class Base", "class Core"), RUN, "Base.run is gone", id="class"),
+        pytest.param(("size: int", "extent: int"), replace(RUN, symbol="Base.size"), "Base.size is gone", id="field"),
+        pytest.param(("import tool", "import drill"), replace(RUN, symbol="tool"), "tool is gone", id="import"),
+        pytest.param(("count=0", "number=0"), RUN, "Base.run no longer takes count", id="parameter"),
+        pytest.param(
+            ("count=0", "count=0, limit=None"),
+            replace(RUN, parameters=("self", "request", "count"), exact=True),
+            "Base.run takes more than it did: limit",
+            id="new parameter",
+        ),
+        pytest.param(
+            ("self.work(count)", "count"), RUN, "Base.run no longer uses work, or in another order", id="call"
+        ),
+        pytest.param(
+            (
+                "self.prepare(request)\n        outcome = self.work(count)",
+                "outcome = self.work(count)\n        self.prepare(request)",
+            ),
+            RUN,
+            "Base.run no longer uses work, or in another order",
+            id="order",
+        ),
+    ],
+)
+def test_what_moved_is_named(
+    tree: Callable[[str], Path], change: tuple[str, str], reliance: Reliance, moved: str
+) -> None:
+    assert change[0] in SOURCE
+    check = contract._check(reliance, tree(SOURCE.replace(*change)))
+    assert not check.ok
+    assert check.detail.startswith("vllm/engine/")
+    assert check.detail.endswith(moved)
+
+
+def test_an_empty_folder_fails_every_check(tmp_path: Path) -> None:
+    assert not any(check.ok for check in check_hooks(tmp_path))
+
+
+def test_no_reliance_is_stated_twice() -> None:
+    statements = [(reliance.file, reliance.symbol) for reliance in RELIANCES]
+    assert len(set(statements)) == len(statements)
+
+
+# --------------------------------------------------------------------------- what the plugin wraps
+
+
+def wrapped_in_source() -> Iterator[tuple[str, str]]:
+    """(owner, name) of every ``_wrap(owner, "name", ...)`` in the plugin."""
+    for node in ast.walk(ast.parse(inspect.getsource(plugin))):
+        match node:
+            case ast.Call(func=ast.Name(id="_wrap"), args=[ast.Name(id=owner), ast.Constant(value=str(name)), *_]):
+                yield owner, name
+
+
+WRAPPED = sorted(wrapped_in_source())
+OWNERS: dict[str, type | ModuleType] = {
+    "EngineArgs": EngineArgs,
+    "InputProcessor": InputProcessor,
+    "KVCacheManager": KVCacheManager,
+    "attention": attention,
+    "GPUModelRunner": GPUModelRunner,
+}
+
+
+def original(owner: str, name: str) -> Any:
+    """vLLM's own function behind the wrapper."""
+    value = vars(OWNERS[owner])[name]
+    return vars(getattr(value, "__func__", value))[plugin._INSTALLED]
+
+
+@pytest.mark.parametrize(("owner", "name"), WRAPPED)
+def test_every_wrapper_has_a_reliance(owner: str, name: str) -> None:
+    module = inspect.getmodule(OWNERS[owner])
+    assert module is not None
+    file = module.__name__.removeprefix("vllm.").replace(".", "/") + ".py"
+    symbol = name if isinstance(OWNERS[owner], ModuleType) else f"{owner}.{name}"
+    assert (file, symbol) in {(reliance.file, reliance.symbol) for reliance in RELIANCES}
+
+
+def test_installed_hooks_are_the_wrappers() -> None:
+    assert sorted(plugin.installed_hooks()) == sorted(
+        [
+            "EngineArgs.add_cli_args",
+            "EngineArgs.create_engine_config",
+            "EngineArgs.from_cli_args",
+            "GPUModelRunner._build_attention_metadata",
+            "InputProcessor.process_inputs",
+            "KVCacheManager.get_computed_blocks",
+            "vllm.model_executor.layers.attention.attention.get_attn_backend",
+        ]
+    )
+    assert len(plugin.installed_hooks()) == len(WRAPPED)
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = [vars(OWNERS[owner])[name] for owner, name in WRAPPED]
+    plugin.register()
+    plugin.register()
+    assert [vars(OWNERS[owner])[name] for owner, name in WRAPPED] == before
+    for owner, name in WRAPPED:
+        assert not hasattr(original(owner, name), plugin._INSTALLED), f"{owner}.{name} is wrapped twice"
+
+
+@pytest.mark.parametrize(("owner", "name"), WRAPPED)
+def test_a_wrapper_looks_like_what_it_wraps(owner: str, name: str) -> None:
+    value = vars(OWNERS[owner])[name]
+    function = getattr(value, "__func__", value)
+    assert inspect.signature(function) == inspect.signature(original(owner, name))
+    assert function.__name__ == name
+    # EngineArgs.add_cli_args is static, from_cli_args a class method: they stay so.
+    kinds = {("EngineArgs", "add_cli_args"): staticmethod, ("EngineArgs", "from_cli_args"): classmethod}
+    expected = kinds.get((owner, name))
+    assert type(value) is expected if expected else inspect.isfunction(value)
+
+
+def accepts(function: Callable[..., Any], *args: str, **kwargs: str) -> None:
+    """Fail unless ``function`` can be called so."""
+    inspect.signature(function).bind(*args, **kwargs)
+
+
+def test_the_originals_can_be_called_as_the_plugin_calls_them() -> None:
+    accepts(original("EngineArgs", "add_cli_args"), "parser")
+    accepts(original("EngineArgs", "from_cli_args"), "cls", "args")
+    accepts(original("EngineArgs", "create_engine_config"), "engine_args")
+    accepts(original("InputProcessor", "process_inputs"), "processor", "id", "prompt", "params", "tasks")
+    accepts(original("KVCacheManager", "get_computed_blocks"), "manager", "request")
+    accepts(
+        original("GPUModelRunner", "_build_attention_metadata"),
+        "runner",
+        num_tokens="",
+        num_reqs="",
+        max_query_len="",
+        num_scheduled_tokens="",
+    )
+    accepts(KVCacheManager.truncate_computed_blocks, "manager", "blocks", "num_tokens")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "args", "kwargs"),
+    [
+        # The next version gives get_computed_blocks an upper bound besides.
+        pytest.param(capping_hits, ("request", 7), {}, id="capping_hits"),
+        pytest.param(capping_hits, ("request",), {"max_cache_hit_length": 7}, id="capping_hits by name"),
+        pytest.param(publishing_step, (1, 2, 3), {"num_scheduled_tokens": None, "new": 1}, id="publishing_step"),
+    ],
+)
+def test_arguments_that_a_wrapper_does_not_know_reach_the_original(
+    wrap: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    calls = []
+
+    def function(owner: Any, *args: Any, **kwargs: Any) -> tuple[None, int, int]:
+        calls.append((args, kwargs))
+        return None, 0, 0
+
+    owner = SimpleNamespace(
+        coordinator=SimpleNamespace(single_type_managers=[None]),
+        vllm_config=SimpleNamespace(additional_config={}),
+    )
+    wrap(function)(owner, *args, **kwargs)
+    assert calls == [(args, kwargs)]
+
+
+# --------------------------------------------------------------------------- what the package overrides
+
+
+def overridden() -> Iterator[tuple[type, type, str]]:
+    """(ours, vLLM's, name) of every method of vLLM's that a class of ours replaces."""
+    backend = retaining_backend(CPUAttentionBackend, lambda spec: spec)
+    classes: list[tuple[type, type]] = [
+        (RetentionManager, FullAttentionManager),
+        (RetentionSpec, FullAttentionSpec),
+        (backend, AttentionBackend),
+        (backend.get_builder_cls(), AttentionMetadataBuilder),
+    ]
+    for ours, base in classes:
+        for name, value in vars(ours).items():
+            function = getattr(value, "__func__", value)
+            defined_here = getattr(function, "__module__", "").startswith("vllm_packcache")
+            if inspect.isfunction(function) and defined_here and hasattr(base, name) and name[:2] != "__":
+                yield ours, base, name
+
+
+OVERRIDDEN = list(overridden())
+
+
+def test_the_overrides_are_found() -> None:
+    assert {name for *_, name in OVERRIDDEN} == {
+        "build",
+        "cache_blocks",
+        "customize_spec",
+        "get_builder_cls",
+        "get_cudagraph_support",
+        "merge",
+        "pop_blocks_for_free",
+        "remove_skipped_blocks",
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "name"), OVERRIDDEN, ids=[f"{ours.__name__}.{n}" for ours, _, n in OVERRIDDEN]
+)
+def test_an_override_takes_what_the_method_takes(ours: type, base: type, name: str) -> None:
+    shapes = []
+    for owner in (ours, base):
+        parameters = inspect.signature(getattr(owner, name)).parameters.values()
+        shapes.append([(p.name, p.kind, p.default) for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD])
+    assert shapes[0] == shapes[1]
+    symbols = {reliance.symbol for reliance in RELIANCES if reliance.exact and reliance.symbol.endswith(f".{name}")}
+    assert symbols & {f"{owner.__name__}.{name}" for owner in base.__mro__}, "no reliance with these parameters"
+
+
+def test_every_field_of_the_metadata_is_known() -> None:
+    """A new field may be one value a request: compaction must follow it, or it describes the wrong rows."""
+    replaced = {
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "is_prefilling",
+        "req_idx",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
+    }
+    by_token = {
+        "num_actual_tokens",
+        "slot_mapping",
+        "positions",
+        "logits_indices_padded",
+        "num_logits_indices",
+    }
+    # Of models and options that start-up refuses: a plain decoder has none of them.
+    refused = {
+        "causal",
+        "max_logits_per_req",
+        "encoder_seq_lens",
+        "encoder_seq_lens_cpu",
+        "dcp_local_seq_lens",
+        "dcp_local_seq_lens_cpu_upper_bound",
+        "mm_req_doc_ranges",
+        "rswa_prefix_lens",
+        "replayssm_decode_base_cpu",
+    }
+    assert {field.name for field in fields(CommonAttentionMetadata)} == replaced | by_token | refused
+
+
+# --------------------------------------------------------------------------- the backend of a layer
+
+
+def chosen_backend(config: VllmConfig) -> tuple[type, type]:
+    """What vLLM chooses for a layer, and what the wrapper makes of it."""
+    arguments = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto"}
+    with set_current_vllm_config(config):
+        return original("attention", "get_attn_backend")(**arguments), attention.get_attn_backend(**arguments)
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"another_plugin": 1}, {POLICY_KEY: None}], ids=repr)
+def test_switched_off_the_backend_is_vllms_own(additional_config: dict[str, Any]) -> None:
+    stock, chosen = chosen_backend(VllmConfig(additional_config=additional_config))
+    assert chosen is stock
+
+
+def test_switched_on_the_layers_of_a_model_get_one_class() -> None:
+    chosen = set()
+    for _ in range(2):
+        # Each layer reads the configuration anew.
+        stock, backend = chosen_backend(VllmConfig(additional_config={POLICY_KEY: "packcache"}))
+        assert backend is not stock
+        assert issubclass(backend, stock)
+        chosen.add(backend)
+    assert len(chosen) == 1

@@ -1,0 +1,262 @@
+"""The retention manager inside vLLM's real KV cache manager: prefix hits, frees, memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.harness import BLOCK, Harness, prompt, video_options
+from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
+
+FRAME = 18
+# Four whole blocks and two tokens: the fifth is shared with frame 0.
+CONDITION = 4 * BLOCK + 2
+
+PACKCACHE = ServerConfig.parse("packcache", {"history_frames": 1.0, "window": 2})
+SLIDING_WINDOW = ServerConfig.parse("sliding_window", {"window": 1})
+ATTENTION_SINK = ServerConfig.parse("attention_sink", {"sink_tokens": 4, "recent_tokens": 9})
+FULL = ServerConfig.parse("full")
+OPTED_OUT = {**video_options(FRAME), f"{REQUEST_PREFIX}policy": "full"}
+
+
+def harness(config: ServerConfig = PACKCACHE, *, enable_caching: bool = True, num_blocks: int = 400) -> Harness:
+    return Harness(config, enable_caching=enable_caching, num_blocks=num_blocks)
+
+
+def tokens_before(frame: int, condition: int = CONDITION) -> int:
+    return condition + frame * FRAME
+
+
+# --------------------------------------------------------------------------- prefix hits
+
+
+@pytest.mark.parametrize("first", ["text", "opted out", "video"])
+def test_a_hit_of_a_video_covers_the_whole_blocks_of_its_condition_and_nothing_else(first: str) -> None:
+    kv = harness()
+    length = tokens_before(3)
+    token_ids = prompt(0, length)
+    extra = {"text": None, "opted out": OPTED_OUT, "video": video_options(FRAME, CONDITION)}[first]
+    writer = kv.add(token_ids, extra)
+    kv.run(writer, length)
+    reader = kv.add(token_ids, video_options(FRAME, CONDITION))
+
+    assert kv.admit(reader, 64) == CONDITION // BLOCK * BLOCK
+
+    kv.check()
+    shared = kv.blocks(reader)[: CONDITION // BLOCK]
+    assert shared == kv.blocks(writer)[: CONDITION // BLOCK]
+    assert {block.ref_cnt for block in shared} == {2}
+    kv.check_empty()
+
+
+def test_a_condition_that_ends_with_a_block_is_hit_whole() -> None:
+    kv = harness()
+    condition = 5 * BLOCK
+    length = tokens_before(2, condition)
+    kv.run(kv.add(prompt(0, length), None), length)
+    reader = kv.add(prompt(0, length), video_options(FRAME, condition))
+    assert kv.admit(reader, 64) == condition
+    kv.check()
+
+
+def test_a_condition_below_one_block_is_never_hit() -> None:
+    kv = harness()
+    length = tokens_before(2, 3)
+    kv.run(kv.add(prompt(0, length), None), length)
+    reader = kv.add(prompt(0, length), video_options(FRAME, 3))
+    assert kv.admit(reader, 64) == 0
+    kv.check()
+
+
+def test_two_samples_of_one_prompt_share_it() -> None:
+    # The prompt is the condition; vLLM computes its last token anew, so a whole last block is left out.
+    for length, hit in ((CONDITION, CONDITION // BLOCK * BLOCK), (4 * BLOCK, 3 * BLOCK)):
+        kv = harness()
+        first = kv.add(prompt(0, length), video_options(FRAME))
+        kv.run(first, tokens_before(4, length))
+        second = kv.add(prompt(0, length), video_options(FRAME))
+        assert kv.admit(second, 64) == hit
+        kv.run(second, tokens_before(4, length))
+        kv.check()
+        kv.check_empty()
+
+
+def test_a_hit_outlives_the_request_that_wrote_it() -> None:
+    kv = harness()
+    first = kv.add(prompt(0, CONDITION), video_options(FRAME))
+    kv.run(first, tokens_before(6))
+    kv.end(first)
+    second = kv.add(prompt(0, CONDITION), video_options(FRAME))
+    assert kv.admit(second, 64) == CONDITION // BLOCK * BLOCK
+    kv.check()
+
+
+def test_text_hits_the_condition_of_a_video_but_none_of_its_frames() -> None:
+    kv = harness(FULL)
+    length = tokens_before(4)
+    # The full policy drops nothing, and a video under it is a stock request: it may be shared whole.
+    kv.run(kv.add(prompt(0, length), video_options(FRAME, CONDITION)), length)
+    assert kv.admit(kv.add(prompt(0, length + 1), None), 64) == length // BLOCK * BLOCK
+
+    for config in (PACKCACHE, SLIDING_WINDOW, ATTENTION_SINK):
+        kv = harness(config)
+        kv.run(kv.add(prompt(0, length), video_options(FRAME, CONDITION)), length)
+        text = kv.add(prompt(0, length + 1), None)
+        assert kv.admit(text, 64) == CONDITION // BLOCK * BLOCK
+        kv.run(text, length + 1)
+        kv.check()
+        kv.check_empty()
+
+
+def test_a_dropped_block_of_the_condition_stays_with_whoever_shares_it() -> None:
+    kv = harness(ATTENTION_SINK)
+    options = video_options(FRAME)
+    first, second = (kv.add(prompt(0, CONDITION), options) for _ in range(2))
+    kv.run(first, CONDITION + 1)
+    kv.run(second, CONDITION + 1)
+    shared = kv.blocks(second)[: CONDITION // BLOCK]
+    # The sink keeps one block of the condition; the first video moves on, the second stays.
+    kv.run(first, tokens_before(3))
+    assert kv.held(first)[0] == 0
+    assert 1 in kv.evictions(first)
+    assert kv.blocks(second)[: CONDITION // BLOCK] == shared
+    kv.check()
+    kv.check_empty()
+
+
+def test_without_prefix_caching_nothing_is_hashed_and_the_same_is_freed() -> None:
+    evictions = []
+    for enable_caching in (True, False):
+        kv = harness(enable_caching=enable_caching)
+        video = kv.add(prompt(0, CONDITION), video_options(FRAME))
+        kv.run(video, tokens_before(5))
+        evictions.append(kv.evictions(video))
+        hashed = [block for block in kv.pool.blocks if block.block_hash is not None]
+        assert bool(hashed) == enable_caching
+        again = kv.add(prompt(0, CONDITION), video_options(FRAME))
+        assert kv.admit(again, 64) == (CONDITION // BLOCK * BLOCK if enable_caching else 0)
+        kv.check_empty()
+    assert evictions[0] == evictions[1] != []
+
+
+# --------------------------------------------------------------------------- what is freed, and when
+
+
+def test_requests_that_keep_their_whole_cache_lose_nothing() -> None:
+    kv = harness()
+    text = kv.add(prompt(0, 30))
+    opted_out = kv.add(prompt(1, 30), OPTED_OUT)
+    for request in (text, opted_out):
+        kv.run(request, tokens_before(8))
+        assert kv.evictions(request) == []
+    kv.check()
+
+
+def test_a_chunk_over_several_frames_frees_nothing_that_it_reads() -> None:
+    # One chunk takes in the condition and four frames; the queries of frame 1 still read all of frame 0.
+    kv = harness()
+    video = kv.add(prompt(0, tokens_before(4)), video_options(FRAME, CONDITION))
+    assert kv.admit(video, 4096) == 0
+    assert kv.evictions(video) == []
+    kv.check()
+    # Its output is processed, the next token is asked for: now all that went by is let go at once.
+    kv.step(video, 1)
+    kv.step(video, 1)
+    assert video.retention is not None
+    assert kv.held(video) == video.retention.live_blocks(tokens_before(4) + 2).tolist()
+    assert kv.evictions(video) != []
+    kv.check()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_blocks_go_when_the_last_step_that_reads_them_has_been_processed(lag: int) -> None:
+    kv = harness(SLIDING_WINDOW)
+    video = kv.add(prompt(0, CONDITION), video_options(FRAME))
+    freed_at = {}
+    kv.run(video, CONDITION)
+    while video.request.num_computed_tokens < tokens_before(3):
+        kv.step(video, 1, lag)
+        kv.check()
+        for index in kv.evictions(video):
+            freed_at.setdefault(index, video.request.num_computed_tokens)
+    # Frame 0 goes when frame 2 begins: with the step for its first token, or later by the steps in flight.
+    frame_0 = range(-(-CONDITION // BLOCK), tokens_before(1) // BLOCK)
+    assert freed_at == dict.fromkeys(frame_0, tokens_before(2) + 1 + lag)
+
+
+def test_a_preempted_request_replays_the_same_evictions() -> None:
+    for config in (PACKCACHE, SLIDING_WINDOW, ATTENTION_SINK):
+        kv = harness(config)
+        video = kv.add(prompt(0, CONDITION), video_options(FRAME))
+        kv.run(video, tokens_before(6) + 3, lag=2)
+        evictions = kv.evictions(video)
+        assert evictions
+        kv.preempt(video)
+        kv.check()
+        # Replayed in chunks of another size, output tokens and all.
+        kv.run(video, tokens_before(6) + 3, chunk=7)
+        assert kv.evictions(video) == evictions
+        kv.check()
+        kv.check_empty()
+
+
+def test_a_request_that_finds_no_room_leaves_nothing_behind() -> None:
+    kv = harness(num_blocks=8)
+    video = kv.add(prompt(0, 100), video_options(FRAME, CONDITION))
+    assert kv.admit(video, 100) is None
+    kv.check()
+    kv.check_empty()
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def test_a_video_holds_as_much_at_frame_100_as_at_frame_10() -> None:
+    for config, boundaries in ((PACKCACHE, 3), (SLIDING_WINDOW, 2), (ATTENTION_SINK, 2)):
+        kv = harness(config)
+        video = kv.add(prompt(0, CONDITION), video_options(FRAME))
+        held = []
+        for frame in (10, 100):
+            kv.run(video, tokens_before(frame) + FRAME // 2)
+            held.append(len(kv.held(video)))
+        # Frames are no multiple of a block: each boundary between kept frames falls differently.
+        assert abs(held[1] - held[0]) <= boundaries
+        kv.check()
+        kv.check_empty()
+
+
+def test_a_pool_for_the_live_blocks_serves_a_video_of_any_length() -> None:
+    # 100 frames are 450 blocks; without freeing, 40 blocks would not do.
+    kv = harness(num_blocks=40)
+    video = kv.add(prompt(0, CONDITION), video_options(FRAME))
+    kv.run(video, tokens_before(100), chunk=FRAME)
+    kv.check()
+
+
+@pytest.mark.parametrize("enable_caching", [True, False])
+def test_nothing_is_remembered_of_requests_that_have_ended(enable_caching: bool) -> None:
+    kv = harness(enable_caching=enable_caching)
+    for index in range(30):
+        request = kv.add(prompt(index % 3, CONDITION), video_options(FRAME) if index % 3 else None)
+        kv.run(request, tokens_before(index % 4) + 1, lag=index % 3)
+        if index % 2:
+            kv.preempt(request)
+        else:
+            # Finished: the last output is processed, and its tokens cached, before the blocks are freed.
+            while request.in_flight:
+                kv.process(request)
+        kv.end(request)
+        assert not kv.manager._videos
+    kv.check_empty()
+
+
+def test_a_request_id_that_comes_again_starts_anew() -> None:
+    kv = harness()
+    first = kv.add(prompt(0, CONDITION), video_options(FRAME))
+    kv.run(first, tokens_before(5))
+    kv.end(first)
+    second = kv.add(prompt(1, CONDITION), None)
+    second.request.request_id = first.request.request_id
+    kv.served = {second.request.request_id: second}
+    kv.run(second, tokens_before(5))
+    assert kv.evictions(second) == []
+    kv.check()

@@ -1,0 +1,75 @@
+"""The KV cache spec that carries the configuration from the workers to the engine core."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from tests.engine.harness import stock_spec
+from vllm_packcache.config import ServerConfig
+from vllm_packcache.engine.manager import RetentionManager
+from vllm_packcache.engine.spec import RetentionSpec
+
+CONFIGS = [
+    ServerConfig.parse("packcache", {"history_frames": 3, "layout": {"grid": [4, 6], "row_end_tokens": 1}}),
+    ServerConfig.parse("packcache", {"layout": {"tokens_per_frame": 4084, "condition_image_tokens": 12}}),
+    ServerConfig.parse("sliding_window", {"window": 7}),
+    ServerConfig.parse("attention_sink"),
+    ServerConfig.parse("full"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_the_configuration_arrives_as_it_was_sent(config: ServerConfig) -> None:
+    spec = RetentionSpec.retaining(stock_spec(), config)
+    assert isinstance(spec, RetentionSpec)
+    received = pickle.loads(pickle.dumps(spec))
+    assert received == spec
+    assert hash(received) == hash(spec)
+    assert received.server_config == config
+
+
+def test_the_spec_is_the_stock_one_in_every_other_respect() -> None:
+    stock = stock_spec(32, head_size_v=16, dtype=torch.bfloat16, dcp_sharded=False, non_causal=True)
+    spec = RetentionSpec.retaining(stock, CONFIGS[0])
+    assert isinstance(spec, FullAttentionSpec)
+    for name in stock.__dataclass_fields__:
+        assert getattr(spec, name) == getattr(stock, name)
+    assert spec.page_size_bytes == stock.page_size_bytes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64),
+        MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_what_is_no_plain_full_attention_is_left_alone(spec: KVCacheSpec) -> None:
+    assert RetentionSpec.retaining(spec, CONFIGS[0]) is spec
+
+
+def test_layers_merge_into_one_spec_with_the_same_configuration() -> None:
+    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0])
+    assert RetentionSpec.merge([spec, spec, spec]) == spec
+
+
+def test_layers_with_different_policies_do_not_merge() -> None:
+    specs = [RetentionSpec.retaining(stock_spec(), config) for config in CONFIGS[:2]]
+    with pytest.raises(AssertionError, match="different policies"):
+        RetentionSpec.merge(specs)
+
+
+def test_the_registry_finds_our_manager_and_still_the_stock_ones() -> None:
+    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0])
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
+    assert KVCacheSpecRegistry.get_manager_class(spec) is RetentionManager
+    assert KVCacheSpecRegistry.get_manager_class(stock_spec()) is FullAttentionManager
+    assert KVCacheSpecRegistry.get_manager_class(window) is SlidingWindowManager
+    assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
