@@ -142,7 +142,7 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance("request: the error that becomes HTTP 400", "exceptions.py", "VLLMValidationError", ()),
     *(
         Reliance("request: what arrives", "v1/engine/__init__.py", f"EngineCoreRequest.{field}")
-        for field in ("prompt_token_ids", "prompt_embeds", "sampling_params")
+        for field in ("prompt_token_ids", "prompt_embeds", "sampling_params", "resumable")
     ),
     Reliance("request: its options", "sampling_params.py", "SamplingParams.extra_args"),
     Reliance(

@@ -164,7 +164,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill",
-            "it leaves out queries that freed blocks depend on",
+            "it runs some layers on fewer rows than the block tables have",
         ),
     )
     for given, option, reason in option_reasons:
@@ -199,7 +199,10 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
-            title="PackCache", description="KV cache policy for autoregressive video models (vllm-packcache)."
+            title="PackCache",
+            # Plain `vllm serve --help` shows only this of a group.
+            description=f"{POLICY_FLAG}, {CONFIG_FLAG}: KV cache policy for autoregressive video models "
+            "(vllm-packcache).",
         )
         group.add_argument(
             POLICY_FLAG,
@@ -236,6 +239,11 @@ def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         given = {key: value for key, value in flags.items() if value is not None}
         if given:
             engine_args.additional_config = {**(engine_args.additional_config or {}), **given}
+            try:
+                ServerConfig.from_additional_config(engine_args.additional_config)
+            except ConfigError as error:
+                # Typed on a command line: the sentence, without a traceback above it.
+                raise SystemExit(f"error: {error}") from None
         return engine_args
 
     return wrapper
@@ -267,9 +275,14 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
             return request
         prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
         try:
-            config.plan(request.sampling_params.extra_args, len(prompt))
+            plan = config.plan(request.sampling_params.extra_args, len(prompt))
         except ConfigError as error:
             raise VLLMValidationError(str(error)) from None
+        if plan is not None and request.resumable:
+            raise VLLMValidationError(
+                f"a session with streamed input cannot be a video, because its condition would grow: leave the "
+                f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
+            )
         return request
 
     return wrapper

@@ -191,3 +191,14 @@ def test_bad_flags(flags: tuple[str, ...], sentence: str, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", "x", *flags])
     assert sentence in capsys.readouterr().err
+
+
+def test_bad_configuration_on_the_command_line_is_one_sentence(checkpoint: Path) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", str(checkpoint), "--kv-cache-policy", "packcache", "--kv-cache-policy-config", '{"window": 0}']
+    with pytest.raises(SystemExit, match=r"^error: kv_cache_policy_config: window must be 1 or more"):
+        AsyncEngineArgs.from_cli_args(parser.parse_args(flags))
