@@ -79,23 +79,28 @@ def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_s
     """
     batch = compact(step, kernel_block_size)
     device = common.block_table_tensor.device
-    query_start_loc = torch.from_numpy(batch.query_start_loc)
     seq_lens = torch.from_numpy(batch.seq_lens)
-    source_rows = torch.from_numpy(batch.source_rows)
+    compacted = replace(
+        common,
+        seq_lens=seq_lens.to(device, non_blocking=True),
+        seq_lens_cpu_upper_bound=seq_lens,
+        max_seq_len=int(batch.seq_lens.max()),
+        block_table_tensor=torch.from_numpy(batch.block_table).to(device, non_blocking=True),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+    if len(batch.seq_lens) == common.num_reqs:
+        # Decoding, as a rule: no chunk spans frames, and the queries are those of the requests.
+        return compacted
+    query_start_loc = torch.from_numpy(batch.query_start_loc)
     query_lens = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
     is_prefilling = common.is_prefilling
     return replace(
-        common,
+        compacted,
         query_start_loc=query_start_loc.to(device, non_blocking=True),
         query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens.to(device, non_blocking=True),
-        seq_lens_cpu_upper_bound=seq_lens,
         num_reqs=len(batch.seq_lens),
         max_query_len=int(query_lens.max()),
-        max_seq_len=int(batch.seq_lens.max()),
-        block_table_tensor=torch.from_numpy(batch.block_table).to(device, non_blocking=True),
-        is_prefilling=None if is_prefilling is None else is_prefilling[source_rows],
+        is_prefilling=None if is_prefilling is None else is_prefilling[torch.from_numpy(batch.source_rows)],
         req_idx=None if common.req_idx is None else common.req_idx[batch.source_rows],
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
     )

@@ -56,11 +56,14 @@ def compact(step: Step, kernel_block_size: int) -> CompactedBatch:
     table = np.zeros((len(rows), max(widths)), dtype=np.int32)
     for target, row, width in zip(table, rows, widths, strict=True):
         blocks = step.block_table[row.source]
-        live = np.concatenate([blocks[row.past], blocks[row.tail_start : row.tail_stop]])
-        if split > 1:
-            live = (live[:, None] * split + np.arange(split)).ravel()
-        # The last of the manager's blocks may be filled so little that not all its parts hold tokens.
-        target[:width] = live[:width]
+        if split == 1:
+            past = len(row.past)
+            blocks.take(row.past, out=target[:past])
+            target[past:width] = blocks[row.tail_start : row.tail_stop]
+        else:
+            live = np.concatenate([blocks[row.past], blocks[row.tail_start : row.tail_stop]])
+            # The last of the manager's blocks may be filled so little that not all its parts hold tokens.
+            target[:width] = (live[:, None] * split + np.arange(split)).ravel()[:width]
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([row.queries for row in rows], out=starts[1:])
     return CompactedBatch(

@@ -1,0 +1,166 @@
+"""The command works at a small size: everything is there, and what is counted, not timed, is exact."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vllm_packcache.bench import decode
+from vllm_packcache.bench.engine_process import EngineFailed, EngineProcess, EngineSettings
+from vllm_packcache.bench.model import write_model
+
+ENGINES = {"full", "short", "packcache", "opt_out"}
+TIMED = ["full / packcache", "packcache / short", "opt_out / full", "frame 30 / frame 10"]
+COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What `run` returns, what it writes and what it prints."""
+    path = tmp_path_factory.mktemp("bench") / "new" / "decode.json"
+    environment = dict(os.environ)
+    console = Console(file=io.StringIO(), width=80)
+    result = decode.run(path, quick=True, console=console)
+    assert os.environ == environment
+    assert isinstance(console.file, io.StringIO)
+    return result, json.loads(path.read_text(encoding="utf-8")), console.file.getvalue()
+
+
+def test_json_is_what_run_returns(measured):
+    result, written, _ = measured
+    assert json.loads(json.dumps(result)) == written
+
+
+def test_json_says_how_to_repeat_it(measured):
+    _, written, _ = measured
+    assert written["quick"] is True
+    assert set(written["versions"]) == {"python", "torch", "vllm", "vllm_packcache"}
+    assert all(written["versions"].values())
+    assert written["machine"]["cpu"]
+    assert written["machine"]["threads_per_engine"] == decode.THREADS
+    assert written["model"]["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
+    assert written["policy"] == {
+        "name": "packcache",
+        "history_frames": 2.0,
+        "window": 4,
+        "decay": 0.5,
+        "gamma_text": 1.0,
+        "gamma_condition": 1.0,
+    }
+    assert written["command"]
+
+
+def test_every_target_is_there(measured):
+    targets = measured[1]["targets"]
+    assert [target["ratio"] for target in targets] == TIMED + COUNTED
+    assert all(("at_least" in target) != ("at_most" in target) for target in targets)
+    assert all(target["met"] is None for target in targets[: len(TIMED)]), "times of a quick run are not judged"
+    assert all(target["met"] is True for target in targets[len(TIMED) :])
+
+
+def test_full_run_judges_times(measured):
+    targets = decode._targets(measured[1] | {"quick": False})
+    assert all(isinstance(target["met"], bool) for target in targets)
+    assert not decode._target("x", 3.6, at_least=3.7)["met"]
+    assert decode._target("x", 3.7, at_least=3.7)["met"]
+    assert decode._target("x", 1.05, at_most=1.05)["met"]
+    assert not decode._target("x", 1.06, at_most=1.05)["met"]
+
+
+def test_ratios_are_those_of_the_samples(measured):
+    last = measured[1]["last_frame"]
+    for place, clock in itertools.product(last["places"].values(), decode.CLOCKS):
+        samples = place[clock]
+        assert set(samples) == ENGINES
+        assert all(len(own) == decode.QUICK.rounds and min(own) > 0 for own in samples.values())
+        for name, (above, below) in decode.RATIOS.items():
+            summary = place["ratios"][name][clock]
+            pairs = zip(samples[above], samples[below], strict=True)
+            assert summary["samples"] == [a / b for a, b in pairs]
+            assert 0 < summary["min"] <= summary["quartiles"][0] <= summary["median"]
+            assert summary["median"] <= summary["quartiles"][1] <= summary["max"] < math.inf
+    for ratio, clock in itertools.product(last["ratios"].values(), decode.CLOCKS):
+        assert len(ratio[clock]["samples"]) == decode.QUICK.rounds
+    late_by_early = measured[1]["early_and_late_frame"]["ratios"]["late / early"]
+    assert len(late_by_early["cpu_seconds"]["samples"]) == 2 * (131 // 32 - 1)
+
+
+def test_opt_out_samples_the_tokens_of_stock_vllm(measured):
+    assert measured[1]["checks"]["tokens of opt_out equal those of full"] is True
+
+
+def test_blocks_in_use_are_those_that_retention_decides(measured):
+    assert measured[1]["checks"]["blocks in use are those that retention decides"] is True
+
+
+def test_short_is_as_long_as_what_packcache_reads(measured):
+    # A budget of 2 x 197 tokens at 1/2, 1/4, 1/8, 1/8: frames of 197, 98, 49 and 49 tokens, in blocks of 32;
+    # the 197 of the last one reach into seven blocks.
+    plan = decode.QUICK
+    for place in measured[1]["last_frame"]["places"].values():
+        blocks = place["blocks_at_the_end"]
+        assert blocks["packcache"] == blocks["short"] == math.ceil((place["live_tokens"] + plan.span) / 32)
+        assert blocks["full"] == blocks["opt_out"] == math.ceil((place["prompt_tokens"] + plan.span) / 32)
+    start = measured[1]["last_frame"]["places"]["start"]
+    assert start["prompt_tokens"] == 70 + 12 * 197
+    tail = start["prompt_tokens"] % 32
+    condition, history = 3, 7 + 4 + 2 + 2
+    assert start["live_tokens"] == (condition + history) * 32 + tail
+
+
+def test_peak_blocks_do_not_grow(measured):
+    growth, generated = measured[1]["early_and_late_frame"], measured[1]["generated"]
+    for run in (growth, generated):
+        assert run["blocks_as_decided"] is True
+        assert abs(run["peak_blocks"]["late"] - run["peak_blocks"]["early"]) <= 6
+    assert growth["peak_blocks"]["early"] * 32 < growth["prompt_tokens"]["early"]
+    assert generated["peak_blocks"]["late"] >= generated["peak_blocks"]["early"]
+
+
+def test_table_shows_every_ratio_and_check(measured):
+    result, _, printed = measured
+    for name in TIMED + COUNTED + list(result["checks"]):
+        assert name in printed
+    assert printed.count("n/a") == len(TIMED)
+    assert "MISSED" not in printed
+
+
+@pytest.mark.parametrize("plan", [decode.FULL, decode.QUICK])
+def test_places_lie_in_the_last_frame(plan):
+    starts = list(plan.places.values())
+    assert starts[0] == 0
+    assert starts[-1] + plan.span == plan.tokens_per_frame
+    assert all(earlier < later for earlier, later in itertools.pairwise(starts))
+    assert plan.tokens_per_frame % decode.BLOCK_SIZE != 0
+    assert plan.rounds % 2 == 0, "with an odd number of rounds one order comes more often than the other"
+
+
+def test_full_geometry_is_the_papers():
+    plan = decode.FULL
+    assert (plan.condition_tokens, plan.tokens_per_frame, plan.frames) == (272, 4084, 13)
+    assert plan.retention(4084).layout.frame_start(13) - plan.condition_tokens == 53_092
+
+
+def test_failure_of_an_engine_is_told(tmp_path):
+    settings = EngineSettings(
+        model=str(tmp_path / "model"),
+        dtype="float32",
+        block_size=32,
+        kv_cache_memory_bytes=1,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+        threads=1,
+        plugin=False,
+    )
+    write_model(tmp_path / "model", decode.QUICK.model, 64, seed=0)
+    engine = EngineProcess("small", settings, tmp_path / "log")
+    with pytest.raises(EngineFailed, match=r"engine 'small' failed(?s:.)*Error"):
+        engine.answer()
+    engine.close()

@@ -1,0 +1,269 @@
+"""One vLLM engine in a process of its own, driven step by step.
+
+A comparison keeps several engines alive and lets one of them compute at a time, so that whatever else the
+machine does hits all of them alike. The engine core runs in the same process: a step is one call, and the
+block pool can be looked at after each.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+LOG_TAIL = 4000
+"""Characters of an engine's output that are shown when it fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine is made of; the engines of one comparison differ in ``plugin`` only.
+
+    Args:
+        model: folder of the model.
+        dtype: of weights and KV cache.
+        block_size: tokens of a KV-cache block.
+        kv_cache_memory_bytes: size of the KV cache.
+        max_model_len: longest sequence.
+        max_num_batched_tokens: longest prefill chunk.
+        threads: OpenMP threads.
+        plugin: whether the plugin is loaded, with policy ``packcache`` switched on. Without it no plugin is
+            loaded at all.
+    """
+
+    model: str
+    dtype: str
+    block_size: int
+    kv_cache_memory_bytes: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    threads: int
+    plugin: bool
+
+    def engine_args(self) -> dict[str, Any]:
+        """Arguments of ``vllm.EngineArgs``."""
+        return {
+            "model": self.model,
+            "skip_tokenizer_init": True,
+            "dtype": self.dtype,
+            "seed": 0,
+            "block_size": self.block_size,
+            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_num_seqs": 1,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "additional_config": {"kv_cache_policy": "packcache"} if self.plugin else {},
+        }
+
+    def environment(self) -> dict[str, str | None]:
+        """Environment variables of the process, None: unset. vLLM and OpenMP read them while loading."""
+        return {
+            "OMP_NUM_THREADS": str(self.threads),
+            # Threads that spin after their work would take the cores from the engine whose turn it is.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # PyTorch asks for huge pages. On small ones two equal engines differ by a tenth for as long as they
+            # live, because of where their KV caches happen to lie in physical memory.
+            "THP_MEM_ALLOC_ENABLE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+            "VLLM_PLUGINS": "packcache" if self.plugin else "",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            # It would win over ``kv_cache_memory_bytes``.
+            "VLLM_CPU_KVCACHE_SPACE": None,
+        }
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Some steps of one request.
+
+    Args:
+        cpu_seconds: processor time of each step, all threads together.
+        wall_seconds: duration of each step.
+        tokens: what was sampled.
+        used_blocks: KV-cache blocks in use after each step.
+    """
+
+    cpu_seconds: list[float]
+    wall_seconds: list[float]
+    tokens: list[int]
+    used_blocks: list[int]
+
+
+class EngineFailed(RuntimeError):
+    """An engine's process raised or died. The message holds its traceback or the end of its output."""
+
+
+class EngineProcess:
+    """Handle of an engine in its own process. `ask` sends an order, `answer` waits for what came of it.
+
+    Args:
+        name: for messages.
+        settings: the engine.
+        log: file that receives the output of the process.
+    """
+
+    def __init__(self, name: str, settings: EngineSettings, log: Path) -> None:
+        self.name = name
+        self._log = log
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, settings, str(log)), daemon=True)
+        with _environment(settings.environment()):
+            self._process.start()
+        theirs.close()
+
+    def ask(self, order: str, *arguments: Any) -> None:
+        """Send an order: the name of a method of the process's `_Engine` and its arguments."""
+        self._connection.send((order, arguments))
+
+    def answer(self) -> Any:
+        """The result of the oldest order that has none yet; the first answer of all is that the engine is up.
+
+        Raises:
+            EngineFailed: the process raised or died.
+        """
+        try:
+            failure, result = self._connection.recv()
+        except EOFError:
+            output = self._log.read_text(encoding="utf-8", errors="replace") if self._log.is_file() else ""
+            raise EngineFailed(f"engine {self.name!r} died:\n{output[-LOG_TAIL:]}") from None
+        if failure is not None:
+            raise EngineFailed(f"engine {self.name!r} failed:\n{failure}")
+        return result
+
+    def call(self, order: str, *arguments: Any) -> Any:
+        """`ask`, then `answer`."""
+        self.ask(order, *arguments)
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set or unset environment variables for the children that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _serve(connection: Connection, settings: EngineSettings, log: str) -> None:
+    """Body of the process: obey orders until the other end is closed."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    try:
+        engine = _Engine(settings)
+        connection.send((None, None))
+        while True:
+            order, arguments = connection.recv()
+            connection.send((None, getattr(engine, order)(*arguments)))
+    except EOFError:
+        return
+    except Exception:
+        connection.send((traceback.format_exc(), None))
+
+
+class _Engine:
+    """What the process obeys: one request at a time."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._engine: LLMEngine = LLMEngine.from_engine_args(EngineArgs(**settings.engine_args()))
+        self._pool = self._engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        self._free_at_rest = self._pool.get_num_free_blocks()
+        self._requests = 0
+        self._request = ""
+        self._sampled = 0
+        # What was made so far stays: a full collection in the middle of a burst would walk all of it.
+        gc.collect()
+        gc.freeze()
+
+    def begin(self, prompt: Sequence[int], max_tokens: int, extra_args: dict[str, Any]) -> Burst:
+        """Start a request and prefill its prompt; ends with the step that samples its first token."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra_args or None,
+        )
+        self._requests += 1
+        self._request = self._engine.add_request(str(self._requests), {"prompt_token_ids": list(prompt)}, params)
+        self._sampled = 0
+        return self._run(1)
+
+    def decode(self, steps: int) -> Burst:
+        """Decode ``steps`` tokens of the request."""
+        return self._run(steps)
+
+    def end(self) -> int:
+        """Abort the request; returns the blocks that are still in use: 0 unless there is a leak."""
+        self._engine.abort_request([self._request], internal=True)
+        return self._used_blocks()
+
+    def huge_page_kib(self) -> int | None:
+        """Memory of the process that lies on huge pages; None where the system does not say."""
+        rollup = Path("/proc/self/smaps_rollup")
+        if rollup.is_file():
+            for line in rollup.read_text(encoding="ascii").splitlines():
+                if line.startswith("AnonHugePages:"):
+                    return int(line.split()[1])
+        return None
+
+    def _run(self, tokens: int) -> Burst:
+        burst = Burst([], [], [], [])
+        while len(burst.tokens) < tokens:
+            wall, cpu = time.perf_counter(), time.process_time()
+            outputs = self._engine.step()
+            burst.cpu_seconds.append(time.process_time() - cpu)
+            burst.wall_seconds.append(time.perf_counter() - wall)
+            burst.used_blocks.append(self._used_blocks())
+            for output in outputs:
+                sampled = output.outputs[0].token_ids
+                burst.tokens.extend(sampled[self._sampled :])
+                self._sampled = len(sampled)
+        return burst
+
+    def _used_blocks(self) -> int:
+        return self._free_at_rest - self._pool.get_num_free_blocks()
