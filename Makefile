@@ -64,6 +64,7 @@ test-long: $(STAMP)  ## soaks and full-size runs
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -139,3 +139,23 @@ def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
     output = llm.generate([{"prompt_token_ids": continuation}], params, use_tqdm=False)[0]
     assert output.num_cached_tokens == 96, "the condition's full blocks, and no block of a frame"
     assert [list(sample.token_ids) for sample in output.outputs] == [first[300:400]] * 3
+
+
+def test_preempted_videos_come_out_the_same(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(scheduler, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+    requests = [(prompt(70 + i, seed=20 + i), sampling(700, tokens_per_frame=67 - 7 * i)) for i in range(4)]
+    alone = [run(engine("packcache"), [ids], [params])[0] for ids, params in requests]
+    # A pool that holds the four at first, and not once they have grown.
+    crowded = engine("packcache", num_gpu_blocks_override=40, max_model_len=1024, max_num_batched_tokens=256)
+    together = run(crowded, [ids for ids, _ in requests], [params for _, params in requests])
+    assert preempted
+    assert together == alone
