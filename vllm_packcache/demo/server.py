@@ -1,0 +1,126 @@
+"""A ``vllm serve`` of our own: started, waited for, and always stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+
+class ServerError(ChildProcessError):
+    """The server did not come up; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The last ``count`` lines of a log file."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-count:])
+
+
+@contextmanager
+def serving(
+    model: Path, arguments: list[str], log: Path, waiting: Callable[[str], None], timeout: float = 600
+) -> Iterator[str]:
+    """Run ``vllm serve MODEL ARGUMENTS`` for as long as the context lasts.
+
+    The server and all its processes are stopped when the context is left: normally, by an error, by Ctrl-C or by
+    SIGTERM.
+
+    Args:
+        model: folder of the model.
+        arguments: flags besides model, host and port.
+        log: file for the server's output; its folder must exist.
+        waiting: called about twice a second with the newest line of the log until the server is healthy.
+        timeout: seconds to wait for that.
+
+    Yields:
+        The base URL, such as ``http://127.0.0.1:8000``.
+
+    Raises:
+        ServerError: the server stopped, or was not healthy in time.
+    """
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port), *arguments),
+    ]
+    environment = {
+        **os.environ,
+        # Left alone, vLLM computes on one thread. The API server needs a core of its own to keep up.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1))),
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with log.open("w", encoding="utf-8") as output, _terminating_on_sigterm():
+        # A session of its own: Ctrl-C reaches us alone, and we stop the whole group.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for_health(process, url, log, waiting, timeout)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait_for_health(
+    process: subprocess.Popen[bytes], url: str, log: Path, waiting: Callable[[str], None], timeout: float
+) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        if process.poll() is not None:
+            raise ServerError(
+                f"the server stopped with status {process.returncode}; {log} ends:\n{last_lines(log, 15)}"
+            )
+        if time.monotonic() > deadline:
+            raise ServerError(f"the server was not ready after {timeout:.0f} s; {log} ends:\n{last_lines(log, 15)}")
+        waiting(last_lines(log, 1))
+        time.sleep(0.5)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process group to stop, and see to it that it does."""
+    for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            break
+    # The engine core and its workers are in the group; none may outlive the server.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _terminating_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, instead of ending the process on the spot."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
