@@ -97,8 +97,9 @@ def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", "demo"),
         *("--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "8192", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "4"),
-        # A message a token would keep the API server too busy to answer for its metrics.
-        *("--stream-interval", "16"),
+        # A message a token, or a worker process that spins beside the engine, would leave the API server too
+        # little of a small machine to answer for its metrics.
+        *("--stream-interval", "16", "--distributed-executor-backend", "uni"),
     ]
     console.print(f"[bold]vllm serve[/] {MODEL_DIR} {' '.join(arguments)}", soft_wrap=True)
     with (
