@@ -65,7 +65,12 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
 def test_interrupted_demo_stops_its_server(tmp_path: Path, sign: signal.Signals) -> None:
     log = tmp_path / "server.log"
     demo = subprocess.Popen(
-        [COMMAND, "demo", "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        [COMMAND, "demo", "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+        # A shell starts background jobs with Ctrl-C ignored, and a suite that runs in one hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not (log.exists() and "EngineCore" in log.read_text()):
