@@ -244,6 +244,16 @@ class ServerConfig:
         return parsed
 
 
+def config_of(owner: Any) -> ServerConfig | None:
+    """The configuration of an object of vLLM's that has a ``vllm_config``; None: not switched on.
+
+    Parsed once and kept on the object: it is asked for in every step and with every request.
+    """
+    if not hasattr(owner, "_packcache_config"):
+        owner._packcache_config = ServerConfig.from_additional_config(owner.vllm_config.additional_config)
+    return owner._packcache_config
+
+
 def presets() -> dict[str, Path]:
     """The presets in ``configs/`` by name."""
     # In a wheel the folder lies inside the package, in a checkout beside it.

@@ -24,6 +24,7 @@ from vllm_packcache.config import (
     REQUEST_PREFIX,
     ConfigError,
     ServerConfig,
+    config_of,
     load_mapping,
 )
 
@@ -270,7 +271,7 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.exceptions import VLLMValidationError
 
         request = process_inputs(processor, *args, **kwargs)
-        config = ServerConfig.from_additional_config(processor.vllm_config.additional_config)
+        config = config_of(processor)
         if config is None or request.sampling_params is None:
             return request
         prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds

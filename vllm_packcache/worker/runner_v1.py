@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config import ServerConfig, config_of
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.step import Row, Step, publish
 
@@ -28,7 +28,7 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
     def wrapper(
         runner: GPUModelRunner, *args: Any, num_scheduled_tokens: dict[str, int] | None = None, **kwargs: Any
     ) -> Any:
-        config = _config_of(runner)
+        config = config_of(runner)
         # Warm-up and graph capture run on made-up rows and name no requests.
         step = _step(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
         if step is None:
@@ -37,12 +37,6 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
 
     return wrapper
-
-
-def _config_of(runner: GPUModelRunner) -> ServerConfig | None:
-    if not hasattr(runner, _ATTRIBUTE):
-        setattr(runner, _ATTRIBUTE, ServerConfig.from_additional_config(runner.vllm_config.additional_config))
-    return getattr(runner, _ATTRIBUTE)
 
 
 def _step(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: dict[str, int]) -> Step | None:
