@@ -258,6 +258,10 @@ def _checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., 
         error = version_error()
         if error is not None:
             raise ConfigError(error)
+        # Every process reads the configuration: they get what a file says now, not what it says by then.
+        source = engine_args.additional_config.get(CONFIG_KEY)
+        if isinstance(source, str):
+            engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: dict(load_mapping(source))}
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
         check_engine(vllm_config)
         return vllm_config

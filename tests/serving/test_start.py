@@ -62,6 +62,13 @@ def test_a_llama_starts(start: Callable[..., Any]) -> None:
     assert start().additional_config == {"kv_cache_policy": "packcache"}
 
 
+def test_a_file_is_read_once(start: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("window: 3\n")
+    config = start(additional={"kv_cache_policy": "packcache", "kv_cache_policy_config": str(file)})
+    assert config.additional_config == {"kv_cache_policy": "packcache", "kv_cache_policy_config": {"window": 3}}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
