@@ -88,7 +88,7 @@ def explain(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Write a PNG too.")] = None,
 ) -> None:
-    """Show which blocks of the KV cache live while each frame is made."""
+    """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
     from rich.console import Console
 
     from vllm_packcache import explain as explaining

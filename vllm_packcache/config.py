@@ -6,6 +6,7 @@ A configuration is a mapping with the options of the policy and, under ``layout`
     history_frames: 2
     window: 4
     decay: 0.5
+    positions: rebase
 
 It is given as a YAML or JSON file, as JSON text, as a mapping, or as the name of a preset in ``configs/``.
 """
@@ -16,7 +17,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from vllm_packcache import policies
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import Full, Policy
+from vllm_packcache.positions import Positions
 
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
@@ -31,11 +33,18 @@ POLICY_KEY = "kv_cache_policy"
 CONFIG_KEY = "kv_cache_policy_config"
 """Key of ``additional_config`` (and, with dashes, the flag) that holds the configuration."""
 
+POSITION_LIMIT_KEY = "kv_cache_position_limit"
+"""Key of ``additional_config`` under which the first process tells the others what the model can tell apart."""
+
 REQUEST_PREFIX = "packcache_"
 """Prefix of the request options in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
 
 OPT_OUT = Full.name
 """The one other policy a request may name: its whole cache is kept."""
+
+
+PositionMode = Literal["rebase", "absolute"]
+"""``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
 class ConfigError(ValueError):
@@ -46,8 +55,14 @@ def _is_video_key(key: str) -> bool:
     return key.startswith(REQUEST_PREFIX)
 
 
+_Scale = Annotated[int, Field(ge=1, le=2**16)]
+
+
 class LayoutConfig(BaseModel):
-    """The shape of a frame: ``grid`` with its extra tokens, or ``tokens_per_frame`` alone."""
+    """The shape of a frame: ``grid`` with its extra tokens, or ``tokens_per_frame`` alone.
+
+    ``axis_scale`` is for models whose positions have three axes: how far frames, rows and columns are apart.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -57,6 +72,7 @@ class LayoutConfig(BaseModel):
     row_end_tokens: int = 0
     frame_end_tokens: int = 0
     condition_image_tokens: Annotated[int, Field(ge=0)] = 0
+    axis_scale: tuple[_Scale, _Scale, _Scale] | None = None
 
     def frame_layout(self) -> FrameLayout:
         """The frame this describes.
@@ -88,10 +104,11 @@ class _RequestOptions(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class VideoPlan:
-    """What one request keeps: its layout and its policy. Scheduler and worker each derive it for themselves."""
+    """What one request keeps, and where its model sees it. Scheduler and worker each derive it for themselves."""
 
     layout: VideoLayout
     policy: Policy
+    positions: Positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +118,26 @@ class ServerConfig:
     Args:
         policy: the policy of requests that do not change it.
         layout: the shape of a frame of requests that do not give one; None: every video request must.
+        positions: how tokens of videos are positioned.
+        position_limit: positions that the model has, P: those of a request lie below it. None: vLLM's own limit on the
+            length of a request is enough.
     """
 
     policy: Policy
     layout: LayoutConfig | None = None
+    positions: PositionMode = "absolute"
+    position_limit: int | None = None
 
     @classmethod
-    def parse(cls, policy: str, source: Mapping[str, Any] | str | None = None) -> ServerConfig:
+    def parse(
+        cls, policy: str, source: Mapping[str, Any] | str | None = None, position_limit: int | None = None
+    ) -> ServerConfig:
         """Validate a policy's name and its configuration.
 
         Args:
             policy: name of a policy.
             source: a mapping, JSON text, the path of a YAML or JSON file, or the name of a preset.
+            position_limit: positions that the model has.
 
         Raises:
             ConfigError: something is wrong with either.
@@ -125,10 +150,11 @@ class ServerConfig:
             raise ConfigError(f"{POLICY_KEY}: {error}") from None
         options = dict(load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
-        parsed = _parse_policy(policy_class, options, CONFIG_KEY, also="layout")
+        positions = options.pop("positions", None)
+        parsed = _parse_policy(policy_class, options, CONFIG_KEY, also=("layout", "positions"))
         if layout is not None:
             _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
-        return cls(parsed, layout)
+        return cls(parsed, layout, _parse_positions(positions, parsed), position_limit)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> ServerConfig | None:
@@ -143,13 +169,17 @@ class ServerConfig:
             if additional_config.get(CONFIG_KEY) is not None:
                 raise ConfigError(f"{CONFIG_KEY} is given without {POLICY_KEY}: name a policy too")
             return None
-        return cls.parse(additional_config[POLICY_KEY], additional_config.get(CONFIG_KEY))
+        return cls.parse(
+            additional_config[POLICY_KEY],
+            additional_config.get(CONFIG_KEY),
+            additional_config.get(POSITION_LIMIT_KEY),
+        )
 
     def as_mapping(self) -> dict[str, Any]:
         """The configuration as plain JSON-able data, every default spelled out."""
-        mapping = dataclasses.asdict(self.policy)
+        mapping = dataclasses.asdict(self.policy) | {"positions": self.positions}
         if self.layout is not None:
-            mapping["layout"] = self.layout.model_dump(mode="json")
+            mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
@@ -163,7 +193,7 @@ class ServerConfig:
             num_prompt_tokens: length of its prompt: the condition, unless ``condition_tokens`` says otherwise.
 
         Returns:
-            The plan, or None when the whole cache is kept.
+            The plan, or None when the whole cache is kept and positions are as without a policy.
 
         Raises:
             ConfigError: an option is wrong; the message names it.
@@ -190,9 +220,16 @@ class ServerConfig:
             policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
         layout = self._request_layout(options, num_prompt_tokens)
         if OPT_OUT in (options.policy, policy.name):
-            return None
+            policy = Full()
         _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
-        return VideoPlan(layout, policy)
+        window = policy.history_window if self.positions == "rebase" else None
+        try:
+            positions = Positions(layout, window, self.layout.axis_scale if self.layout else None)
+        except ValueError as error:
+            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
+        if policy.name == OPT_OUT and positions.as_stock:
+            return None
+        return VideoPlan(layout, policy, positions)
 
     def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
         base = self.layout or LayoutConfig()
@@ -214,14 +251,24 @@ class ServerConfig:
                 f"{REQUEST_PREFIX}condition_tokens is {condition}, but the prompt has {num_prompt_tokens} tokens: the "
                 "condition is the part of the prompt before the first frame"
             )
-        image = options.condition_image_tokens
-        if image is None:
-            # The server's number describes its usual prompt; a shorter one (text to video) has no such image.
-            image = base.condition_image_tokens if base.condition_image_tokens <= condition else 0
         try:
-            return VideoLayout(merged.frame_layout(), condition, image)
+            frame = merged.frame_layout()
+            image = options.condition_image_tokens
+            if image is None:
+                # The server's number describes its usual prompt; a shorter one (text to video) has no such image.
+                image = self._usual_image_tokens(frame)
+                image = image if image <= condition else 0
+            return VideoLayout(frame, condition, image)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
+
+    def _usual_image_tokens(self, frame: FrameLayout) -> int:
+        """Tokens of the server's conditioning image, where frames are ``frame``: whole frames stay whole frames."""
+        if self.layout is None:
+            return 0
+        image, tokens_per_frame = self.layout.condition_image_tokens, self.layout.frame_layout().tokens_per_frame
+        frames, rest = divmod(image, tokens_per_frame)
+        return image if rest else frames * frame.tokens_per_frame
 
     @staticmethod
     def _parse_layout(layout: object) -> LayoutConfig | None:
@@ -236,7 +283,8 @@ class ServerConfig:
             raise ConfigError(f"{CONFIG_KEY}: layout must be a mapping or a preset's name, not {layout!r}")
         try:
             parsed = _validate(LayoutConfig, layout)
-            parsed.frame_layout()
+            image = parsed.condition_image_tokens
+            Positions(VideoLayout(parsed.frame_layout(), image, image), scale=parsed.axis_scale)
         except ValidationError as error:
             raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:
@@ -317,13 +365,18 @@ def _validate(model: type[_Model], options: Mapping[str, Any]) -> _Model:
 
 
 def _parse_policy(
-    policy_class: type[Policy], options: Mapping[str, Any], where: str, *, prefix: str = "", also: str = ""
+    policy_class: type[Policy],
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    prefix: str = "",
+    also: tuple[str, ...] = (),
 ) -> Policy:
     known = [field.name for field in dataclasses.fields(policy_class)]
     start = prefix or f"{where}: "
     unknown = [key for key in options if key not in known]
     if unknown:
-        choices = ", ".join([*known, *([also] if also else [])]) or "none"
+        choices = ", ".join([*known, *also]) or "none"
         raise ConfigError(
             f"{start}{unknown[0]} is no option of policy {policy_class.name!r}: its options are {choices}"
         )
@@ -331,6 +384,20 @@ def _parse_policy(
         return _validate(policy_class, options)
     except ValidationError as error:
         raise ConfigError(_describe(error, start, known, prefix)) from None
+
+
+def _parse_positions(value: object, policy: Policy) -> PositionMode:
+    if value is None:
+        return "rebase" if policy.rebases else "absolute"
+    modes = get_args(PositionMode)
+    if value not in modes:
+        raise ConfigError(f"{CONFIG_KEY}: positions must be {' or '.join(modes)}, not {value!r}")
+    if value == "rebase" and policy.history_window is None:
+        raise ConfigError(
+            f"{CONFIG_KEY}: positions: rebase needs a policy that keeps a window of frames, and {policy.name} does "
+            "not: use packcache or sliding_window, or positions: absolute"
+        )
+    return value  # type: ignore[return-value]
 
 
 def _check_policy(policy: Policy, frame: FrameLayout, where: str) -> None:

@@ -121,6 +121,15 @@ RELIANCES: tuple[Reliance, ...] = (
         (),
         ("runner_type",),
     ),
+    Reliance(
+        "start-up: sequences longer than the model has positions",
+        "config/model.py",
+        "ModelConfig.get_and_verify_max_len",
+        ("self", "max_model_len"),
+        exact=True,
+    ),
+    Reliance("start-up: positions with three axes", "config/model.py", "ModelConfig.uses_mrope"),
+    Reliance("start-up: quantised caches", "config/cache.py", "CacheConfig.cache_dtype"),
     *(
         Reliance("start-up: parallelism that is refused", "config/parallel.py", f"ParallelConfig.{name}")
         for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching")
@@ -137,12 +146,12 @@ RELIANCES: tuple[Reliance, ...] = (
         "v1/engine/input_processor.py",
         "InputProcessor.__init__",
         ("vllm_config",),
-        ("vllm_config",),
+        ("vllm_config", "model_config"),
     ),
     Reliance("request: the error that becomes HTTP 400", "exceptions.py", "VLLMValidationError", ()),
     *(
         Reliance("request: what arrives", "v1/engine/__init__.py", f"EngineCoreRequest.{field}")
-        for field in ("prompt_token_ids", "prompt_embeds", "sampling_params", "resumable")
+        for field in ("prompt_token_ids", "prompt_embeds", "mm_features", "sampling_params", "resumable")
     ),
     Reliance("request: its options", "sampling_params.py", "SamplingParams.extra_args"),
     Reliance(
@@ -159,6 +168,15 @@ RELIANCES: tuple[Reliance, ...] = (
         ("cls", "specs"),
         exact=True,
     ),
+    Reliance(
+        "spec: bytes that the longest request takes",
+        "v1/kv_cache_interface.py",
+        "FullAttentionSpec.max_memory_usage_bytes",
+        ("self", "vllm_config"),
+        ("max_model_len", "page_size_bytes"),
+        exact=True,
+    ),
+    Reliance("spec: tokens in flight", "config/vllm.py", "VllmConfig.max_in_flight_tokens"),
     Reliance("spec: what a backend is asked about", "v1/kv_cache_interface.py", "AttentionSpec"),
     Reliance("spec: its block size", "v1/kv_cache_interface.py", "KVCacheSpec.block_size"),
     Reliance("spec: groups of layers", "v1/kv_cache_interface.py", "KVCacheConfig.kv_cache_groups"),
@@ -194,8 +212,15 @@ RELIANCES: tuple[Reliance, ...] = (
         "manager: base class",
         "v1/core/single_type_kv_cache_manager.py",
         "SingleTypeKVCacheManager.__init__",
-        ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id"),
+        ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id", "max_admission_blocks_per_request"),
         ("block_size", "block_pool", "enable_caching", "req_to_blocks", "_null_block"),
+    ),
+    Reliance(
+        "manager: admission counts what a request holds",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
+        ("apply_admission_cap",),
+        ("apply_admission_cap", "max_admission_blocks_per_request"),
     ),
     Reliance(
         "manager: brings the request",
@@ -275,6 +300,20 @@ RELIANCES: tuple[Reliance, ...] = (
         ("_free_request_blocks", "num_computed_tokens"),
     ),
     Reliance(
+        "scheduler: where a chunk ends",
+        "v1/core/sched/scheduler.py",
+        "Scheduler._reserve_prefill_lookahead",
+        ("self", "request", "num_computed_tokens", "num_new_tokens"),
+        exact=True,
+    ),
+    Reliance(
+        "scheduler: asked for running and for waiting requests, after every other bound",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.schedule",
+        (),
+        ("_reserve_prefill_lookahead", "allocate_slots", "_reserve_prefill_lookahead", "allocate_slots"),
+    ),
+    Reliance(
         "prefix cache: the scheduler looks a prefix up",
         "v1/core/sched/scheduler.py",
         "Scheduler._get_local_prefix_cache_hit",
@@ -306,7 +345,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "model_executor/layers/attention/attention.py",
         "Attention.__init__",
         (),
-        ("get_attn_backend", "get_impl_cls"),
+        ("head_size", "attn_backend", "get_attn_backend", "get_impl_cls", "kv_cache"),
     ),
     Reliance(
         "attention: backends are told apart by name",
@@ -379,6 +418,70 @@ RELIANCES: tuple[Reliance, ...] = (
         ("common_attn_metadata",),
         ("build", "_with_kernel_block_table"),
     ),
+    *(
+        Reliance(
+            "keys: side by side with the values",
+            f"v1/attention/backends/{file}.py",
+            f"{implementation}.do_kv_cache_update",
+            ("kv_cache", "slot_mapping"),
+            ("transpose", "split", "head_size"),
+        )
+        for file, implementation in (
+            ("flash_attn", "FlashAttentionImpl"),
+            ("triton_attn", "TritonAttentionImpl"),
+            ("flashinfer", "FlashInferImpl"),
+        )
+    ),
+    Reliance(
+        "keys: packed in the first half of a block",
+        "v1/attention/backends/cpu_attn.py",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("layer", "kv_cache"),
+        ("view", "chunk", "cpu_attn_reshape_and_cache", "isa"),
+    ),
+    Reliance(
+        "keys: the kernel that packs them",
+        "_custom_ops.py",
+        "cpu_attn_reshape_and_cache",
+        ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
+    ),
+    Reliance(
+        "keys: cache, backend and head size of a layer",
+        "model_executor/layers/attention/attention.py",
+        "Attention.__init__",
+        (),
+        ("head_size", "attn_backend", "kv_cache"),
+    ),
+    Reliance(
+        "rotation: what all rotary embeddings have",
+        "model_executor/layers/rotary_embedding/base.py",
+        "RotaryEmbeddingBase.__init__",
+        (),
+        ("base", "is_neox_style"),
+    ),
+    Reliance(
+        "rotation: frequencies",
+        "model_executor/layers/rotary_embedding/base.py",
+        "RotaryEmbeddingBase._compute_inv_freq",
+        ("self", "base"),
+        exact=True,
+    ),
+    *(
+        Reliance(
+            "rotation: frequencies",
+            f"model_executor/layers/rotary_embedding/{file}.py",
+            f"{embedding}.{method}",
+            parameters,
+            reads,
+        )
+        for file, embedding, method, parameters, reads in (
+            ("llama3_rope", "Llama3RotaryEmbedding", "_compute_inv_freq", ("base",), ()),
+            ("yarn_scaling_rope", "YaRNScalingRotaryEmbedding", "_compute_inv_freq", ("scaling_factor",), ()),
+            ("linear_scaling_rope", "LinearScalingRotaryEmbedding", "__init__", (), ("scaling_factors",)),
+            ("mrope", "MRotaryEmbedding", "_compute_inv_freq", ("base",), ("scaling_factor",)),
+            ("mrope", "MRotaryEmbedding", "__init__", (), ("scaling_factor", "mrope_section", "mrope_interleaved")),
+        )
+    ),
     Reliance(
         "V1 runner: attention metadata of a step",
         "v1/worker/gpu_model_runner.py",
@@ -387,11 +490,30 @@ RELIANCES: tuple[Reliance, ...] = (
         ("build_metadata",),
     ),
     Reliance(
-        "V1 runner: a step names its requests",
+        "V1 runner: slots are mapped, metadata is built for named requests, inputs are made, the model runs",
         "v1/worker/gpu_model_runner.py",
         "GPUModelRunner.execute_model",
         ("scheduler_output",),
-        ("_build_attention_metadata", "num_scheduled_tokens"),
+        ("_prepare_inputs", "_build_attention_metadata", "num_scheduled_tokens", "_preprocess", "_model_forward"),
+    ),
+    Reliance(
+        "V1 runner: slots are mapped from positions before",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner._prepare_inputs",
+        (),
+        ("positions", "compute_slot_mapping", "positions"),
+    ),
+    Reliance(
+        "V1 runner: positions for the model",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner._preprocess",
+        ("scheduler_output",),
+        ("mrope_positions", "positions"),
+    ),
+    Reliance(
+        "V1 runner: its layers",
+        "config/compilation.py",
+        "CompilationConfig.static_forward_context",
     ),
     Reliance(
         "V1 runner: its configuration and requests",
@@ -405,7 +527,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "v1/worker/gpu_model_runner.py",
         "GPUModelRunner.initialize_kv_cache",
         ("kv_cache_config",),
-        ("kv_cache_config",),
+        ("kv_cache_config", "initialize_kv_cache_tensors"),
     ),
     Reliance(
         "V1 runner: that of a CPU derives from it",

@@ -1,6 +1,6 @@
-"""Pictures and text of what a configuration keeps: which blocks live while each frame is made.
+"""Pictures and text of what a configuration keeps: which blocks live while each frame is made, and at which positions.
 
-Everything shown is asked of `Retention`, the same object that scheduler and worker obey.
+Everything shown is asked of `Retention` and `Positions`, the same objects that scheduler and worker obey.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.text import Text
 from vllm_packcache.config import ConfigError, ServerConfig, presets
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.policies import PackCache
+from vllm_packcache.positions import TIME, Int64, Positions
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ class FrameView:
     owners: BlockStates
     tokens: FrameTokens
 
+    @property
+    def retained(self) -> Int64:
+        """The frames of which any block lives and the one being made, ascending."""
+        # Blocks are in the order of their owners, so a frame begins where the owner changes.
+        owners = np.append(self.owners[self.states >= 0], self.tokens.frame)
+        return owners[np.diff(owners, prepend=CONDITION) > 0]
+
 
 @dataclass(frozen=True, slots=True)
 class Overview:
@@ -77,11 +85,15 @@ class Overview:
 
     Args:
         tokens: live and full tokens of every frame.
+        retained: `FrameView.retained` of every frame.
+        condition_stops: how far into the condition anything lives while each frame is made, in tokens.
         oldest: the largest temporal distance of a live block.
         first_dropping: the first frame during which anything is gone; None: nothing is ever dropped.
     """
 
     tokens: list[FrameTokens]
+    retained: list[Int64]
+    condition_stops: list[int]
     oldest: int
     first_dropping: int | None
 
@@ -93,11 +105,13 @@ class Explanation:
     Args:
         title: what the configuration is called.
         retention: the decisions.
+        positions: where the model sees what is kept.
         frames: how many frames to show.
     """
 
     title: str
     retention: Retention
+    positions: Positions
     frames: int
 
     @property
@@ -107,10 +121,11 @@ class Explanation:
 
     @property
     def options(self) -> str:
-        """The policy's options in a line."""
+        """The policy's options and the mode of positions in a line."""
         policy = self.retention.policy
-        pairs = (f"{field.name} {getattr(policy, field.name):g}" for field in dataclasses.fields(policy))
-        return ", ".join(pairs) or "no options"
+        pairs = [f"{field.name} {getattr(policy, field.name):g}" for field in dataclasses.fields(policy)]
+        mode = "absolute" if self.positions.window is None else "rebase"
+        return ", ".join([*pairs, f"positions {mode}"])
 
     @property
     def shape(self) -> str:
@@ -133,18 +148,53 @@ class Explanation:
             f"{last.full:,} tokens, {last.percent:.0f} % of the full cache."
         )
 
+    @property
+    def positions_summary(self) -> str:
+        """How high positions get, in a sentence."""
+        window = self.positions.window
+        # The frame with the highest positions: while the window fills, or the last one.
+        highest = self.frames - 1 if window is None else window
+        limit = self.positions.limit(self.retention.layout.frame_start(highest + 1))
+        if self.positions.axes == 1:
+            if window is None:
+                return f"Positions grow with the video: {limit:,} after {self.frames} frames."
+            return f"Positions stay below {limit:,} however long the video gets."
+        times = int(self.seen_at(np.array([highest]), highest)[0]) + 1
+        both = f"below {times:,} in time (t), below {limit:,} on all axes"
+        if window is None:
+            return f"Positions grow with the video: {both}, after {self.frames} frames."
+        return f"Positions stay {both}, however long the video gets."
+
+    def seen_at(self, frames: Int64, made: int) -> Int64:
+        """Where the model sees each of ``frames`` while frame ``made`` is made.
+
+        That is the position of the frame's first token, or, with three axes, of its first visual token in time.
+        """
+        layout = self.retention.layout
+        first = layout.frame_start(0)
+        if self.positions.axes == 3:
+            first += layout.frame.frame_start_tokens
+        tokens = first + frames * layout.tokens_per_frame
+        return self.positions.of(tokens, self.positions.window_start(made))[TIME]
+
     @cached_property
     def overview(self) -> Overview:
         """All frames in numbers. Views are not kept: those of a long video would fill the memory."""
         tokens = []
+        retained = []
+        condition_stops = []
         oldest = 0
         first_dropping = None
         for view in self.views():
             tokens.append(view.tokens)
+            retained.append(view.retained)
+            condition = np.flatnonzero(view.states == IN_CONDITION)
+            condition_stop = int(condition[-1] + 1) * self.retention.block_size if len(condition) else 0
+            condition_stops.append(min(condition_stop, self.retention.layout.condition_tokens))
             oldest = max(oldest, int(view.states.max()))
             if first_dropping is None and np.any(view.states == DROPPED):
                 first_dropping = view.tokens.frame
-        return Overview(tokens, oldest, first_dropping)
+        return Overview(tokens, retained, condition_stops, oldest, first_dropping)
 
     def view(self, frame: int) -> FrameView:
         """What lives while ``frame`` is made."""
@@ -209,10 +259,13 @@ def explain(
         image_tokens = 0
     try:
         layout = VideoLayout(config.layout.frame_layout(), condition_tokens, image_tokens)
+        window = config.policy.history_window if config.positions == "rebase" else None
+        positions = Positions(layout, window, config.layout.axis_scale)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     name = "JSON" if source.lstrip().startswith("{") else Path(source).name
-    return Explanation(f"{name}: {config.policy.name}", Retention(layout, config.policy, block_size), frames)
+    retention = Retention(layout, config.policy, block_size)
+    return Explanation(f"{name}: {config.policy.name}", retention, positions, frames)
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -228,6 +281,9 @@ _TEXT_STYLES = {
     OLDEST_SHADE: "white",
 }
 _MIN_COLUMNS = 16
+"""Blocks have at least so many characters: with less beside positions, those get a line of their own."""
+_ENOUGH_COLUMNS = 24
+"""Positions have what is left over by so many characters for blocks, up to a third of the terminal."""
 
 
 def _character(state: int) -> str:
@@ -287,6 +343,42 @@ def _show_segment(view: FrameView, edges: npt.NDArray[np.int64], columns: range,
         shown[columns[len(columns) // 2]] = state
 
 
+def _style(state: int) -> str:
+    return _TEXT_STYLES.get(min(state, OLDEST_SHADE), "")
+
+
+def _position_words(explanation: Explanation, made: int) -> list[str]:
+    """Positions of the frames retained while ``made`` is made."""
+    return [f"{position:,}" for position in explanation.seen_at(explanation.overview.retained[made], made).tolist()]
+
+
+def _positions_line(explanation: Explanation, made: int, width: int) -> Text:
+    """`_position_words`, each in the colour of its frame's blocks: all, or the first and the last ones that fit."""
+    words = _position_words(explanation, made)
+    styles = [_style(made - frame) for frame in explanation.overview.retained[made].tolist()]
+    if len(" ".join(words)) > width:
+        room = width - len(f"{words[0]} … {words[-1]}")
+        start = len(words) - 1
+        while start > 1 and len(words[start - 1]) < room:
+            start -= 1
+            room -= len(words[start]) + 1
+        words[1:start] = ["…"]
+        styles[1:start] = [""]
+    return Text(" ").join(map(Text, words, styles))
+
+
+def _positions_width(explanation: Explanation, name: str, room: int, most: int) -> int | None:
+    """Characters for a column ``name`` beside the blocks, out of ``room`` for both; None: there are not enough."""
+    rows = [_position_words(explanation, made) for made in range(explanation.frames)]
+    longest = max(len(" ".join(words)) for words in rows)
+    range_width = max(len(f"{words[0]} … {words[-1]}") for words in rows)
+    shortest = max(len(name), min(longest, range_width))
+    if room - shortest < min(_MIN_COLUMNS, explanation.num_blocks):
+        return None
+    left_over = room - min(_ENOUGH_COLUMNS, explanation.num_blocks)
+    return max(shortest, min(longest, most, left_over))
+
+
 def print_text(explanation: Explanation, console: Console) -> None:
     """Print one line a frame, one character a block (or a group of blocks where the terminal is narrow)."""
     layout = explanation.retention.layout
@@ -294,24 +386,44 @@ def print_text(explanation: Explanation, console: Console) -> None:
     tokens_width = len(f"{layout.frame_start(explanation.frames):,}")
     # "frame ", number, " │", the blocks, "│ ", tokens, " of full"
     room = console.width - (6 + number_width + 2 + 2 + tokens_width + 8)
+    name, meaning = "positions", "where the model sees each retained frame's first token"
+    if explanation.positions.axes == 3:
+        name, meaning = "times (t)", "time axis of each retained frame's first visual token"
+    width = _positions_width(explanation, name, room - 2, console.width // 3)
+    beside = width is not None
+    if width is not None:
+        room -= 2 + width
+    else:
+        width = console.width - (6 + number_width + 2)
     columns = min(explanation.num_blocks, max(_MIN_COLUMNS, room))
     per_character = explanation.num_blocks / columns
     console.print(Text(f"{explanation.title} ({explanation.options})", style="bold"))
     console.print(Text(explanation.shape))
     console.print(_text_legend(explanation, per_character))
+    console.print(Text(f"{name}{'' if beside else ', below each row'}: {meaning}, oldest first"))
     console.print()
     words = "blocks, first to last" if columns > 24 else "blocks"
     head = Text(f"{'':{6 + number_width}} ┌{words:─<{columns}.{columns}}┐ ")
     head.append(f"{'live':>{tokens_width}} of full")
+    if beside:
+        head.append(f"  {name}")
     console.print(head, no_wrap=True, overflow="crop")
     for view in explanation.views():
-        line = Text(f"frame {view.tokens.frame:>{number_width}} │")
+        made = view.tokens.frame
+        line = Text(f"frame {made:>{number_width}} │")
         for state in _shown_states(view, columns):
-            line.append(_character(state), _TEXT_STYLES.get(min(state, OLDEST_SHADE), ""))
+            line.append(_character(state), _style(state))
         line.append(f"│ {view.tokens.live:>{tokens_width},} {view.tokens.percent:>4.0f} %")
+        if beside:
+            line.append("   ")
+        else:
+            console.print(line, no_wrap=True, overflow="crop")
+            line = Text(" " * (console.width - width))
+        line.append_text(_positions_line(explanation, made, width))
         console.print(line, no_wrap=True, overflow="crop")
     console.print()
     console.print(Text(explanation.summary))
+    console.print(Text(explanation.positions_summary))
 
 
 def _text_legend(explanation: Explanation, per_character: float) -> Text:
@@ -361,7 +473,7 @@ _OUTLINED_FRAMES = 64
 
 
 def draw(explanation: Explanation, path: Path) -> None:
-    """Write a PNG: live blocks on the left, live tokens beside the full cache on the right, a row a frame.
+    """Write a PNG, a row a frame: live blocks, positions of their frames, live tokens beside the full cache.
 
     Raises:
         OSError: the file cannot be written.
@@ -371,11 +483,12 @@ def draw(explanation: Explanation, path: Path) -> None:
     from matplotlib.figure import Figure
 
     row_height = 0.32 if explanation.frames <= _LABELLED_FRAMES else 10 / explanation.frames
-    height = 2.6 + row_height * max(explanation.frames, 4)
-    figure = Figure(figsize=(14, height), layout="constrained")
+    height = 2.8 + row_height * max(explanation.frames, 4)
+    figure = Figure(figsize=(16, height), layout="constrained")
     FigureCanvasAgg(figure)
-    blocks, tokens = figure.subplots(1, 2, sharey=True, width_ratios=[3.4, 1])
+    blocks, positions, tokens = figure.subplots(1, 3, sharey=True, width_ratios=[3.2, 1.2, 1])
     _draw_blocks(explanation, blocks)
+    _draw_positions(explanation, positions)
     _draw_tokens(explanation.overview.tokens, tokens)
     _draw_words(explanation, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -414,7 +527,7 @@ def _draw_blocks(explanation: Explanation, axes: Axes) -> None:
             axes.axvline(start, color="#555555", linewidth=0.5, alpha=0.6)
     names = ["condition", *(f"frame {frame}" for frame in range(frames))]
     # Names that would run into each other are left out; the first always stays.
-    wide_enough = num_blocks / 14
+    wide_enough = num_blocks / 10
     top = axes.secondary_xaxis("top")
     ticks: list[tuple[float, str]] = []
     for name, start, stop in zip(names, [0, *first_blocks], [*first_blocks, num_blocks], strict=True):
@@ -428,6 +541,46 @@ def _draw_blocks(explanation: Explanation, axes: Axes) -> None:
     if frames <= _LABELLED_FRAMES:
         axes.set_yticks(range(frames))
     axes.set_xlim(0, num_blocks)
+
+
+def _position_bars(explanation: Explanation, made: int) -> Iterator[tuple[int, int, int]]:
+    """State, first position and the one behind the last of what is retained while ``made`` is made."""
+    retained = explanation.overview.retained[made]
+    first_frame = int(explanation.seen_at(np.array([0]), 0)[0])
+    # With three axes an image in the condition is as short in time as any other frame.
+    condition_stop = min(explanation.overview.condition_stops[made], first_frame)
+    if condition_stop:
+        yield IN_CONDITION, 0, condition_stop
+    starts = explanation.seen_at(retained, made)
+    stops = explanation.seen_at(retained + 1, made)
+    shades = np.minimum(made - retained, OLDEST_SHADE)
+    # Neighbours of one colour are one bar: a full cache retains as many frames as the video has.
+    first = np.flatnonzero((np.diff(shades, prepend=-1) != 0) | (np.append(-1, stops[:-1]) != starts))
+    last = np.append(first[1:], len(retained)) - 1
+    yield from zip(shades[first].tolist(), starts[first].tolist(), stops[last].tolist(), strict=True)
+
+
+def _draw_positions(explanation: Explanation, axes: Axes) -> None:
+    outlined = explanation.frames <= _OUTLINED_FRAMES
+    height = 0.8 if outlined else 1.0
+    for made in range(explanation.frames):
+        states, starts, stops = zip(*_position_bars(explanation, made), strict=True)
+        axes.broken_barh(
+            [(start, stop - start) for start, stop in zip(starts, stops, strict=True)],
+            (made - height / 2, height),
+            facecolors=[_COLOURS[state] for state in states],
+            edgecolor="white" if outlined else "none",
+            linewidth=0.5 if outlined else 0,
+            antialiased=outlined,
+        )
+    scale = explanation.positions.scale
+    axes.set_title("positions that the model sees", fontsize=10)
+    axes.set_xlabel(f"position in time (t); frames are {scale[TIME]} apart" if scale else "position")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(axis="y", left=False, labelleft=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_tokens(tokens: list[FrameTokens], axes: Axes) -> None:
@@ -470,5 +623,10 @@ def _draw_words(explanation: Explanation, figure: Figure) -> None:
         entries.append((_COLOURS[DROPPED], "dropped"))
     patches = [Patch(facecolor=colour, edgecolor="#999999", label=label) for colour, label in entries]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
-    lines = (f"{explanation.title} ({explanation.options})", explanation.shape, explanation.summary)
+    lines = (
+        f"{explanation.title} ({explanation.options})",
+        explanation.shape,
+        explanation.summary,
+        explanation.positions_summary,
+    )
     figure.suptitle("\n".join(lines), fontsize=11)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import requires
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from vllm_packcache import policies
 from vllm_packcache.config import (
     CONFIG_KEY,
     POLICY_KEY,
+    POSITION_LIMIT_KEY,
     REQUEST_PREFIX,
     ConfigError,
     ServerConfig,
@@ -29,13 +32,36 @@ from vllm_packcache.config import (
 )
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 POLICY_FLAG = "--" + POLICY_KEY.replace("_", "-")
 CONFIG_FLAG = "--" + CONFIG_KEY.replace("_", "-")
 
+_REBASED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Types whose angles grow in proportion to the position, at the same rate for every length."""
+
+_NORM_AFTER_ROPE = ("hunyuan", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
+"""Models that store something else than a rotated key."""
+
 _INSTALLED = "_packcache_original"
+
+
+@dataclass
+class _Lengths:
+    """What is found out about lengths while an engine's configuration is made.
+
+    Args:
+        beyond_positions: sequences may be longer than the model has positions, because those of videos are re-based.
+        position_limit: positions that the model has.
+    """
+
+    beyond_positions: bool
+    position_limit: int | None = None
+
+
+_lengths: ContextVar[_Lengths | None] = ContextVar("packcache_lengths", default=None)
 
 
 def register() -> None:
@@ -51,35 +77,43 @@ def register() -> None:
 
 def _install_engine_hooks() -> None:
     """Everything that touches more of vLLM than its command line."""
+    from vllm.config import ModelConfig
     from vllm.model_executor.layers.attention import attention
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_packcache.engine.manager import RetentionManager, capping_hits
+    from vllm_packcache.engine.manager import RetentionManager, capping_hits, ending_chunks_at_slides
     from vllm_packcache.engine.spec import RetentionSpec
-    from vllm_packcache.worker.runner_v1 import publishing_step
+    from vllm_packcache.worker.runner_v1 import finding_keys, positioning, publishing_step
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
+    _wrap(ModelConfig, "get_and_verify_max_len", _finding_position_limit)
     _wrap(InputProcessor, "process_inputs", _checking_request)
     _wrap(KVCacheManager, "get_computed_blocks", capping_hits)
+    _wrap(Scheduler, "_reserve_prefill_lookahead", ending_chunks_at_slides)
     _wrap(attention, "get_attn_backend", _choosing_backend)
+    _wrap(GPUModelRunner, "initialize_kv_cache", finding_keys)
     _wrap(GPUModelRunner, "_build_attention_metadata", publishing_step)
+    _wrap(GPUModelRunner, "_preprocess", positioning)
 
 
 def installed_hooks() -> list[str]:
     """Names of what `register` has wrapped in this process."""
+    from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import attention
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    owners = (EngineArgs, InputProcessor, KVCacheManager, attention, GPUModelRunner)
+    owners = (EngineArgs, ModelConfig, InputProcessor, KVCacheManager, Scheduler, attention, GPUModelRunner)
     return [
         f"{owner.__name__}.{name}"
         for owner in owners
@@ -173,10 +207,48 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise ConfigError(
                 f"{POLICY_FLAG} cannot be combined with {option}, because {reason}: leave one of them out"
             )
+    config = ServerConfig.from_additional_config(vllm_config.additional_config)
+    assert config is not None, "only a server that is switched on is checked"
+    if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
+        raise ConfigError(
+            f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
+            "axis_scale out"
+        )
+    if config.positions == "rebase":
+        _check_rebasing(vllm_config)
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             f"{POLICY_FLAG} needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
         )
+
+
+def _check_rebasing(vllm_config: VllmConfig) -> None:
+    """Refuse what cached keys cannot be rotated in."""
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ConfigError(
+            f"{CONFIG_FLAG}: positions: rebase rotates cached keys in place, and each turn of a quantised key would "
+            f"lose more of it: leave out --kv-cache-dtype {dtype}, or set positions: absolute"
+        )
+    model = vllm_config.model_config
+    text_config = model.hf_text_config
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    unrotated = getattr(text_config, "no_rope_layers", None) or getattr(text_config, "no_rope_layer_interval", None)
+    reasons = (
+        (
+            rope_type not in _REBASED_ROPE_TYPES,
+            f"has RoPE of type {rope_type!r} (known are {', '.join(_REBASED_ROPE_TYPES)})",
+        ),
+        (bool(unrotated), "has layers without RoPE"),
+        (text_config.model_type in _NORM_AFTER_ROPE, "normalises keys after rotating them"),
+    )
+    for unsupported, reason in reasons:
+        if unsupported:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: positions: rebase rotates cached keys as the model does, and {model.model} {reason}: "
+                "set positions: absolute"
+            )
 
 
 def _wrap(
@@ -253,7 +325,8 @@ def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 def _checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(create_engine_config)
     def wrapper(engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-        if ServerConfig.from_additional_config(engine_args.additional_config) is None:
+        config = ServerConfig.from_additional_config(engine_args.additional_config)
+        if config is None:
             return create_engine_config(engine_args, *args, **kwargs)
         error = version_error()
         if error is not None:
@@ -262,9 +335,43 @@ def _checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., 
         source = engine_args.additional_config.get(CONFIG_KEY)
         if isinstance(source, str):
             engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: dict(load_mapping(source))}
-        vllm_config = create_engine_config(engine_args, *args, **kwargs)
+        lengths = _Lengths(beyond_positions=config.positions == "rebase")
+        token = _lengths.set(lengths)
+        try:
+            vllm_config = create_engine_config(engine_args, *args, **kwargs)
+        finally:
+            _lengths.reset(token)
+        vllm_config.additional_config = {
+            **engine_args.additional_config,
+            POSITION_LIMIT_KEY: lengths.position_limit,
+        }
         check_engine(vllm_config)
         return vllm_config
+
+    return wrapper
+
+
+def _finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[..., int]:
+    """Wrap ``ModelConfig.get_and_verify_max_len``, which refuses lengths that the model has no positions for."""
+
+    @wraps(get_and_verify_max_len)
+    def wrapper(model_config: ModelConfig, max_model_len: int | None) -> int:
+        lengths = _lengths.get()
+        if lengths is None:
+            return get_and_verify_max_len(model_config, max_model_len)
+        limit = get_and_verify_max_len(model_config, None)
+        try:
+            length = get_and_verify_max_len(model_config, max_model_len)
+        except ValueError:
+            if not lengths.beyond_positions or max_model_len is None:
+                raise
+            # Requests whose positions are not re-based are held to the limit one by one.
+            length = max_model_len
+        else:
+            # What vLLM lets pass, the operator vouches for.
+            limit = max(limit, length)
+        lengths.position_limit = limit
+        return length
 
     return wrapper
 
@@ -278,19 +385,55 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         config = config_of(processor)
         if config is None or request.sampling_params is None:
             return request
-        prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
         try:
-            plan = config.plan(request.sampling_params.extra_args, len(prompt))
+            _check_video(request, config, processor.model_config.max_model_len)
         except ConfigError as error:
             raise VLLMValidationError(str(error)) from None
-        if plan is not None and request.resumable:
-            raise VLLMValidationError(
-                f"a session with streamed input cannot be a video, because its condition would grow: leave the "
-                f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
-            )
         return request
 
     return wrapper
+
+
+def _check_video(request: EngineCoreRequest, config: ServerConfig, max_model_len: int) -> None:
+    """Check the options of a request, and hold it to the positions that the model has.
+
+    Raises:
+        ConfigError: an option is wrong, or the request needs more positions.
+    """
+    params = request.sampling_params
+    assert params is not None
+    prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
+    assert prompt is not None
+    plan = config.plan(params.extra_args, len(prompt))
+    if plan is not None and request.resumable:
+        raise ConfigError(
+            f"a session with streamed input cannot be a video, because its condition would grow: leave the "
+            f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
+        )
+    if plan is not None and plan.positions.scale is not None and request.mm_features:
+        raise ConfigError(
+            "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
+            f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
+        )
+    limit = config.position_limit
+    if limit is None:
+        return
+    if plan is None or plan.positions.window is None:
+        if len(prompt) >= limit:
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens, and the model has {limit} positions: only videos with re-based "
+                f"positions may be longer (see the {REQUEST_PREFIX}* options)"
+            )
+        # What vLLM does at its own limit: the request ends there with finish_reason "length".
+        params.max_tokens = min(params.max_tokens or 0, limit - len(prompt))
+    if plan is not None:
+        total = min(len(prompt) + (params.max_tokens or 0), max_model_len)
+        needed = max(plan.positions.limit(total), plan.positions.window_tokens(total))
+        if needed > limit:
+            raise ConfigError(
+                f"this video needs {needed} positions (condition and window + 1 frames), and the model has {limit}: "
+                f"lower {REQUEST_PREFIX}window or the size of a frame, or shorten the condition"
+            )
 
 
 def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,17 +442,24 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
         from vllm.config import get_current_vllm_config
 
         from vllm_packcache.worker.attention import retaining_backend
+        from vllm_packcache.worker.key_layout import layout_of
 
         backend = get_attn_backend(*args, **kwargs)
-        config = ServerConfig.from_additional_config(get_current_vllm_config().additional_config)
-        return backend if config is None else retaining_backend(backend, _spec_maker(config))
+        vllm_config = get_current_vllm_config()
+        config = ServerConfig.from_additional_config(vllm_config.additional_config)
+        if config is None:
+            return backend
+        if config.positions == "rebase":
+            # Here, before any weights are loaded.
+            layout_of(backend.get_name())
+        return retaining_backend(backend, _spec_maker(config, vllm_config.max_in_flight_tokens))
 
     return wrapper
 
 
 @cache
-def _spec_maker(config: ServerConfig) -> Callable[[AttentionSpec], AttentionSpec]:
+def _spec_maker(config: ServerConfig, max_in_flight_tokens: int) -> Callable[[AttentionSpec], AttentionSpec]:
     """One function for each configuration: the layers of a model must get the same backend class."""
     from vllm_packcache.engine.spec import RetentionSpec
 
-    return lambda spec: RetentionSpec.retaining(spec, config)
+    return lambda spec: RetentionSpec.retaining(spec, config, max_in_flight_tokens)

@@ -129,6 +129,19 @@ class Retention:
             self._past_frame = frame
         return self._past
 
+    def history_blocks(self, frame: int) -> BlockIndices:
+        """Live blocks with tokens of earlier frames while ``frame`` is made, without the condition's, ascending.
+
+        The last of them may be the block that ``frame`` begins in.
+        """
+        past = self.past(frame)
+        history = past[past >= self.blocks.condition_blocks.stop]
+        tail_start = self.blocks.tail_start(frame)
+        shared = self.layout.frame_start(frame) % self.block_size != 0
+        if shared and tail_start not in self.blocks.condition_blocks:
+            history = np.append(history, tail_start)
+        return history
+
     def segments(self, start: int, stop: int) -> Iterator[LiveSegment]:
         """What the queries ``[start, stop)`` read, one item a frame."""
         for frame, first, last in self.layout.segments(start, stop):

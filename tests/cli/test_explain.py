@@ -10,37 +10,49 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
 from vllm_packcache.config import ConfigError, presets
-from vllm_packcache.explain import DROPPED, NOT_YET, _shown_states, explain
+from vllm_packcache.explain import DROPPED, IN_CONDITION, NOT_YET, _position_bars, _shown_states, draw, explain
 from vllm_packcache.policies import available
+from vllm_packcache.positions import TIME
 
 TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
 TINY_TEXT = """\
-JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1)
+JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, positions rebase)
 condition 8 tokens, 6 frames of 16 tokens, 13 blocks of 8
 C condition   # frame being made   1 previous frame   2 the one before that, and so on   · dropped
+positions: where the model sees each retained frame's first token, oldest first
 
-        ┌blocks───────┐ live of full
-frame 0 │C##          │  24  100 %
-frame 1 │C11##        │  40  100 %
-frame 2 │C2211##      │  56  100 %
-frame 3 │C3·2·11##    │  56   78 %
-frame 4 │C··3·2·11##  │  56   64 %
-frame 5 │C····3·2·11##│  56   54 %
+        ┌blocks───────┐ live of full  positions
+frame 0 │C##          │  24  100 %   8
+frame 1 │C11##        │  40  100 %   8 24
+frame 2 │C2211##      │  56  100 %   8 24 40
+frame 3 │C3·2·11##    │  56   78 %   8 24 40 56
+frame 4 │C··3·2·11##  │  56   64 %   8 24 40 56
+frame 5 │C····3·2·11##│  56   54 %   8 24 40 56
 
 Blocks are dropped from frame 3 on; frame 5 reads 56 of 104 tokens, 54 % of the full cache.
+Positions stay below 72 however long the video gets.
 """
+
+
+ABSOLUTE = json.dumps({"layout": "demo", "positions": "absolute"})
 
 
 def run(*arguments: str, columns: int = 120) -> str:
     result = CliRunner().invoke(app, ["explain", *arguments], env={"COLUMNS": str(columns)})
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def shown_positions(output: str) -> list[list[str]]:
+    """What is beside the blocks of every frame, word by word."""
+    return [line.split("%")[1].split() for line in output.splitlines() if line.startswith("frame")]
 
 
 def test_text_of_a_small_video_is_exact() -> None:
@@ -115,9 +127,132 @@ def test_picture_is_valid_and_not_blank(arguments: list[str], name: str, tmp_pat
     assert np.count_nonzero(np.any(pixels != 255, axis=1)) > 0.02 * len(pixels)
 
 
+@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("preset", ["demo", "lumos1_256p", "emu3_5"])
+def test_positions_are_those_of_the_retained_frames(preset: str, policy: str) -> None:
+    explanation = explain(preset, policy, frames=9)
+    layout, positions = explanation.retention.layout, explanation.positions
+    # Specification: with three axes a frame's picture begins after its special tokens.
+    before = layout.frame.frame_start_tokens if preset == "lumos1_256p" else 0
+    rows = shown_positions(run(preset, "--policy", policy, "--frames", "9", columns=300))
+    for view, row in zip(explanation.views(), rows, strict=True):
+        made = view.tokens.frame
+        owners = view.owners[view.states >= 0].tolist()
+        retained = sorted({*owners, made})
+        assert view.retained.tolist() == retained
+        first_tokens = np.array([layout.frame_start(frame) + before for frame in retained])
+        seen = positions.of(first_tokens, positions.window_start(made))[TIME]
+        assert row == [f"{position:,}" for position in seen]
+
+
+def test_positions_follow_the_configuration() -> None:
+    rebased, absolute = explain("demo", "packcache", frames=3), explain(ABSOLUTE, "packcache", frames=3)
+    assert (rebased.positions.window, absolute.positions.window) == (4, None)
+    assert rebased.options.endswith("positions rebase")
+    assert absolute.options.endswith("positions absolute")
+    # As for a server: only packcache re-bases where nobody says.
+    assert explain("demo", "sliding_window", frames=3).positions.window is None
+    assert explain("lumos1_384p", "packcache", frames=3).positions.scale == (4, 8, 8)
+
+
+def test_rebased_positions_stop_growing() -> None:
+    output = run("demo", "--frames", "16")
+    rows = shown_positions(output)
+    assert rows[:4] == [["288"], ["288", "545"], ["288", "545", "802"], ["288", "545", "802", "1,059"]]
+    assert rows[4:] == [["288", "545", "802", "1,059", "1,316"]] * 12
+    assert "Positions stay below 1,573 however long the video gets." in output
+
+
+def test_absolute_positions_grow() -> None:
+    output = run(ABSOLUTE, "--frames", "16")
+    rows = shown_positions(output)
+    assert rows[4] == ["288", "545", "802", "1,059", "1,316"]
+    assert rows[15] == ["3,115", "3,372", "3,629", "3,886", "4,143"]
+    assert "Positions grow with the video: 4,400 after 16 frames." in output
+
+
+def test_three_axes_show_time() -> None:
+    output = run("lumos1_384p", columns=200)
+    assert "times (t): time axis of each retained frame's first visual token" in output
+    # 32 tokens of text, the three that begin a frame, and the conditioning image, 4 before frame 0.
+    assert shown_positions(output)[-1] == ["39", "43", "47", "51", "55"]
+    # The index on all axes of a token that ends a frame: condition 4,116 + 5 frames of 4,084.
+    assert "Positions stay below 56 in time (t), below 24,536 on all axes, however long the video gets." in output
+    output = run('{"layout": "lumos1_384p", "positions": "absolute"}', columns=200)
+    assert shown_positions(output)[-1] == ["67", "71", "75", "79", "83"]
+    assert "below 84 in time (t), below 53,124 on all axes, after 12 frames." in output
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_of_many_positions_the_first_and_the_last_are_shown(columns: int) -> None:
+    rows = shown_positions(run("demo", "--policy", "full", "--frames", "100", columns=columns))
+    for made, row in enumerate(rows[20:], 20):
+        assert row[:2] == ["288", "…"]
+        # The last ones, without a gap.
+        last = [f"{288 + 257 * frame:,}" for frame in range(made + 1)][2 - len(row) :]
+        assert row[2:] == last
+        assert len(" ".join(row)) <= max(columns // 3, len("288 … 25,731"))
+
+
+def test_positions_have_their_own_lines_where_it_is_narrow() -> None:
+    lines = run("demo", "--frames", "6", columns=40).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "positions, below each row" in "\n".join(lines)
+    assert lines[lines.index("         288 545 802 1,059 1,316") - 1].startswith("frame 4")
+
+
+@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("preset", ["demo", "lumos1_256p"])
+def test_bars_of_positions_do_not_overlap(preset: str, policy: str) -> None:
+    explanation = explain(preset, policy, frames=9)
+    for view in explanation.views():
+        bars = list(_position_bars(explanation, view.tokens.frame))
+        states, starts, stops = map(list, zip(*bars, strict=True))
+        assert (IN_CONDITION in states) == (IN_CONDITION in view.states)
+        assert states[-1] == 0
+        assert all(start < stop for start, stop in zip(starts, stops, strict=True))
+        assert all(stop <= start for stop, start in zip(stops, starts[1:], strict=False))
+        seen = explanation.seen_at(view.retained, view.tokens.frame)
+        assert starts[-1] == seen[-1]
+        assert stops[-1] - starts[-1] == (257 if preset == "demo" else 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "bars"),
+    [
+        ("demo", [(-1, 0, 288), (4, 288, 545), (3, 545, 802), (2, 802, 1059), (1, 1059, 1316), (0, 1316, 1573)]),
+        (ABSOLUTE, [(-1, 0, 288), (4, 802, 1059), (3, 1059, 1316), (2, 1316, 1573), (1, 1573, 1830), (0, 1830, 2087)]),
+    ],
+)
+def test_bars_of_positions_are_exact(source: str, bars: list[tuple[int, int, int]]) -> None:
+    assert list(_position_bars(explain(source, "packcache", frames=7), 6)) == bars
+
+
+def test_old_frames_of_a_full_cache_are_one_bar() -> None:
+    bars = list(_position_bars(explain("demo", "full", frames=50), 49))
+    assert len(bars) == 1 + 1 + 5
+    assert bars[1] == (5, 288, 288 + 45 * 257)
+
+
+@pytest.mark.parametrize(
+    ("source", "label"), [("demo", "position"), ("lumos1_256p", "position in time (t); frames are 4 apart")]
+)
+def test_picture_has_three_panels(source: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(explain(source, "packcache", frames=8), tmp_path / "x.png")
+    blocks, positions, tokens = figures[0].axes
+    assert blocks.get_xlabel().startswith("block of the sequence")
+    assert positions.get_xlabel() == label
+    assert tokens.get_xlabel() == "tokens"
+    assert blocks.get_ylim() == positions.get_ylim() == tokens.get_ylim() == (7.5, -0.5)
+    # A row a frame.
+    assert len(positions.collections) == 8
+
+
 def test_other_policies_take_a_presets_layout_only() -> None:
     explanation = explain("demo", "sliding_window", frames=4)
-    assert explanation.options == "window 2"
+    assert explanation.options == "window 2, positions absolute"
     assert explanation.retention.layout.tokens_per_frame == 257
 
 

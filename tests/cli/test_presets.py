@@ -43,6 +43,19 @@ def test_every_option_is_spelled_out(name: str) -> None:
     assert set(load_mapping(name)["layout"]) == set(config.as_mapping()["layout"]) - {"tokens_per_frame"}
 
 
+@pytest.mark.parametrize("name", FRAME_TOKENS)
+def test_positions(name: str) -> None:
+    """Time is counted from the window; only Lumos-1 has axes of its own for rows and columns."""
+    config = ServerConfig.parse("packcache", name)
+    assert load_mapping(name)["positions"] == config.positions == "rebase"
+    assert config.layout is not None
+    assert config.layout.axis_scale == ((4, 8, 8) if name.startswith("lumos1") else None)
+    plan = config.plan({"packcache_window": 3}, 20_000)
+    assert plan is not None
+    assert plan.positions.window == 3
+    assert plan.positions.scale == config.layout.axis_scale
+
+
 @pytest.mark.parametrize("name", [name for name in FRAME_TOKENS if name.startswith("lumos1")])
 def test_lumos1_conditioning_image_is_a_frame(name: str) -> None:
     layout = ServerConfig.parse("packcache", name).layout

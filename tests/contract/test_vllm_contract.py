@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import attention
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -202,6 +203,8 @@ OWNERS: dict[str, type | ModuleType] = {
     "EngineArgs": EngineArgs,
     "InputProcessor": InputProcessor,
     "KVCacheManager": KVCacheManager,
+    "ModelConfig": ModelConfig,
+    "Scheduler": Scheduler,
     "attention": attention,
     "GPUModelRunner": GPUModelRunner,
 }
@@ -229,8 +232,12 @@ def test_installed_hooks_are_the_wrappers() -> None:
             "EngineArgs.create_engine_config",
             "EngineArgs.from_cli_args",
             "GPUModelRunner._build_attention_metadata",
+            "GPUModelRunner._preprocess",
+            "GPUModelRunner.initialize_kv_cache",
             "InputProcessor.process_inputs",
             "KVCacheManager.get_computed_blocks",
+            "ModelConfig.get_and_verify_max_len",
+            "Scheduler._reserve_prefill_lookahead",
             "vllm.model_executor.layers.attention.attention.get_attn_backend",
         ]
     )
@@ -277,6 +284,10 @@ def test_the_originals_can_be_called_as_the_plugin_calls_them() -> None:
         max_query_len="",
         num_scheduled_tokens="",
     )
+    accepts(original("GPUModelRunner", "_preprocess"), "runner", "scheduler_output", "num_input_tokens")
+    accepts(original("GPUModelRunner", "initialize_kv_cache"), "runner", "kv_cache_config")
+    accepts(original("ModelConfig", "get_and_verify_max_len"), "model_config", "max_model_len")
+    accepts(original("Scheduler", "_reserve_prefill_lookahead"), "scheduler", "request", "computed", "new")
     accepts(KVCacheManager.truncate_computed_blocks, "manager", "blocks", "num_tokens")
 
 
@@ -336,6 +347,7 @@ def test_the_overrides_are_found() -> None:
         "customize_spec",
         "get_builder_cls",
         "get_cudagraph_support",
+        "max_memory_usage_bytes",
         "merge",
         "pop_blocks_for_free",
         "remove_skipped_blocks",

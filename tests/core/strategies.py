@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from vllm_packcache import policies
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, PackCache, Policy, SlidingWindow
+from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
 
 quick = settings(max_examples=60, deadline=None)
@@ -50,3 +51,33 @@ def layouts(draw: st.DrawFn) -> VideoLayout:
 
 def retentions(policy: st.SearchStrategy[Policy]) -> st.SearchStrategy[Retention]:
     return st.builds(Retention, layouts(), policy, block_sizes)
+
+
+@st.composite
+def small_layouts(draw: st.DrawFn) -> VideoLayout:
+    """Short enough to write a video of some frames down token by token; no grid."""
+    condition = draw(st.integers(0, 40))
+    image = draw(st.integers(0, condition))
+    return VideoLayout(FrameLayout(draw(st.integers(1, 30))), condition, image)
+
+
+@st.composite
+def grid_layouts(draw: st.DrawFn) -> VideoLayout:
+    """The same with a grid, extra tokens, and a conditioning image of whole frames."""
+    extra = (draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 2)))
+    frame = FrameLayout.from_grid((draw(st.integers(1, 4)), draw(st.integers(1, 5))), *extra)
+    image = draw(st.integers(0, 2)) * frame.tokens_per_frame
+    return VideoLayout(frame, draw(st.integers(0, 20)) + image, image)
+
+
+windows = st.integers(1, 5)
+# Scales above and below the tokens of a frame: either may decide which position is the highest.
+axis_scales = st.tuples(*[st.one_of(st.integers(1, 9), st.integers(1, 90))] * 3)
+
+
+def one_axis(window: st.SearchStrategy[int | None] = windows) -> st.SearchStrategy[Positions]:
+    return st.builds(Positions, small_layouts(), window)
+
+
+def three_axes(window: st.SearchStrategy[int | None] = windows) -> st.SearchStrategy[Positions]:
+    return st.builds(Positions, grid_layouts(), window, axis_scales)

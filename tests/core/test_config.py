@@ -6,13 +6,26 @@ import math
 import pytest
 import yaml
 
-from vllm_packcache.config import ConfigError, LayoutConfig, ServerConfig, load_mapping, presets
+from vllm_packcache.config import (
+    CONFIG_KEY,
+    POLICY_KEY,
+    POSITION_LIMIT_KEY,
+    ConfigError,
+    LayoutConfig,
+    ServerConfig,
+    load_mapping,
+    presets,
+)
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
+from vllm_packcache.positions import Positions
 
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition"
-LAYOUT_OPTIONS = "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens"
+LAYOUT_OPTIONS = (
+    "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
+)
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
+SCALED = {**GRID, "axis_scale": [4, 8, 8]}
 
 
 def refusal(call) -> str:
@@ -36,17 +49,18 @@ def refusal(call) -> str:
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout",
+            f"{PACKCACHE_OPTIONS}, layout, positions",
         ),
         (
             "sliding_window",
             {"decay": 1},
-            "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout",
+            "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
+            "positions",
         ),
         (
             "full",
             {"window": 4},
-            "kv_cache_policy_config: window is no option of policy 'full': its options are layout",
+            "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions",
         ),
         (
             "packcache",
@@ -147,6 +161,68 @@ def refusal(call) -> str:
         ),
         (
             "packcache",
+            {"layout": {"tokens_per_frame": 8, "axis_scale": [4, 8, 8]}},
+            "kv_cache_policy_config: layout: grid is needed: this model's positions follow rows and columns, which "
+            "axis_scale scales",
+        ),
+        (
+            "packcache",
+            {"layout": {**SCALED, "condition_image_tokens": 256}},
+            "kv_cache_policy_config: layout: condition_image_tokens is 256, which is no whole number of frames of "
+            "257 tokens: with axis_scale a conditioning image has a frame's shape",
+        ),
+        (
+            "packcache",
+            {"layout": {**GRID, "axis_scale": [4, 8]}},
+            "kv_cache_policy_config: layout.axis_scale: item 3: Field required, not [4, 8]",
+        ),
+        (
+            "packcache",
+            {"layout": {**GRID, "axis_scale": [4, 8, 8, 8]}},
+            "kv_cache_policy_config: layout.axis_scale: tuple should have at most 3 items after validation, not 4, "
+            "not [4, 8, 8, 8]",
+        ),
+        (
+            "packcache",
+            {"layout": {**GRID, "axis_scale": 4}},
+            "kv_cache_policy_config: layout.axis_scale: input should be a valid array, not 4",
+        ),
+        (
+            "packcache",
+            {"layout": {**GRID, "axis_scale": [4, 0, 8]}},
+            "kv_cache_policy_config: layout.axis_scale: item 2: Input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "packcache",
+            {"layout": {**GRID, "axis_scale": [4, 8, 1.5]}},
+            "kv_cache_policy_config: layout.axis_scale: item 3: Input should be a valid integer, not 1.5",
+        ),
+        (
+            "packcache",
+            {"positions": "relative"},
+            "kv_cache_policy_config: positions must be rebase or absolute, not 'relative'",
+        ),
+        (
+            "sliding_window",
+            {"positions": True},
+            "kv_cache_policy_config: positions must be rebase or absolute, not True",
+        ),
+        (
+            "packcache",
+            {"positions": ["rebase"]},
+            "kv_cache_policy_config: positions must be rebase or absolute, not ['rebase']",
+        ),
+        *(
+            (
+                policy,
+                {"positions": "rebase"},
+                "kv_cache_policy_config: positions: rebase needs a policy that keeps a window of frames, and "
+                f"{policy} does not: use packcache or sliding_window, or positions: absolute",
+            )
+            for policy in ("attention_sink", "full")
+        ),
+        (
+            "packcache",
             "{",
             "kv_cache_policy_config is not valid JSON: Expecting property name enclosed in double quotes: "
             "line 1 column 2 (char 1)",
@@ -196,10 +272,36 @@ def test_a_budget_that_leaves_a_frame_nothing_is_refused_when_the_frame_is_known
     ],
 )
 def test_good_options_are_taken(policy, options, parsed):
-    assert ServerConfig.parse(policy, options) == ServerConfig(parsed, None)
+    positions = "rebase" if policy == "packcache" else "absolute"
+    assert ServerConfig.parse(policy, options) == ServerConfig(parsed, None, positions)
     assert ServerConfig.parse(policy, {**options, "layout": GRID}).layout == LayoutConfig(
         grid=(16, 16), frame_start_tokens=1
     )
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "positions"),
+    [
+        ("packcache", None, "rebase"),
+        ("packcache", "rebase", "rebase"),
+        ("packcache", "absolute", "absolute"),
+        ("sliding_window", None, "absolute"),
+        ("sliding_window", "rebase", "rebase"),
+        ("sliding_window", "absolute", "absolute"),
+        ("attention_sink", None, "absolute"),
+        ("attention_sink", "absolute", "absolute"),
+        ("full", None, "absolute"),
+        ("full", "absolute", "absolute"),
+    ],
+)
+def test_positions_are_rebased_where_the_policy_or_the_operator_says(policy, given, positions):
+    config = ServerConfig.parse(policy, {"positions": given, "layout": GRID})
+
+    assert config.positions == positions
+    assert config.as_mapping()["positions"] == positions
+    # A YAML file may leave the value empty; not naming it means the same.
+    if given is None:
+        assert config == ServerConfig.parse(policy, {"layout": GRID})
 
 
 def test_mapping_json_text_yaml_file_json_file_and_preset_mean_the_same(tmp_path, monkeypatch):
@@ -217,14 +319,20 @@ def test_mapping_json_text_yaml_file_json_file_and_preset_mean_the_same(tmp_path
     assert ServerConfig.parse("packcache", {**options, "layout": "mine"}) == expected
 
 
-def test_a_written_out_configuration_reads_back():
-    config = ServerConfig.parse("packcache", {"layout": GRID, "window": 3})
+@pytest.mark.parametrize("positions", ["rebase", "absolute"])
+@pytest.mark.parametrize("layout", [None, GRID, SCALED, {"tokens_per_frame": 8}])
+def test_a_written_out_configuration_reads_back(layout, positions):
+    config = ServerConfig.parse("packcache", {"layout": layout, "window": 3, "positions": positions})
 
     mapping = config.as_mapping()
 
     assert ServerConfig.parse("packcache", json.dumps(mapping)) == config
     assert mapping["decay"] == 0.5
-    assert mapping["layout"]["grid"] == [16, 16]
+    assert mapping["positions"] == positions
+    # What is not given is left out: null is no number of tokens.
+    given = {**dict.fromkeys(("row_end_tokens", "frame_end_tokens", "condition_image_tokens"), 0)}
+    expected = None if layout is None else {"frame_start_tokens": 0, **given, **layout}
+    assert mapping.get("layout") == expected
 
 
 def test_every_preset_is_a_valid_packcache_configuration():
@@ -277,6 +385,17 @@ def test_switched_on():
     )
 
     assert config == ServerConfig(SlidingWindow(window=3))
+
+
+def test_the_position_limit_comes_with_the_additional_config():
+    def limit(additional_config: dict) -> int | None:
+        return ServerConfig.from_additional_config({POLICY_KEY: "packcache", **additional_config}).position_limit
+
+    assert limit({POSITION_LIMIT_KEY: 4096}) == 4096
+    assert limit({POSITION_LIMIT_KEY: 4096, CONFIG_KEY: {"window": 3}}) == 4096
+    assert limit({}) is None
+    assert ServerConfig.from_additional_config({POSITION_LIMIT_KEY: 4096}) is None
+    assert ServerConfig.parse("full", None, 77).position_limit == 77
 
 
 def test_options_without_a_policy_are_refused():
@@ -354,6 +473,82 @@ def test_the_servers_image_tokens_hold_where_they_fit():
 def test_a_request_opts_out(server, server_without_layout, extra_args):
     assert server.plan(extra_args, 300) is None
     assert server_without_layout.plan(extra_args, 300) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "extra_args", "window"),
+    [
+        ("packcache", {"window": 3}, {}, 3),
+        ("packcache", {"window": 3}, {"packcache_window": 5}, 5),
+        ("packcache", {"window": 3, "positions": "absolute"}, {"packcache_window": 5}, None),
+        ("sliding_window", {"window": 3}, {}, None),
+        ("sliding_window", {"window": 3, "positions": "rebase"}, {}, 3),
+        ("sliding_window", {"window": 3, "positions": "rebase"}, {"packcache_window": 1}, 1),
+        ("attention_sink", {}, {}, None),
+    ],
+)
+@pytest.mark.parametrize("scale", [None, (4, 8, 8)])
+def test_positions_of_a_plan_follow_its_layout_and_its_window(policy, options, extra_args, window, scale):
+    server = ServerConfig.parse(policy, {**options, "layout": {**GRID, "axis_scale": scale and [*scale]}})
+
+    plan = server.plan({"packcache_condition_tokens": 200, **extra_args}, 300)
+
+    assert plan.positions == Positions(VideoLayout(FrameLayout(257, (16, 16), 1), 200), window, scale)
+    assert plan.positions.layout is plan.layout
+
+
+@pytest.mark.parametrize("policy", ["packcache", "full"])
+def test_with_three_axes_a_request_that_keeps_everything_still_has_positions(policy):
+    server = ServerConfig.parse(policy, {"layout": SCALED})
+
+    plan = server.plan({"packcache_policy": "full", "packcache_grid": [8, 4]}, 300)
+
+    assert plan.policy == Full()
+    assert plan.layout == VideoLayout(FrameLayout(33, (8, 4), 1), 300)
+    assert plan.positions == Positions(plan.layout, None, (4, 8, 8))
+    assert server.plan({"temperature": 1}, 300) is None
+
+
+def test_with_three_axes_a_request_may_give_another_grid_and_its_images():
+    server = ServerConfig.parse("packcache", {"layout": {**SCALED, "condition_image_tokens": 257}})
+
+    same = server.plan({"packcache_window": 4}, 300)
+    other = server.plan({"packcache_grid": [8, 4], "packcache_condition_image_tokens": 66}, 300)
+    text = server.plan({"packcache_window": 4}, 40)
+
+    assert same.positions.layout.condition_image_tokens == 257
+    assert other.positions.layout == VideoLayout(FrameLayout(33, (8, 4), 1), 300, 66)
+    assert text.positions.layout.condition_image_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        (
+            {"packcache_tokens_per_frame": 257},
+            "packcache_grid is needed: this model's positions follow rows and columns, which axis_scale scales",
+        ),
+        (
+            {"packcache_condition_image_tokens": 256},
+            "packcache_condition_image_tokens is 256, which is no whole number of frames of 257 tokens: with "
+            "axis_scale a conditioning image has a frame's shape",
+        ),
+        (
+            {"packcache_policy": "full", "packcache_tokens_per_frame": 257},
+            "packcache_grid is needed: this model's positions follow rows and columns, which axis_scale scales",
+        ),
+    ],
+)
+def test_with_three_axes_a_request_without_their_places_is_refused(extra_args, message):
+    server = ServerConfig.parse("packcache", {"layout": SCALED})
+
+    assert refusal(lambda: server.plan(extra_args, 300)) == message
+
+
+def test_a_request_cannot_change_how_tokens_are_positioned(server):
+    for option in ("positions", "axis_scale"):
+        message = refusal(lambda option=option: server.plan({f"packcache_{option}": "absolute"}, 300))
+        assert message == f"packcache_{option} is no known option: known are {REQUEST_OPTIONS}"
 
 
 def test_on_a_server_that_keeps_everything_a_request_needs_no_plan():

@@ -68,6 +68,44 @@ def test_live_blocks_and_tokens_agree_with_a_count_of_tokens(name, data):
 @pytest.mark.parametrize("name", POLICY_NAMES)
 @quick
 @given(data=st.data())
+def test_history_blocks_are_live_and_hold_earlier_frames_and_no_condition(name, data):
+    retention = data.draw(retentions(policies_called(name)))
+    layout, size = retention.layout, retention.block_size
+
+    for frame in range(FRAMES):
+        # When a frame begins, everything computed is of an earlier one.
+        computed = layout.frame_start(frame)
+        expected = []
+        for block in retention.live_blocks(computed).tolist():
+            held = [layout.frame_of(token) for token in range(block * size, min(computed, (block + 1) * size))]
+            if held and CONDITION not in held:
+                assert max(held) < frame
+                expected.append(block)
+        assert retention.history_blocks(frame).tolist() == expected
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@quick
+@given(data=st.data())
+def test_nothing_older_than_the_history_window_lives(name, data):
+    retention = data.draw(retentions(policies_called(name)))
+    window = retention.policy.history_window
+
+    if window is None:
+        assert not retention.policy.rebases
+        return
+    for frame in range(FRAMES):
+        tags = {retention.blocks.tag(block) for block in retention.history_blocks(frame).tolist()}
+        assert all(tag >= frame - window for tag in tags)
+        # No smaller number would do: where frames have blocks of their own, the oldest of the window keeps some.
+        oldest = frame - window
+        if oldest >= 0 and len(retention.blocks.frame_blocks(oldest)) and name == "sliding_window":
+            assert oldest in tags
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@quick
+@given(data=st.data())
 def test_segments_say_what_each_query_reads(name, data):
     retention = data.draw(retentions(policies_called(name)))
     start = data.draw(st.integers(0, retention.layout.frame_start(8)))

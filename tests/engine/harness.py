@@ -85,7 +85,7 @@ class Harness:
     def __init__(self, config: ServerConfig, *, enable_caching: bool, num_blocks: int, block_size: int = BLOCK) -> None:
         self.config = config
         self.block_size = block_size
-        spec = RetentionSpec.retaining(stock_spec(block_size), config)
+        spec = RetentionSpec.retaining(stock_spec(block_size), config, 0)
         self.kv = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             max_model_len=MAX_MODEL_LEN,
@@ -225,7 +225,7 @@ class Harness:
                 self._check_video(served, served.retention)
             self._check_in_flight(served)
         running = {name for name, served in self.served.items() if served.running}
-        assert set(self.manager._videos) <= running, "the manager remembers requests that hold nothing"
+        assert set(self.manager._videos) <= set(self.served), "the manager remembers requests that are gone"
         assert set(self.manager.req_to_blocks) <= running
 
     def _check_pool(self) -> None:

@@ -26,7 +26,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_the_configuration_arrives_as_it_was_sent(config: ServerConfig) -> None:
-    spec = RetentionSpec.retaining(stock_spec(), config)
+    spec = RetentionSpec.retaining(stock_spec(), config, 0)
     assert isinstance(spec, RetentionSpec)
     received = pickle.loads(pickle.dumps(spec))
     assert received == spec
@@ -36,7 +36,7 @@ def test_the_configuration_arrives_as_it_was_sent(config: ServerConfig) -> None:
 
 def test_the_spec_is_the_stock_one_in_every_other_respect() -> None:
     stock = stock_spec(32, head_size_v=16, dtype=torch.bfloat16, dcp_sharded=False, non_causal=True)
-    spec = RetentionSpec.retaining(stock, CONFIGS[0])
+    spec = RetentionSpec.retaining(stock, CONFIGS[0], 0)
     assert isinstance(spec, FullAttentionSpec)
     for name in stock.__dataclass_fields__:
         assert getattr(spec, name) == getattr(stock, name)
@@ -52,22 +52,22 @@ def test_the_spec_is_the_stock_one_in_every_other_respect() -> None:
     ids=lambda spec: type(spec).__name__,
 )
 def test_what_is_no_plain_full_attention_is_left_alone(spec: KVCacheSpec) -> None:
-    assert RetentionSpec.retaining(spec, CONFIGS[0]) is spec
+    assert RetentionSpec.retaining(spec, CONFIGS[0], 0) is spec
 
 
 def test_layers_merge_into_one_spec_with_the_same_configuration() -> None:
-    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0])
+    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0], 0)
     assert RetentionSpec.merge([spec, spec, spec]) == spec
 
 
 def test_layers_with_different_policies_do_not_merge() -> None:
-    specs = [RetentionSpec.retaining(stock_spec(), config) for config in CONFIGS[:2]]
-    with pytest.raises(AssertionError, match="different policies"):
+    specs = [RetentionSpec.retaining(stock_spec(), config, 0) for config in CONFIGS[:2]]
+    with pytest.raises(AssertionError, match="differ in policy"):
         RetentionSpec.merge(specs)
 
 
 def test_the_registry_finds_our_manager_and_still_the_stock_ones() -> None:
-    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0])
+    spec = RetentionSpec.retaining(stock_spec(), CONFIGS[0], 0)
     window = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
     assert KVCacheSpecRegistry.get_manager_class(spec) is RetentionManager
     assert KVCacheSpecRegistry.get_manager_class(stock_spec()) is FullAttentionManager

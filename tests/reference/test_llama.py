@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLTextConfig, Qwen3VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from vllm_packcache.config import VideoPlan
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.reference import LlamaReference, make_random_llama
+from vllm_packcache.positions import Positions
+from vllm_packcache.reference import LlamaReference, make_random_llama, positions
 
 VOCAB = 256
 BLOCK_SIZE = 32
@@ -19,8 +22,21 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def plan(policy: Policy, *, tokens_per_frame: int = 100, condition: int = 70) -> VideoPlan:
-    return VideoPlan(VideoLayout(FrameLayout(tokens_per_frame), condition), policy)
+def plan(policy: Policy, *, tokens_per_frame: int = 100, condition: int = 70, rebase: bool = False) -> VideoPlan:
+    layout = VideoLayout(FrameLayout(tokens_per_frame), condition)
+    return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None))
+
+
+def picture_plan(policy: Policy, *, rebase: bool) -> VideoPlan:
+    """Frames of 26 tokens with rows and columns; text of 18 tokens and an image of two frames."""
+    layout = VideoLayout(FrameLayout.from_grid((4, 5), 1, 1, 1), 70, 52)
+    return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
+
+
+AXES = {
+    "contiguous": {"mrope_section": [4, 6, 6]},
+    "interleaved": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+}
 
 
 SHAPES = {
@@ -119,18 +135,27 @@ def test_without_a_plan_generation_is_that_of_transformers(folder, reference):
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "rebase"),
     [
-        PackCache(window=4),
-        PackCache(history_frames=0.5, window=2, gamma_text=0.5),
-        SlidingWindow(window=1),
-        AttentionSink(sink_tokens=32, recent_tokens=64),
+        (PackCache(window=4), False),
+        (PackCache(window=1), True),
+        (PackCache(history_frames=0.5, window=2, gamma_text=0.5), True),
+        (SlidingWindow(window=1), False),
+        (SlidingWindow(window=1), True),
+        (AttentionSink(sink_tokens=32, recent_tokens=64), False),
     ],
-    ids=["packcache", "packcache quotas", "sliding_window", "attention_sink"],
+    ids=[
+        "packcache absolute",
+        "packcache",
+        "packcache quotas",
+        "sliding_window",
+        "sliding_window rebased",
+        "attention_sink",
+    ],
 )
 @pytest.mark.parametrize("tokens_per_frame", [100, 20], ids=["frames of 100", "frames shorter than a block"])
-def test_token_by_token_and_all_at_once_agree(reference, policy, tokens_per_frame):
-    video = plan(policy, tokens_per_frame=tokens_per_frame)
+def test_token_by_token_and_all_at_once_agree(reference, policy, rebase, tokens_per_frame):
+    video = plan(policy, tokens_per_frame=tokens_per_frame, rebase=rebase)
     # The prompt holds the condition and a part of the video.
     given = prompt(90)
 
@@ -146,18 +171,115 @@ def test_a_policy_with_room_for_everything_changes_nothing(reference):
     everything = reference.logits(tokens)
 
     for policy in (Full(), PackCache(history_frames=8, window=8), SlidingWindow(window=8)):
-        assert torch.equal(reference.logits(tokens, plan(policy), BLOCK_SIZE).argmax(-1), everything.argmax(-1))
-        torch.testing.assert_close(reference.logits(tokens, plan(policy), BLOCK_SIZE), everything, atol=1e-4, rtol=0)
+        for rebase in (False, True):
+            logits = reference.logits(tokens, plan(policy, rebase=rebase), BLOCK_SIZE)
+            assert torch.equal(logits.argmax(-1), everything.argmax(-1))
+            torch.testing.assert_close(logits, everything, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy", [PackCache(window=3), SlidingWindow(window=3)], ids=lambda policy: policy.name)
+def test_rebasing_changes_nothing_before_the_window_slides_and_something_after(reference, policy):
+    tokens = prompt(70 + 6 * 64)
+    rebased, absolute = (
+        reference.logits(tokens, plan(policy, tokens_per_frame=64, rebase=rebase), BLOCK_SIZE)
+        for rebase in (True, False)
+    )
+
+    # Fill and pack: the condition and the frames 0 to W.
+    slides_at = 70 + 4 * 64
+    assert torch.equal(rebased[:slides_at], absolute[:slides_at])
+    differences = (rebased - absolute).abs().amax(-1)
+    assert differences[slides_at:].min() > 1e-3
+
+
+def test_without_a_condition_only_distances_count_and_rebasing_keeps_them(reference):
+    tokens = prompt(12 * 40)
+    rebased, absolute = (
+        reference.logits(tokens, plan(PackCache(window=2), tokens_per_frame=40, condition=0, rebase=rebase), BLOCK_SIZE)
+        for rebase in (True, False)
+    )
+
+    torch.testing.assert_close(rebased, absolute, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("rope", AXES.values(), ids=AXES.keys())
+def test_three_equal_axes_are_one(tmp_path, reference, rope):
+    model = LlamaReference.load(make_random_llama(tmp_path, rope=rope))
+    tokens = prompt(500)
+
+    for video in (None, plan(PackCache(window=2), rebase=True), plan(SlidingWindow(window=1))):
+        assert torch.equal(model.logits(tokens, video, BLOCK_SIZE), reference.logits(tokens, video, BLOCK_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "config"),
+    [
+        ("contiguous", Qwen2VLRotaryEmbedding, Qwen2VLTextConfig),
+        ("interleaved", Qwen3VLTextRotaryEmbedding, Qwen3VLTextConfig),
+    ],
+)
+def test_three_axes_turn_as_in_transformers(tmp_path, name, embedding, config):
+    """A Llama of transformers with the rotary embedding of a Qwen, at the positions of the plan."""
+    folder = make_random_llama(tmp_path, rope=AXES[name])
+    video = picture_plan(Full(), rebase=False)
+    tokens = prompt(70 + 8 * 26)
+    at = positions(video, BLOCK_SIZE, len(tokens), 0)
+    assert len({tuple(place) for place in at.tolist()}) == 3
+
+    class AtThePlansPositions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rope = {"rope_type": "default", "rope_theta": 10_000.0, **AXES[name]}
+            self.turn = embedding(config(hidden_size=128, num_attention_heads=4, head_dim=32, rope_parameters=rope))
+
+        def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            del position_ids
+            return self.turn(hidden, at[:, None])
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.rotary_emb = AtThePlansPositions()
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+
+    torch.testing.assert_close(LlamaReference.load(folder).logits(tokens, video), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rope", AXES.values(), ids=AXES.keys())
+def test_with_three_axes_token_by_token_and_all_at_once_agree_and_slides_show(tmp_path, rope):
+    model = LlamaReference.load(make_random_llama(tmp_path, rope=rope))
+    video = picture_plan(PackCache(window=2), rebase=True)
+    given = prompt(80)
+
+    # More than three windows of frames.
+    generated = model.generate(given, 8 * 26, video, BLOCK_SIZE)
+    tokens = given + generated.token_ids[:-1]
+    teacher_forced = model.logits(tokens, video, BLOCK_SIZE)
+
+    assert teacher_forced[79:].argmax(-1).tolist() == generated.token_ids
+    torch.testing.assert_close(generated.logits, teacher_forced[79:], atol=1e-4, rtol=0)
+    absolute = model.logits(tokens, picture_plan(PackCache(window=2), rebase=False), BLOCK_SIZE)
+    slides_at = 70 + 3 * 26
+    assert torch.equal(teacher_forced[:slides_at], absolute[:slides_at])
+    assert (teacher_forced - absolute)[slides_at:].abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_dropping_blocks_changes_what_is_generated_within_twelve_frames(tmp_path, seed):
-    """Otherwise no comparison of generated tokens could tell a policy from another, or from none."""
+def test_dropping_blocks_and_rebasing_change_what_is_generated_within_twelve_frames(tmp_path, seed):
+    """Otherwise no comparison of generated tokens could tell one policy, or one kind of positions, from another."""
     model = LlamaReference.load(make_random_llama(tmp_path, seed=seed))
     given = prompt(70, seed)
-    policies = [Full(), PackCache(window=4), PackCache(window=3), SlidingWindow(window=2)]
+    plans = [
+        plan(policy, tokens_per_frame=64, rebase=rebase)
+        for policy, rebase in (
+            (Full(), False),
+            (PackCache(window=4), True),
+            (PackCache(window=4), False),
+            (PackCache(window=3), True),
+            (SlidingWindow(window=2), False),
+        )
+    ]
 
-    videos = [model.generate(given, 12 * 64, plan(policy, tokens_per_frame=64), BLOCK_SIZE) for policy in policies]
+    videos = [model.generate(given, 12 * 64, video, BLOCK_SIZE) for video in plans]
 
     for index, video in enumerate(videos):
         for other in videos[:index]:

@@ -1,4 +1,4 @@
-"""The mask of the oracle, against a statement in loops and against the one of xformers."""
+"""The mask of the oracle, against a statement in loops and against the one of xformers; its positions, by hand."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from vllm_packcache.config import VideoPlan
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.positions import AxisScale, Positions
 from vllm_packcache.reference import positions, visibility
 from vllm_packcache.retention import Retention
 
@@ -22,7 +23,8 @@ shapes = pytest.mark.parametrize(("condition", "tokens_per_frame", "block_size")
 
 
 def video(policy: Policy, condition: int, tokens_per_frame: int) -> VideoPlan:
-    return VideoPlan(VideoLayout(FrameLayout(tokens_per_frame), condition), policy)
+    layout = VideoLayout(FrameLayout(tokens_per_frame), condition)
+    return VideoPlan(layout, policy, Positions(layout, policy.history_window))
 
 
 def test_without_a_plan_every_query_sees_what_is_not_later():
@@ -125,7 +127,86 @@ def test_the_mask_is_that_of_xformers_over_paged_live_blocks(policy, condition, 
     assert torch.equal(visibility(plan, block_size, num_tokens), (stated == 0)[:, :num_tokens])
 
 
-def test_positions_are_absolute():
-    tokens = torch.tensor([0, 5, 900])
+def sliding(layout: VideoLayout, window: int | None, scale: AxisScale | None = None) -> VideoPlan:
+    return VideoPlan(layout, SlidingWindow(window=window or 1), Positions(layout, window, scale))
 
-    assert torch.equal(positions(tokens, 3), tokens)
+
+def test_positions_are_indices_without_a_plan_and_without_a_window():
+    plan = sliding(VideoLayout(FrameLayout(4), 5), None)
+
+    assert positions(None, 4, 6, 3).tolist() == [[0, 1, 2, 3, 4, 5]]
+    for frame in (CONDITION, 0, 3, 9):
+        assert positions(plan, 4, 60, frame).tolist() == [[*range(60)]]
+
+
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        (CONDITION, [*range(21)]),
+        (0, [*range(21)]),
+        (1, [*range(21)]),
+        # Tokens 5 to 7 share a block with the condition, token 8 one with frame 1: it keeps its distance to that.
+        (2, [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]),
+        (3, [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+    ],
+)
+def test_positions_of_a_window_of_one_frame(frame, expected):
+    """Five tokens of condition, frames of four, blocks of four."""
+    plan = sliding(VideoLayout(FrameLayout(4), 5), 1)
+
+    assert positions(plan, 4, 21, frame).tolist() == [expected]
+
+
+def test_a_window_slides_by_one_frame_after_it_is_full():
+    plan = sliding(VideoLayout(FrameLayout(4), 4), 2)
+    last_frame_at = [positions(plan, 4, 40, frame)[0, 4 + 4 * frame].item() for frame in range(7)]
+
+    assert last_frame_at == [4, 8, 12, 12, 12, 12, 12]
+    assert positions(plan, 4, 20, 3).tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("frame", [CONDITION, 0, 2, 5])
+def test_frames_in_a_block_of_the_condition_stay_where_they_were_made(frame):
+    """Frames of two tokens; every frame from the third on was made in the second place of the window."""
+    plan = sliding(VideoLayout(FrameLayout(2), 3), 1)
+
+    assert positions(plan, 16, 16, frame).tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 6, 5, 6, 5, 6, 5, 6, 5]]
+
+
+def test_positions_on_three_axes():
+    """Two tokens of text, an image, three frames: a start, then two rows of one visual token and an end of row.
+
+    The first visual token is token 3.
+    """
+    layout = VideoLayout(FrameLayout.from_grid((2, 1), 1, 1), 7, 5)
+    text = [(0, 0, 0), (1, 1, 1)]
+    image = [(2, 2, 2), (3, 3, 3), (3, 3, 103), (3, 13, 3), (3, 13, 103)]
+
+    def frame(start: int, time: int) -> list[tuple[int, int, int]]:
+        return [(start,) * 3, (time, 3, 3), (time, 3, 103), (time, 13, 3), (time, 13, 103)]
+
+    absolute = [*text, *image, *frame(7, 7), *frame(12, 11), *frame(17, 15)]
+    # The start of frame 0 shares a block with the image and stays, the rest is left behind.
+    rebased = [*text, *image, (7, 7, 7), *frame(2, 3)[1:], *frame(7, 7), *frame(12, 11)]
+
+    plan = sliding(layout, 1, (4, 10, 100))
+    for made in (CONDITION, 0, 1):
+        assert [tuple(at) for at in positions(plan, 4, 22, made).T.tolist()] == absolute
+    assert [tuple(at) for at in positions(plan, 4, 22, 2).T.tolist()] == rebased
+    stays = sliding(layout, None, (4, 10, 100))
+    assert [tuple(at) for at in positions(stays, 4, 22, 2).T.tolist()] == absolute
+
+
+@pytest.mark.parametrize("scale", [None, (4, 8, 8)], ids=["one axis", "three axes"])
+@pytest.mark.parametrize("block_size", [4, 16, 64])
+def test_positions_are_those_of_the_core_but_for_blocks_of_the_condition(scale, block_size):
+    layout = VideoLayout(FrameLayout.from_grid((3, 4), 2, 1, 1), 41, 36)
+    plan = sliding(layout, 2, scale)
+    tokens = torch.arange(layout.frame_start(8))
+    in_condition = tokens // block_size * block_size < 41
+
+    for frame in range(8):
+        core = torch.from_numpy(plan.positions.of(tokens.numpy(), plan.positions.window_start(frame)))
+        stated = positions(plan, block_size, len(tokens), frame)
+        assert torch.equal(stated[:, ~in_condition], core[:, ~in_condition])
+        assert torch.equal(stated[:, in_condition], positions(plan, block_size, len(tokens), 0)[:, in_condition])

@@ -35,7 +35,7 @@ CONFIG = ServerConfig.parse("sliding_window", {"window": 1})
 
 
 def make_spec(spec: AttentionSpec) -> AttentionSpec:
-    return RetentionSpec.retaining(spec, CONFIG)
+    return RetentionSpec.retaining(spec, CONFIG, 0)
 
 
 def make_step() -> Step:

@@ -13,12 +13,14 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config import ServerConfig
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import CONDITION
+from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
 
 
@@ -27,6 +29,7 @@ class _Video:
     """A video request that holds blocks."""
 
     retention: Retention
+    positions: Positions
     # The frame up to which blocks have been freed.
     frame: int = CONDITION
 
@@ -38,6 +41,8 @@ class RetentionManager(FullAttentionManager):
     """
 
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
+        # Admission counts what a request holds, not how long it is; that it fits is checked at start.
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks_per_request
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
         self._config: ServerConfig = kv_cache_spec.server_config
         self._prefix_caching = enable_caching
@@ -57,13 +62,13 @@ class RetentionManager(FullAttentionManager):
         """Learn the request's layout, and cache its prefix up to the end of the condition.
 
         What a frame's keys and values are depends on what its tokens could see, and a later frame's eviction
-        would leave a hole: frames are no prefix to share.
+        would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
-        video = self._video(request)
+        video = self.video(request)
         if not self._prefix_caching:
             return
         if video is not None:
-            num_tokens = min(num_tokens, video.retention.layout.condition_tokens)
+            num_tokens = min(num_tokens, video.positions.shared_tokens)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(
@@ -79,12 +84,12 @@ class RetentionManager(FullAttentionManager):
         """
         del num_prompt_tokens
         video = self._videos.get(request_id)
-        if video is None:
+        blocks = self.req_to_blocks.get(request_id)
+        if video is None or not blocks:
             return
         frame = video.retention.layout.frame_of(processed_computed_tokens)
         if frame <= video.frame:
             return
-        blocks = self.req_to_blocks[request_id]
         dropped: list[KVCacheBlock] = []
         for index in video.retention.dropped_blocks(video.frame, frame).tolist():
             dropped.append(blocks[index])
@@ -97,15 +102,12 @@ class RetentionManager(FullAttentionManager):
         self._videos.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def plan(self, request: Request) -> VideoPlan | None:
-        """What ``request`` keeps; None: everything."""
-        params = request.sampling_params
-        return self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
-
-    def _video(self, request: Request) -> _Video | None:
+    def video(self, request: Request) -> _Video | None:
+        """What is known of ``request``; None: it is no video."""
         if request.request_id not in self._videos:
-            plan = self.plan(request)
-            video = _Video(Retention(plan.layout, plan.policy, self.block_size)) if plan else None
+            params = request.sampling_params
+            plan = self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
+            video = _Video(Retention(plan.layout, plan.policy, self.block_size), plan.positions) if plan else None
             self._videos[request.request_id] = video
         return self._videos[request.request_id]
 
@@ -120,13 +122,34 @@ def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(get_computed_blocks)
     def wrapper(manager: KVCacheManager, request: Request, *args: Any, **kwargs: Any) -> tuple[KVCacheBlocks, int, int]:
         blocks, num_tokens, shared_prefix_boundary = get_computed_blocks(manager, request, *args, **kwargs)
-        retaining = manager.coordinator.single_type_managers[0]
-        if num_tokens == 0 or not isinstance(retaining, RetentionManager):
-            return blocks, num_tokens, shared_prefix_boundary
-        plan = retaining.plan(request)
-        if plan is not None and num_tokens > plan.layout.condition_tokens:
-            num_tokens = plan.layout.condition_tokens // retaining.block_size * retaining.block_size
+        video = _video_of(manager, request) if num_tokens > 0 else None
+        if video is not None and num_tokens > video.positions.shared_tokens:
+            block_size = video.retention.block_size
+            num_tokens = video.positions.shared_tokens // block_size * block_size
             blocks = manager.truncate_computed_blocks(blocks, num_tokens)
         return blocks, num_tokens, shared_prefix_boundary
 
     return wrapper
+
+
+def ending_chunks_at_slides(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
+    """Wrap ``Scheduler._reserve_prefill_lookahead``, which has the last word on where a prefill chunk ends.
+
+    Where the window slides, cached keys move. A cache is in one state while a step runs, so no step may hold tokens
+    from both sides of a slide.
+    """
+
+    @wraps(reserve_prefill_lookahead)
+    def wrapper(scheduler: Scheduler, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
+        # A single token has nothing to be parted from, and decoding need not look any further.
+        video = _video_of(scheduler.kv_cache_manager, request) if num_new_tokens > 1 else None
+        slide = None if video is None else video.positions.next_slide(num_computed_tokens)
+        return num_new_tokens if slide is None else min(num_new_tokens, slide - num_computed_tokens)
+
+    return wrapper
+
+
+def _video_of(manager: KVCacheManager, request: Request) -> _Video | None:
+    retaining = manager.coordinator.single_type_managers[0]
+    return retaining.video(request) if isinstance(retaining, RetentionManager) else None

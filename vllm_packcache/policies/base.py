@@ -23,6 +23,8 @@ class Policy(ABC):
     """Decides which blocks of the past live while a frame is made."""
 
     name: ClassVar[str]
+    rebases: ClassVar[bool] = False
+    """Whether positions are re-based where nobody says (see `history_window`)."""
     # Options are numbers as written: "4" and true are no windows.
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
@@ -40,6 +42,14 @@ class Policy(ABC):
         Returns:
             Ascending logical block indices, all below ``blocks.tail_start(frame)``.
         """
+
+    @property
+    def history_window(self) -> int | None:
+        """W: nothing of a frame older than the W last ones lives. None: there is no such number.
+
+        Only where there is one can positions be re-based: what lives then lies in a window that slides.
+        """
+        return None
 
     def check(self, frame: FrameLayout) -> None:
         """Check the options against the shape of a frame.

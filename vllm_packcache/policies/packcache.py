@@ -35,6 +35,7 @@ class PackCache(Policy):
     """
 
     name: ClassVar[str] = "packcache"
+    rebases: ClassVar[bool] = True
     history_frames: float = 2.0
     window: int = 4
     decay: float = 0.5
@@ -63,6 +64,11 @@ class PackCache(Policy):
         """
         table = _kept_tokens(self, tokens_per_frame)
         return table[min(frame, len(table) - 1)]
+
+    @property
+    def history_window(self) -> int:
+        """W."""
+        return self.window
 
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks, and of each of the last W frames its share of blocks in `spread` order."""

@@ -28,6 +28,11 @@ class SlidingWindow(Policy):
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
 
+    @property
+    def history_window(self) -> int:
+        """W."""
+        return self.window
+
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks and the blocks tagged with one of the last n frames."""
         end = blocks.tail_start(frame)

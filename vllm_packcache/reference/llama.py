@@ -34,6 +34,8 @@ class LlamaConfig:
         kv_heads: G, key-value heads; divides H.
         head_dim: D, numbers of a head.
         rope_theta: base of the rotary frequencies.
+        rope_sections: how many of the D/2 frequencies turn with each axis of a position; empty: there is one axis.
+        rope_interleaved: the axes take turns, the first taking what is left over; otherwise each has a run.
         norm_eps: epsilon of RMSNorm.
         tied: the output layer is the token embedding.
     """
@@ -43,6 +45,8 @@ class LlamaConfig:
     kv_heads: int
     head_dim: int
     rope_theta: float
+    rope_sections: tuple[int, ...]
+    rope_interleaved: bool
     norm_eps: float
     tied: bool
 
@@ -71,6 +75,8 @@ class LlamaConfig:
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            rope_sections=tuple(rope.get("mrope_section", ())),
+            rope_interleaved=rope.get("mrope_interleaved", False),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied=config.get("tie_word_embeddings", False),
         )
@@ -108,6 +114,7 @@ class LlamaReference:
         self._weights = {name: tensor.float() for name, tensor in weights.items()}
         halves = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
         self._frequencies = config.rope_theta ** (-halves / config.head_dim)
+        self._axis_of = _axis_of(config)
 
     @classmethod
     def load(cls, path: str | Path) -> LlamaReference:
@@ -139,7 +146,7 @@ class LlamaReference:
         if not token_ids:
             raise ValueError("token_ids must hold at least one token")
         mask = visibility(plan, block_size, len(token_ids))
-        return self._forward(token_ids, 0, self._new_cache(len(token_ids)), mask, plan)
+        return self._forward(token_ids, 0, self._new_cache(len(token_ids)), mask, plan, block_size)
 
     @torch.inference_mode()
     def generate(
@@ -169,7 +176,7 @@ class LlamaReference:
         tokens = list(prompt_ids)
         logits = []
         for index in range(length):
-            step = self._forward(tokens[index : index + 1], index, cache, mask, plan)
+            step = self._forward(tokens[index : index + 1], index, cache, mask, plan, block_size)
             if index >= len(prompt_ids) - 1:
                 logits.append(step)
                 tokens.append(int(step.argmax()))
@@ -181,7 +188,13 @@ class LlamaReference:
         return torch.zeros(config.layers, 2, length, config.kv_heads, config.head_dim)
 
     def _forward(
-        self, token_ids: Sequence[int], start: int, cache: Tensor, mask: Tensor, plan: VideoPlan | None
+        self,
+        token_ids: Sequence[int],
+        start: int,
+        cache: Tensor,
+        mask: Tensor,
+        plan: VideoPlan | None,
+        block_size: int,
     ) -> Tensor:
         """Compute the tokens ``[start, start + n)``, write their keys and values to ``cache``.
 
@@ -206,7 +219,13 @@ class LlamaReference:
             # The frame decides about positions: one attention for the queries of each.
             attended = torch.cat(
                 [
-                    self._attend(queries[first - start : last - start], first, frame, cache[layer], mask)
+                    self._attend(
+                        queries[first - start : last - start],
+                        first,
+                        positions(plan, block_size, len(mask), frame),
+                        cache[layer],
+                        mask,
+                    )
                     for frame, first, last in segments
                 ]
             )
@@ -218,13 +237,13 @@ class LlamaReference:
         output = "model.embed_tokens" if config.tied else "lm_head"
         return linear(self._norm(hidden, "model.norm"), weights[f"{output}.weight"])
 
-    def _attend(self, queries: Tensor, first: int, frame: int, cached: Tensor, mask: Tensor) -> Tensor:
+    def _attend(self, queries: Tensor, first: int, at: Tensor, cached: Tensor, mask: Tensor) -> Tensor:
         """Masked softmax attention of the queries ``[first, first + n)`` of one frame.
 
         Args:
             queries: [n, H, D], un-rotated.
             first: index of the first query's token.
-            frame: the frame they belong to.
+            at: [axes, T], positions while that frame is made.
             cached: [2, T, G, D]: un-rotated keys, and values.
             mask: bool, [T, T]: which key each query sees.
 
@@ -235,8 +254,8 @@ class LlamaReference:
         keys, values = cached[:, : first + len(queries)]
         query_tokens = torch.arange(first, first + len(queries))
         key_tokens = torch.arange(len(keys))
-        queries = self._rotate(queries, positions(query_tokens, frame))
-        keys = self._rotate(keys, positions(key_tokens, frame))
+        queries = self._rotate(queries, at[:, query_tokens])
+        keys = self._rotate(keys, at[:, key_tokens])
         # Query head h reads key-value head h // (H / G).
         queries = queries.unflatten(1, (self.config.kv_heads, -1))
         scores = torch.einsum("ngrd,mgd->grnm", queries, keys) * self.config.head_dim**-0.5
@@ -244,11 +263,13 @@ class LlamaReference:
         return torch.einsum("grnm,mgd->ngrd", scores.softmax(-1), values).flatten(1, 2)
 
     def _rotate(self, heads: Tensor, at: Tensor) -> Tensor:
-        """Rotary embedding of ``heads`` [n, heads, D] at the positions ``at`` [n]; i paired with i + D/2.
+        """Rotary embedding of ``heads`` [n, heads, D] at the positions ``at`` [axes, n]; i paired with i + D/2.
 
+        A position on one axis is the same on all.
         Source: RoFormer, arXiv 2104.09864, in the pairing of GPT-NeoX.
         """
-        angles = (at[:, None].float() * self._frequencies)[:, None, :]
+        axes = at.expand(int(self._axis_of.max()) + 1, -1)
+        angles = (axes[self._axis_of].T.float() * self._frequencies)[:, None, :]
         cos, sin = angles.cos(), angles.sin()
         left, right = heads.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
@@ -257,3 +278,16 @@ class LlamaReference:
         """RMSNorm over the last dimension. Source: arXiv 1910.07467."""
         scale = (hidden.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
         return hidden * scale * self._weights[f"{name}.weight"]
+
+
+def _axis_of(config: LlamaConfig) -> Tensor:
+    """The axis that each of the D/2 frequencies turns with, [D/2]."""
+    axis_of = torch.zeros(config.head_dim // 2, dtype=torch.int64)
+    start = 0
+    for axis, section in enumerate(config.rope_sections):
+        if config.rope_interleaved:
+            axis_of[axis : 3 * section : 3] = axis
+        else:
+            axis_of[start : start + section] = axis
+        start += section
+    return axis_of

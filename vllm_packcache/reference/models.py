@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,7 @@ def make_random_llama(
     seed: int = 0,
     rope_theta: float = 10000.0,
     tied: bool = False,
+    rope: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face ``LlamaForCausalLM`` checkpoint with random float32 weights and no tokenizer.
 
@@ -51,6 +54,7 @@ def make_random_llama(
         seed: of the random numbers.
         rope_theta: base of the rotary frequencies.
         tied: the output layer is the token embedding.
+        rope: further entries of ``rope_parameters``, such as ``mrope_section``.
 
     Returns:
         The folder.
@@ -72,7 +76,7 @@ def make_random_llama(
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, **(rope or {})},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,

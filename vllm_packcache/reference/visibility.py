@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from vllm_packcache.config import VideoPlan
+from vllm_packcache.layout import CONDITION, FrameLayout
 from vllm_packcache.retention import Retention
 
 
@@ -36,18 +39,54 @@ def visibility(plan: VideoPlan | None, block_size: int, num_tokens: int) -> Tens
     return causal & live
 
 
-def positions(tokens: Tensor, frame: int) -> Tensor:
-    """Model positions that ``tokens`` have, as keys and as queries, while ``frame`` is made.
+@lru_cache(maxsize=256)
+def positions(plan: VideoPlan | None, block_size: int, num_tokens: int, frame: int) -> Tensor:
+    """Model positions of every token, as key and as query, while ``frame`` is made.
 
-    The one place that decides positions. They are absolute, the same whatever frame is made: the index of
-    the token in the sequence.
+    One token after the other, as the method is told: a token's index in the sequence, less the tokens of the frames
+    that the window has left behind. A token in a block of the condition keeps the position that it was made at.
 
     Args:
-        tokens: [n], indices into the sequence.
+        plan: layout, policy and positions of the request; None: positions are indices.
+        block_size: tokens of a KV-cache block; without a plan it does not matter.
+        num_tokens: T, length of the sequence.
         frame: the frame being made, or `vllm_packcache.layout.CONDITION`.
 
     Returns:
-        [n], positions.
+        int64, [axes, T].
     """
-    del frame
-    return tokens
+    if plan is None:
+        return torch.arange(num_tokens)[None]
+    layout, window, scale = plan.layout, plan.positions.window, plan.positions.scale
+    length, condition = layout.tokens_per_frame, layout.condition_tokens
+    grid_places = _grid_places(layout.frame) if scale is not None else {}
+    columns = []
+    for token in range(num_tokens):
+        own = layout.frame_of(token)
+        in_condition_block = token // block_size * block_size < condition
+        made_for = own if in_condition_block else frame
+        dropped = 0 if window is None or own == CONDITION else max(0, made_for - window)
+        index = token - dropped * length
+        if scale is None:
+            columns.append([index])
+            continue
+        first_picture = condition - layout.condition_image_tokens
+        picture, offset = divmod(token - first_picture, length)
+        if picture < 0 or offset not in grid_places:
+            columns.append([index] * 3)
+            continue
+        origin = first_picture + layout.frame.frame_start_tokens
+        row, column = grid_places[offset]
+        columns.append([origin + scale[0] * (picture - dropped), origin + scale[1] * row, origin + scale[2] * column])
+    return torch.tensor(columns).T
+
+
+def _grid_places(frame: FrameLayout) -> dict[int, tuple[int, int]]:
+    """Row and column of the tokens of a frame that have one, by their offset in the frame."""
+    assert frame.grid is not None
+    rows, columns = frame.grid
+    places: dict[int, tuple[int, int]] = {}
+    for row in range(rows):
+        for column in range(columns + frame.row_end_tokens):
+            places[frame.frame_start_tokens + len(places)] = (row, column)
+    return places

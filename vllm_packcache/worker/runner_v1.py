@@ -1,7 +1,8 @@
 """Adapter of vLLM's V1 model runner (what vLLM uses on a CPU).
 
 The runner knows the requests of a step, the metadata builders do not: while the runner builds the attention
-metadata, the step is published to `vllm_packcache.worker.attention`.
+metadata, the step is published to `vllm_packcache.worker.attention`. Once it has, and before the model runs, cached
+keys are rotated where a window slides, and new tokens get their positions.
 """
 
 from __future__ import annotations
@@ -10,15 +11,39 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_packcache.config import ServerConfig, config_of
+from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
+from vllm_packcache.worker.key_layout import cached_keys
+from vllm_packcache.worker.rotation import KeyRotation, rotary_of
 from vllm_packcache.worker.step import Row, Step, publish
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-_ATTRIBUTE = "_packcache"
+_VIDEO = "_packcache_video"
+_STEP = "_packcache_step"
+_ROTATION = "_packcache_rotation"
+
+
+def finding_keys(initialize_kv_cache: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``GPUModelRunner.initialize_kv_cache`` to learn where the keys lie and how they are rotated."""
+
+    @wraps(initialize_kv_cache)
+    def wrapper(runner: GPUModelRunner, *args: Any, **kwargs: Any) -> None:
+        initialize_kv_cache(runner, *args, **kwargs)
+        config = config_of(runner)
+        if config is None or config.positions != "rebase":
+            return
+        layers = runner.compilation_config.static_forward_context
+        names = [name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
+        rotation = KeyRotation.of(rotary_of(runner.model), (cached_keys(layers[name]) for name in names))
+        setattr(runner, _ROTATION, rotation)
+
+    return wrapper
 
 
 def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,6 +56,7 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
         config = config_of(runner)
         # Warm-up and graph capture run on made-up rows and name no requests.
         step = _step(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
+        setattr(runner, _STEP, step)
         if step is None:
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
         with publish(step):
@@ -39,27 +65,53 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
     return wrapper
 
 
+def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GPUModelRunner._preprocess``, the last thing before the model runs.
+
+    The slot mapping has been computed from the runner's positions by then. They are changed in place, where a
+    captured graph reads them, and written anew in every step.
+    """
+
+    @wraps(preprocess)
+    def wrapper(runner: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        inputs = preprocess(runner, *args, **kwargs)
+        step: Step | None = getattr(runner, _STEP, None)
+        if step is None:
+            return inputs
+        for row, blocks in zip(step.rows, step.block_table, strict=False):
+            if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
+                getattr(runner, _ROTATION).slide(row.retention, row.positions, row.computed, blocks)
+        shifts = step.position_shifts()
+        if shifts is not None:
+            positions = inputs[2]
+            on_device = torch.from_numpy(shifts).to(positions.device, non_blocking=True)
+            positions[..., : shifts.shape[1]] += on_device if positions.dim() > 1 else on_device[0]
+        return inputs
+
+    return wrapper
+
+
 def _step(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: dict[str, int]) -> Step | None:
-    """The step as rows; None when every request keeps its whole cache and there is nothing to compact."""
+    """The step as rows; None when no request is a video and there is nothing to do."""
     batch = runner.input_batch
     block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    rows = [
-        Row(
-            _retention_of(runner.requests[request_id], config, block_size),
-            int(batch.num_computed_tokens_cpu[index]),
-            num_scheduled_tokens[request_id],
-        )
-        for index, request_id in enumerate(batch.req_ids)
-    ]
+    rows = []
+    for index, request_id in enumerate(batch.req_ids):
+        retention, positions = _video_of(runner.requests[request_id], config, block_size)
+        computed = int(batch.num_computed_tokens_cpu[index])
+        rows.append(Row(retention, computed, num_scheduled_tokens[request_id], positions))
     if all(row.retention is None for row in rows):
         return None
     return Step(rows, batch.block_table[0].get_numpy_array(), block_size)
 
 
-def _retention_of(request: CachedRequestState, config: ServerConfig, block_size: int) -> Retention | None:
+def _video_of(
+    request: CachedRequestState, config: ServerConfig, block_size: int
+) -> tuple[Retention, Positions] | tuple[None, None]:
     # Kept on the runner's own record of the request, so that it lives exactly as long.
-    if not hasattr(request, _ATTRIBUTE):
+    if not hasattr(request, _VIDEO):
         params = request.sampling_params
         plan = config.plan(params.extra_args if params else None, request.num_prompt_tokens)
-        setattr(request, _ATTRIBUTE, plan and Retention(plan.layout, plan.policy, block_size))
-    return getattr(request, _ATTRIBUTE)
+        video = (Retention(plan.layout, plan.policy, block_size), plan.positions) if plan else (None, None)
+        setattr(request, _VIDEO, video)
+    return getattr(request, _VIDEO)

@@ -1,4 +1,4 @@
-"""What the attention wrapper must know of the step being run, published by the runner's adapter.
+"""What the rest of the worker side must know of the step being run, published by the runner's adapter.
 
 vLLM's metadata builders see block tables and lengths, not requests. The adapter of the model runner knows the
 requests; it publishes one row for each while it builds the attention metadata.
@@ -15,15 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_packcache.positions import Int64, Positions
 from vllm_packcache.retention import Retention
 
 
 class Row(NamedTuple):
-    """One request of the batch: tokens ``[computed, computed + scheduled)`` are run in this step."""
+    """One request of the batch: tokens ``[computed, computed + scheduled)`` are run in this step.
+
+    A video has a retention and positions; other requests have neither.
+    """
 
     retention: Retention | None
     computed: int
     scheduled: int
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,45 @@ class Step:
     block_table: npt.NDArray[np.int32]
     block_size: int
 
+    def position_shifts(self) -> Int64 | None:
+        """By how much the step's tokens are positioned off their index, [axes, tokens]; None: none is."""
+        shifts = [_position_shifts(row) for row in self.rows]
+        if all(shift is None for shift in shifts):
+            return None
+        axes = max(1 if shift is None else len(shift) for shift in shifts)
+        return np.concatenate(
+            [
+                np.zeros((axes, row.scheduled), dtype=np.int64)
+                if shift is None
+                else np.broadcast_to(shift, (axes, row.scheduled))
+                for row, shift in zip(self.rows, shifts, strict=True)
+            ],
+            axis=1,
+        )
+
+
+def _position_shifts(row: Row) -> Int64 | None:
+    positions = row.positions
+    if positions is None or positions.as_stock:
+        return None
+    next_slide = positions.next_slide(row.computed)
+    if next_slide is not None and row.computed + row.scheduled > next_slide:
+        raise RuntimeError(
+            f"tokens {row.computed} to {row.computed + row.scheduled} of a video are run in one step, but its window "
+            f"slides at {next_slide}: the scheduler did not end the chunk there"
+        )
+    window_start = positions.window_start(positions.layout.frame_of(row.computed))
+    if positions.scale is None and window_start == 0:
+        return None
+    tokens = np.arange(row.computed, row.computed + row.scheduled)
+    return positions.of(tokens, window_start) - tokens
+
 
 _current: ContextVar[Step | None] = ContextVar("packcache_step", default=None)
 
 
 def current_step() -> Step | None:
-    """The step whose attention metadata is being built, if any of its requests has a retention."""
+    """The step whose attention metadata is being built, if any of its requests is a video."""
     return _current.get()
 
 
