@@ -37,7 +37,10 @@ def reference(checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def engine(checkpoint: Path) -> Callable[..., Any]:
-    """``engine(policy, config, **options)`` -> an `LLM`; policy None is stock vLLM. Engines are shared."""
+    """``engine(policy, config, **options)`` -> an `LLM`; policy None is stock vLLM. Engines are shared.
+
+    ``model``: another checkpoint than the shared one.
+    """
     from vllm import LLM
 
     engines: dict[str, Any] = {}
@@ -48,10 +51,11 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
             additional["kv_cache_policy_config"] = config
         defaults = {"max_model_len": 8192, "block_size": 32, "max_num_batched_tokens": 512, "max_num_seqs": 8}
         options = {**defaults, "num_gpu_blocks_override": 600, **options}
-        key = repr((additional, sorted(options.items())))
+        model = str(options.pop("model", checkpoint))
+        key = repr((model, additional, sorted(options.items())))
         if key not in engines:
             engines[key] = LLM(
-                str(checkpoint),
+                model,
                 skip_tokenizer_init=True,
                 dtype="float32",
                 enforce_eager=True,

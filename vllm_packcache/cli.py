@@ -139,3 +139,17 @@ def bench_decode(
 
     with _one_sentence():
         run(json_path, quick=quick)
+
+
+@bench.command("long-video")
+def bench_long_video(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the results and what is needed to repeat them.")
+    ] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write curves over the frames as a PNG.")] = None,
+) -> None:
+    """Measure the bundled model's quality over a video ten times as long as it was trained on."""
+    from vllm_packcache.bench.long_video import run
+
+    with _one_sentence():
+        run(json_path, plot_path)

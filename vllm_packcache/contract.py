@@ -345,7 +345,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "model_executor/layers/attention/attention.py",
         "Attention.__init__",
         (),
-        ("head_size", "attn_backend", "get_attn_backend", "get_impl_cls", "kv_cache"),
+        ("head_size", "attn_backend", "get_impl_cls", "kv_cache"),
     ),
     Reliance(
         "attention: backends are told apart by name",
@@ -444,13 +444,6 @@ RELIANCES: tuple[Reliance, ...] = (
         "_custom_ops.py",
         "cpu_attn_reshape_and_cache",
         ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
-    ),
-    Reliance(
-        "keys: cache, backend and head size of a layer",
-        "model_executor/layers/attention/attention.py",
-        "Attention.__init__",
-        (),
-        ("head_size", "attn_backend", "kv_cache"),
     ),
     Reliance(
         "rotation: what all rotary embeddings have",

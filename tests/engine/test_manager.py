@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from tests.engine.harness import BLOCK, Harness, prompt, video_options
+from tests.engine.harness import BLOCK, Harness, Served, prompt, video_options
 from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.engine.manager import ending_chunks_at_slides
 
 FRAME = 18
 # Four whole blocks and two tokens: the fifth is shared with frame 0.
@@ -260,3 +264,58 @@ def test_a_request_id_that_comes_again_starts_anew() -> None:
     kv.run(second, tokens_before(5))
     assert kv.evictions(second) == []
     kv.check()
+
+
+# --------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("computed", [0, 5, 24, 25, 33, 34, 35, 41, 42, 43, 100])
+def test_chunks_end_where_the_window_slides(computed: int) -> None:
+    kv = Harness(ServerConfig.parse("packcache", {"window": 2}), enable_caching=True, num_blocks=50)
+    video = kv.add(prompt(1, 200), video_options(8, condition_tokens=10))
+    text = kv.add(prompt(2, 200))
+    absolute = Harness(ServerConfig.parse("packcache", {"positions": "absolute"}), enable_caching=True, num_blocks=50)
+    still = absolute.add(prompt(1, 200), video_options(8, condition_tokens=10))
+    stock_choices: list[int] = []
+
+    def stock(scheduler: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        stock_choices.append(num_new_tokens)
+        return num_new_tokens - 1 if num_new_tokens > 60 else num_new_tokens
+
+    def chunk(kv: Harness, served: Served, wanted: int) -> int:
+        scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
+        return ending_chunks_at_slides(stock)(scheduler, served.request, computed, wanted)
+
+    # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides.
+    slides = range(34, 300, 8)
+    for wanted in range(61):
+        expected = min(wanted, next(slide for slide in slides if slide > computed) - computed)
+        assert chunk(kv, video, wanted) == expected
+        assert chunk(kv, text, wanted) == chunk(absolute, still, wanted) == wanted
+    assert chunk(kv, text, 70) == 69, "what vLLM says holds"
+    assert set(stock_choices) == {*range(61), 70}
+    kv.check_empty()
+    absolute.check_empty()
+
+
+@pytest.mark.parametrize(("limit", "admitted"), [(100, True), (None, False)])
+def test_a_long_video_is_admitted_again_where_its_window_fits(limit: int | None, admitted: bool) -> None:
+    config = ServerConfig.parse("packcache", {"window": 2}, position_limit=limit)
+    kv = harness(config, enable_caching=False, num_blocks=100 // BLOCK + 6)
+    # Preempted after 20 frames, which it computes again.
+    video = kv.add(prompt(1, 400), video_options(20, 10))
+    assert (kv.kv.allocate_slots(video.request, BLOCK, full_sequence_must_fit=True) is not None) == admitted
+
+
+def test_a_picture_positioned_by_row_and_column_is_no_shared_prefix() -> None:
+    layout = {"grid": [4, 8], "axis_scale": [4, 8, 8], "condition_image_tokens": 32}
+    kv = Harness(ServerConfig.parse("packcache", {"layout": layout}), enable_caching=True, num_blocks=50)
+    ids = prompt(1, 80)
+    for _ in range(2):
+        video = kv.add(ids, {"packcache_condition_tokens": 80})
+        hit = kv.admit(video, 200)
+        kv.run(video, 10)
+        kv.end(video)
+    assert hit == 48, "the text before the picture"
+    text = kv.add(prompt(1, 100))
+    assert kv.admit(text, 200) == 48

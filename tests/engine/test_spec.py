@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -14,6 +18,10 @@ from tests.engine.harness import stock_spec
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.engine.manager import RetentionManager
 from vllm_packcache.engine.spec import RetentionSpec
+from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.policies import SlidingWindow
+from vllm_packcache.positions import Positions
+from vllm_packcache.retention import Retention
 
 CONFIGS = [
     ServerConfig.parse("packcache", {"history_frames": 3, "layout": {"grid": [4, 6], "row_end_tokens": 1}}),
@@ -73,3 +81,49 @@ def test_the_registry_finds_our_manager_and_still_the_stock_ones() -> None:
     assert KVCacheSpecRegistry.get_manager_class(stock_spec()) is FullAttentionManager
     assert KVCacheSpecRegistry.get_manager_class(window) is SlidingWindowManager
     assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
+
+
+def lengths(max_model_len: int) -> Any:
+    """As much of a `VllmConfig` as is read."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+
+
+def test_the_pool_must_hold_what_a_request_holds_and_not_how_long_it_is() -> None:
+    config = ServerConfig.parse("packcache", position_limit=1000)
+    spec = RetentionSpec.retaining(stock_spec(16), config, 64)
+    assert isinstance(spec, RetentionSpec)
+    # 1064 tokens are 67 blocks; three more are shared with tokens that are gone.
+    assert spec.max_blocks_per_request == 70
+    assert spec.max_memory_usage_bytes(lengths(100_000)) == 70 * spec.page_size_bytes
+    assert spec.max_memory_usage_bytes(lengths(500)) == stock_spec(16).max_memory_usage_bytes(lengths(500))
+
+
+def test_without_a_limit_it_must_hold_the_longest() -> None:
+    spec = RetentionSpec.retaining(stock_spec(16), CONFIGS[0], 64)
+    assert isinstance(spec, RetentionSpec)
+    assert spec.max_blocks_per_request is None
+    assert spec.max_memory_usage_bytes(lengths(100_000)) == 6250 * spec.page_size_bytes
+
+
+@given(
+    condition=st.integers(0, 300),
+    frame=st.integers(1, 200),
+    window=st.integers(1, 6),
+    block_size=st.sampled_from([8, 16, 32]),
+    made=st.integers(0, 12),
+)
+def test_no_video_within_the_limit_holds_more(
+    condition: int, frame: int, window: int, block_size: int, made: int
+) -> None:
+    """All of the window kept, and the frame being made in one chunk: no policy with this window holds more."""
+    layout = VideoLayout(FrameLayout(frame), condition)
+    positions = Positions(layout, window)
+    limit = positions.limit(layout.frame_start(100))
+    config = ServerConfig.parse("packcache", position_limit=limit)
+    spec = RetentionSpec.retaining(stock_spec(block_size), config, 0)
+    assert isinstance(spec, RetentionSpec)
+    held = Retention(layout, SlidingWindow(window=window), block_size).live_blocks(layout.frame_start(made + 1) - 1)
+    assert len(held) + 1 <= spec.max_blocks_per_request

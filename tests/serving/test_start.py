@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_packcache import plugin
 from vllm_packcache.config import ConfigError
@@ -28,6 +29,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {
         "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64, "state_size": 16,
         "num_hidden_layers": 2, "vocab_size": 256, "conv_kernel": 4, "expand": 2, "intermediate_size": 128,
+    },
+    "longrope": {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "unrotated-layers": {
+        **LLAMA, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1, 0],
+    },
+    "normed-after-rope": {
+        **LLAMA, "architectures": ["HunYuanDenseV1ForCausalLM"], "model_type": "hunyuan_v1_dense",
+    },
+    "three-axes": {
+        **LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
     },
     "learned-positions": {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4,
@@ -59,14 +70,14 @@ def start(tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_a_llama_starts(start: Callable[..., Any]) -> None:
-    assert start().additional_config == {"kv_cache_policy": "packcache"}
+    assert start().additional_config == {"kv_cache_policy": "packcache", "kv_cache_position_limit": 2048}
 
 
 def test_a_file_is_read_once(start: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text("window: 3\n")
     config = start(additional={"kv_cache_policy": "packcache", "kv_cache_policy_config": str(file)})
-    assert config.additional_config == {"kv_cache_policy": "packcache", "kv_cache_policy_config": {"window": 3}}
+    assert config.additional_config["kv_cache_policy_config"] == {"window": 3}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,76 @@ def test_context_parallelism_is_refused(start: Callable[..., Any]) -> None:
         with pytest.raises(ConfigError, match=option):
             plugin.check_engine(config)
         setattr(config.parallel_config, name, 1)
+
+
+# --------------------------------------------------------------------------- positions
+
+
+def policy(name: str = "packcache", **config: Any) -> dict[str, Any]:
+    return {"kv_cache_policy": name, "kv_cache_policy_config": config}
+
+
+def test_a_video_may_be_longer_than_the_model_has_positions(start: Callable[..., Any]) -> None:
+    config = start(max_model_len=100_000)
+    assert config.model_config.max_model_len == 100_000
+    assert config.additional_config["kv_cache_position_limit"] == 2048
+    assert start(max_model_len=1000).additional_config["kv_cache_position_limit"] == 2048
+
+
+@pytest.mark.parametrize("additional", [{}, policy(positions="absolute"), policy("sliding_window"), policy("full")])
+def test_nothing_else_may(start: Callable[..., Any], additional: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"User-specified max_model_len \(100000\) is greater"):
+        start(max_model_len=100_000, additional=additional)
+    # The next engine of this process is judged anew.
+    start(max_model_len=100_000)
+    with pytest.raises(ValueError, match=r"User-specified max_model_len \(100000\) is greater"):
+        start(max_model_len=100_000, additional=additional)
+
+
+def test_what_the_operator_vouches_for_is_the_limit(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert start(max_model_len=5000).additional_config["kv_cache_position_limit"] == 5000
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        ("llama", {"kv_cache_dtype": "fp8"}, "leave out --kv-cache-dtype fp8, or set positions: absolute"),
+        ("longrope", {}, r"has RoPE of type 'dynamic' \(known are default, linear, llama3, yarn\): set positions"),
+        ("unrotated-layers", {}, "has layers without RoPE: set positions: absolute"),
+        ("normed-after-rope", {}, "normalises keys after rotating them: set positions: absolute"),
+    ],
+)
+def test_keys_that_cannot_be_rotated(
+    start: Callable[..., Any], model: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"--kv-cache-policy-config: positions: rebase rotates cached keys.* {reason}"
+    ):
+        start(model, **options)
+    start(model, additional=policy(positions="absolute"), **options)
+
+
+def test_axis_scale_needs_a_model_with_axes(start: Callable[..., Any]) -> None:
+    layout = {"grid": [4, 4], "axis_scale": [4, 8, 8]}
+    with pytest.raises(ConfigError, match=r"axis_scale is for positions with three axes, and .* has one: leave"):
+        start(additional=policy(layout=layout))
+    start("three-axes", additional=policy(layout=layout))
+
+
+def test_a_backend_of_unknown_layout_is_refused_before_weights_load(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    monkeypatch.setattr(CPUAttentionBackend, "get_name", staticmethod(lambda: "ANOTHER"))
+    arguments = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto"}
+    with set_current_vllm_config(start()), pytest.raises(ConfigError, match="how attention backend ANOTHER stores"):
+        attention.get_attn_backend(**arguments)
+    with set_current_vllm_config(start(additional=policy(positions="absolute"))):
+        attention.get_attn_backend(**arguments)
 
 
 def test_v2_runner_is_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The adapter of the V1 runner: which step is published, when, and that nothing else changes."""
+"""The adapter of the V1 runner: which step is published, when, what positions become, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_packcache.config import CONFIG_KEY, POLICY_KEY
-from vllm_packcache.worker.runner_v1 import publishing_step
+from vllm_packcache.worker.runner_v1 import positioning, publishing_step
 from vllm_packcache.worker.step import Step, current_step
 
 ON = {POLICY_KEY: "sliding_window", CONFIG_KEY: {"window": 1, "layout": {"tokens_per_frame": 8}}}
@@ -116,3 +117,102 @@ def test_a_failure_leaves_no_step_behind() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         publishing_step(fail)(runner(ON, state("a", VIDEO)), num_scheduled_tokens={"a": 1})
     assert current_step() is None
+
+
+# --------------------------------------------------------------------------- positions
+
+REBASING = {POLICY_KEY: "packcache", CONFIG_KEY: {"window": 2, "layout": {"tokens_per_frame": 8}}}
+
+
+class Rotation:
+    """Remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.slides: list[tuple[int, int, int]] = []
+
+    def slide(self, retention: Any, positions: Any, token: int, block_table: Any) -> None:
+        assert retention.layout is positions.layout
+        self.slides.append((positions.layout.condition_tokens, token, int(block_table[0])))
+
+
+def run_step(one: Any, scheduled: dict[str, int], axes: int = 1) -> tuple[list[Any], list[tuple[int, int, int]]]:
+    """Positions that the model gets, and the slides before it runs."""
+    count = sum(scheduled.values())
+    index = torch.cat(
+        [
+            torch.arange(computed, computed + scheduled[name])
+            for name, computed in zip(one.input_batch.req_ids, one.input_batch.num_computed_tokens_cpu, strict=False)
+        ]
+    )
+    padded = torch.cat([index, torch.zeros(3, dtype=torch.int64)])
+    one.positions = padded if axes == 1 else padded.expand(axes, -1).clone()
+    one._packcache_rotation = Rotation()
+    publishing_step(build)(one, num_scheduled_tokens=scheduled)
+    inputs = positioning(lambda runner: ("ids", "embeds", runner.positions, "rest"))(one)
+    assert inputs[:2] == ("ids", "embeds")
+    assert inputs[2] is one.positions
+    assert not one.positions[..., count:].any(), "padding"
+    return one.positions[..., :count].tolist(), one._packcache_rotation.slides
+
+
+def batch(computed: list[int], *requests: CachedRequestState, config: dict[str, Any] = REBASING) -> Any:
+    one = runner(config, *requests)
+    one.input_batch.num_computed_tokens_cpu = np.array(computed)
+    return one
+
+
+def test_positions_count_from_the_window() -> None:
+    # Condition 10, frames of 8, window 2: frame 3 begins at 34 and makes the window slide.
+    one = batch([34, 7, 35, 20], state("a", VIDEO), state("b", None), state("c", VIDEO), state("d", VIDEO))
+    positions, slides = run_step(one, {"a": 1, "b": 2, "c": 3, "d": 4})
+    assert positions == [26, 7, 8, 27, 28, 29, 20, 21, 22, 23]
+    assert slides == [(10, 34, 1)]
+
+
+def test_every_request_slides_by_itself() -> None:
+    other = {"packcache_condition_tokens": 3, "packcache_window": 1, "packcache_history_frames": 1}
+    one = batch([19, 42, 41], state("a", other), state("b", VIDEO), state("c", VIDEO))
+    positions, slides = run_step(one, {"a": 8, "b": 1, "c": 1})
+    assert positions == [*range(11, 19), 26, 33]
+    assert slides == [(3, 19, 1), (10, 42, 11)]
+
+
+def test_a_model_with_three_axes_moves_on_all_of_them() -> None:
+    positions, _ = run_step(batch([35], state("a", VIDEO)), {"a": 2}, axes=3)
+    assert positions == [[27, 28]] * 3
+
+
+def test_a_grid_is_positioned_by_row_and_column() -> None:
+    layout = {"grid": [2, 3], "frame_start_tokens": 1, "frame_end_tokens": 1, "axis_scale": [4, 8, 2]}
+    config = {POLICY_KEY: "packcache", CONFIG_KEY: {"window": 2, "layout": layout}}
+    one = batch([35, 5], state("a", VIDEO), state("b", None), config=config)
+    positions, slides = run_step(one, {"a": 7, "b": 1}, axes=3)
+    # Frame 3 is in slot 2 of its window; the first visual token of the video is 11.
+    assert positions[0] == [*[11 + 4 * 2] * 6, 33, 5]
+    assert positions[1] == [*[11] * 3, *[11 + 8] * 3, 33, 5]
+    assert positions[2] == [*[11, 13, 15] * 2, 33, 5]
+    assert slides == []
+
+
+@pytest.mark.parametrize("config", [ON, {POLICY_KEY: "packcache", CONFIG_KEY: {"positions": "absolute"}}])
+def test_absolute_positions_are_left_alone(config: dict[str, Any]) -> None:
+    video = {"packcache_tokens_per_frame": 8, "packcache_condition_tokens": 10}
+    positions, slides = run_step(batch([90, 34], state("a", video), state("b", None), config=config), {"a": 9, "b": 1})
+    assert positions == [*range(90, 99), 34]
+    assert slides == []
+
+
+def test_a_step_over_a_slide_is_an_error() -> None:
+    with pytest.raises(
+        RuntimeError, match="tokens 33 to 35 of a video are run in one step, but its window slides at 34"
+    ):
+        run_step(batch([33], state("a", VIDEO)), {"a": 2})
+
+
+def test_a_dummy_run_between_two_steps_leaves_no_positions() -> None:
+    one = batch([34], state("a", VIDEO))
+    publishing_step(build)(one, num_scheduled_tokens={"a": 1})
+    publishing_step(build)(one, num_scheduled_tokens=None)
+    one.positions = torch.tensor([34])
+    positioning(lambda runner: (None, None, runner.positions))(one)
+    assert one.positions.tolist() == [34]

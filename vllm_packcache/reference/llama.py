@@ -182,6 +182,18 @@ class LlamaReference:
                 tokens.append(int(step.argmax()))
         return Generation(tokens[len(prompt_ids) :], torch.cat(logits))
 
+    @torch.inference_mode()
+    def unrotated_keys(self, token_ids: Sequence[int], plan: VideoPlan | None = None, block_size: int = 32) -> Tensor:
+        """Keys of a given sequence of T tokens before rotation: arguments as for `logits`.
+
+        Returns:
+            float32, [layers, T, G, D].
+        """
+        cache = self._new_cache(len(token_ids))
+        mask = visibility(plan, block_size, len(token_ids))
+        self._forward(token_ids, 0, cache, mask, plan, block_size)
+        return cache[:, 0]
+
     def _new_cache(self, length: int) -> Tensor:
         """Un-rotated keys and values, [layers, 2, T, G, D]."""
         config = self.config
@@ -254,15 +266,15 @@ class LlamaReference:
         keys, values = cached[:, : first + len(queries)]
         query_tokens = torch.arange(first, first + len(queries))
         key_tokens = torch.arange(len(keys))
-        queries = self._rotate(queries, at[:, query_tokens])
-        keys = self._rotate(keys, at[:, key_tokens])
+        queries = self.rotate(queries, at[:, query_tokens])
+        keys = self.rotate(keys, at[:, key_tokens])
         # Query head h reads key-value head h // (H / G).
         queries = queries.unflatten(1, (self.config.kv_heads, -1))
         scores = torch.einsum("ngrd,mgd->grnm", queries, keys) * self.config.head_dim**-0.5
         scores = scores.masked_fill(~mask[query_tokens][:, key_tokens], float("-inf"))
         return torch.einsum("grnm,mgd->ngrd", scores.softmax(-1), values).flatten(1, 2)
 
-    def _rotate(self, heads: Tensor, at: Tensor) -> Tensor:
+    def rotate(self, heads: Tensor, at: Tensor) -> Tensor:
         """Rotary embedding of ``heads`` [n, heads, D] at the positions ``at`` [axes, n]; i paired with i + D/2.
 
         A position on one axis is the same on all.

@@ -1,0 +1,274 @@
+"""Re-based positions in the engine: tokens and cached keys are those of the reference, however long the video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.conftest import generate, prompt, run, sampling
+from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.reference import LlamaReference, make_random_llama, positions
+from vllm_packcache.retention import Retention
+from vllm_packcache.worker.key_layout import cached_keys
+
+BLOCK = 32
+
+
+def plan_of(config: dict[str, Any], num_prompt_tokens: int, kind: str = "packcache", **options: Any) -> VideoPlan:
+    extra = {f"packcache_{name}": value for name, value in options.items()}
+    plan = ServerConfig.parse(kind, config).plan(extra, num_prompt_tokens)
+    assert plan is not None
+    return plan
+
+
+# --------------------------------------------------------------------------- one axis
+
+
+@pytest.mark.parametrize(
+    ("policy", "config"),
+    [
+        pytest.param("packcache", {"window": 2, "history_frames": 1.5}, id="packcache"),
+        pytest.param("packcache", {"window": 1, "history_frames": 0.6}, id="one frame"),
+        pytest.param("packcache", {"window": 3, "gamma_text": 0.4}, id="a thinned condition"),
+        pytest.param("sliding_window", {"window": 2, "positions": "rebase"}, id="sliding window"),
+    ],
+)
+@pytest.mark.parametrize(("condition", "frame"), [(70, 67), (64, 64), (5, 40), (33, 9)])
+def test_tokens_equal_the_reference(
+    engine: Any, reference: Any, policy: str, config: dict[str, Any], condition: int, frame: int
+) -> None:
+    ids = prompt(condition, seed=frame)
+    # Frames 1 to 4 W + 1: the window slides 3 W times and fills up again after the first.
+    length = (4 * config["window"] + 2) * frame + 3
+    tokens = {}
+    for mode in ("rebase", "absolute"):
+        plan = plan_of({**config, "positions": mode}, condition, policy, tokens_per_frame=frame)
+        tokens[mode] = reference.generate(ids, length, plan, BLOCK).token_ids
+    served = generate(engine(policy, config), ids, length, tokens_per_frame=frame)
+    assert served == tokens["rebase"]
+    # Until the window slides the two are the same, and afterwards they must not be.
+    sliding = (config["window"] + 1) * frame
+    assert tokens["rebase"][:sliding] == tokens["absolute"][:sliding]
+    assert tokens["rebase"] != tokens["absolute"]
+
+
+def test_absolute_positions_are_those_of_stock_vllm(engine: Any, reference: Any) -> None:
+    config = {"window": 2, "history_frames": 1.5, "positions": "absolute"}
+    ids = prompt(70, seed=3)
+    expected = reference.generate(ids, 700, plan_of(config, 70, tokens_per_frame=67), BLOCK).token_ids
+    assert generate(engine("packcache", config), ids, 700, tokens_per_frame=67) == expected
+    room = {"window": 20, "history_frames": 20, "positions": "absolute"}
+    assert generate(engine("packcache", room), ids, 700, tokens_per_frame=67) == generate(engine(), ids, 700)
+
+
+# --------------------------------------------------------------------------- three axes
+
+SECTIONS = {
+    "contiguous": {"mrope_section": [4, 6, 6]},
+    "interleaved": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+}
+GRIDS = {
+    "special tokens": {"grid": [5, 7], "frame_start_tokens": 3, "row_end_tokens": 1, "frame_end_tokens": 1},
+    "grid only": {"grid": [6, 9]},
+}
+
+
+@pytest.fixture(scope="module", params=SECTIONS)
+def three_axes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of the model in mrope_llama.py."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("MRopeLlamaForCausalLM", "tests.serving.mrope_llama:MRopeLlamaForCausalLM")
+    folder = make_random_llama(tmp_path_factory.mktemp("mrope"), rope=SECTIONS[request.param])
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["MRopeLlamaForCausalLM"]}))
+    yield folder
+    file.unlink()
+
+
+@pytest.mark.parametrize("image", [0, 1], ids=["text", "conditioning image"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_three_axes_equal_the_reference(engine: Any, three_axes: Path, grid: str, image: int) -> None:
+    layout = {**GRIDS[grid], "axis_scale": [4, 8, 8]}
+    config = {"window": 2, "history_frames": 1.5, "layout": layout}
+    llm = engine("packcache", config, model=three_axes)
+    frame = ServerConfig.parse("packcache", config).layout.frame_layout().tokens_per_frame
+    ids = prompt(29 + image * frame, seed=1)
+    options = {"condition_image_tokens": image * frame}
+    length = 10 * frame + 5
+    reference = LlamaReference.load(three_axes)
+    expected = reference.generate(ids, length, plan_of(config, len(ids), **options), BLOCK).token_ids
+    assert generate(llm, ids, length, **options) == expected
+    absolute = plan_of({**config, "positions": "absolute"}, len(ids), **options)
+    assert reference.generate(ids, length, absolute, BLOCK).token_ids != expected
+    # A prompt that holds the frames gives the same.
+    given = 6 * frame + 11
+    options["condition_tokens"] = len(ids)
+    assert generate(llm, ids + expected[:given], length - given, **options) == expected[given:]
+
+
+def test_three_axes_without_rebasing_equal_the_reference(engine: Any, three_axes: Path) -> None:
+    config = {"window": 2, "positions": "absolute", "layout": {"grid": [5, 7], "axis_scale": [2, 3, 1]}}
+    llm = engine("packcache", config, model=three_axes)
+    reference = LlamaReference.load(three_axes)
+    ids = prompt(40, seed=2)
+    for options in ({"condition_image_tokens": 35}, {"condition_image_tokens": 0, "policy": "full"}):
+        plan = plan_of(config, len(ids), **options)
+        expected = reference.generate(ids, 300, plan, BLOCK).token_ids
+        assert generate(llm, ids, 300, **options) == expected
+    # Text has the model's own positions.
+    assert generate(llm, ids, 300) == reference.generate(ids, 300).token_ids
+
+
+def test_without_a_scale_all_axes_move_together(engine: Any, three_axes: Path) -> None:
+    config = {"window": 2, "history_frames": 1.5}
+    llm = engine("packcache", config, model=three_axes)
+    ids = prompt(40, seed=3)
+    plan = plan_of(config, len(ids), tokens_per_frame=35)
+    expected = LlamaReference.load(three_axes).generate(ids, 400, plan, BLOCK).token_ids
+    assert generate(llm, ids, 400, tokens_per_frame=35) == expected
+
+
+def test_a_picture_is_shared_only_with_who_positions_it_alike(engine: Any, three_axes: Path) -> None:
+    layout = {"grid": [6, 9], "axis_scale": [4, 8, 8], "condition_image_tokens": 54}
+    llm = engine("packcache", {"layout": layout}, model=three_axes, enable_prefix_caching=True)
+    reference = LlamaReference.load(three_axes)
+    ids = prompt(40 + 108, seed=4)
+    for options in ({}, {"condition_image_tokens": 54}, {"grid": [9, 6]}, {"condition_image_tokens": 108}):
+        plan = plan_of({"layout": layout}, len(ids), **options) if options else None
+        expected = reference.generate(ids, 60, plan, BLOCK).token_ids
+        assert generate(llm, ids, 60, **options) == expected, options
+
+
+# --------------------------------------------------------------------------- keys
+
+
+def logical_blocks(llm: Any) -> dict[int, int]:
+    """Logical block -> physical block of the one request that runs."""
+    (core,) = [llm.llm_engine.engine_core.engine_core]
+    manager = core.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    (blocks,) = manager.req_to_blocks.values()
+    return {index: block.block_id for index, block in enumerate(blocks) if not block.is_null}
+
+
+@pytest.mark.parametrize("chunk", [512, 45])
+@pytest.mark.parametrize("given", [False, True], ids=["generated", "given"])
+def test_cached_keys_are_the_references(engine: Any, checkpoint: Path, chunk: int, given: bool) -> None:
+    condition, frame, frames = 50, 41, 14
+    config = {"window": 3, "history_frames": 1.5}
+    llm = engine("packcache", config, max_num_batched_tokens=chunk, max_num_seqs=2, enable_prefix_caching=False)
+    reference = LlamaReference.load(checkpoint)
+    ids = prompt(condition, seed=6)
+    plan = plan_of(config, condition, tokens_per_frame=frame)
+    whole = ids + reference.generate(ids, frames * frame, plan, BLOCK).token_ids
+    start = condition + 9 * frame if given else condition
+    params = sampling(len(whole) - start, tokens_per_frame=frame, condition_tokens=condition)
+    llm.llm_engine.add_request("video", {"prompt_token_ids": whole[:start]}, params)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.compilation_config.static_forward_context
+    unrotated = torch.zeros(0)
+    compared = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        # What the step has computed: it samples one token more, which is in nobody's cache.
+        computed = int(runner.input_batch.num_computed_tokens_cpu[0])
+        state = runner.requests.get(next(iter(runner.requests), ""))
+        if state is None or computed < condition + 5 * frame or (computed - condition) % frame not in (1, 30):
+            continue
+        current = plan.layout.frame_of(computed - 1)
+        at = positions(plan, BLOCK, computed, current)
+        if len(unrotated) == 0:
+            unrotated = reference.unrotated_keys(whole, plan, BLOCK)
+        blocks = logical_blocks(llm)
+        for layer, name in enumerate(layers):
+            keys = cached_keys(layers[name])
+            expected = reference.rotate(unrotated[layer, :computed], at)
+            for logical in Retention(plan.layout, plan.policy, BLOCK).live_blocks(computed - 1).tolist():
+                tokens = slice(logical * BLOCK, min((logical + 1) * BLOCK, computed))
+                flat = keys.memory[blocks[logical]].flatten(1)
+                stored = flat[:, keys.order[: tokens.stop - tokens.start]].transpose(0, 1)
+                # An angle of p radians is known to p x 2^-24, p below 256, and keys are as long as 10.
+                torch.testing.assert_close(stored, expected[tokens], rtol=0, atol=256 * 2**-24 * 10)
+                compared += 1
+    assert compared >= 80
+
+
+# --------------------------------------------------------------------------- video without end
+
+
+@pytest.fixture(scope="module")
+def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with positions for a condition of 20 tokens and 16 frames of 12."""
+    return make_random_llama(tmp_path_factory.mktemp("short"), max_positions=20 + 16 * 12, seed=5)
+
+
+def test_500_frames_with_positions_for_16(engine: Any, short_table: Path) -> None:
+    condition, frame, frames = 20, 12, 500
+    config = {"window": 4, "layout": {"tokens_per_frame": frame}}
+    llm = engine(
+        "packcache",
+        config,
+        model=short_table,
+        max_model_len=condition + frames * frame,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=16,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    ids = prompt(condition, seed=7)
+    free = pool.get_num_free_blocks()
+    llm.llm_engine.add_request("video", {"prompt_token_ids": ids}, sampling(frames * frame, condition_tokens=condition))
+    held, highest, tokens = 0, 0, []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            tokens = list(output.outputs[0].token_ids)
+        held = max(held, free - pool.get_num_free_blocks())
+        highest = max(highest, int(runner.positions[0]))
+    assert len(tokens) == frames * frame
+    assert highest == condition + 5 * frame - 1, "the last position of W + 1 frames"
+    assert held <= -(-(condition + 5 * frame) // BLOCK) + 1
+    # Teacher-forced: every token is the one that the reference finds best after the ones before it.
+    plan = plan_of(config, condition, condition_tokens=condition)
+    logits = LlamaReference.load(short_table).logits([*ids, *tokens[:-1]], plan, BLOCK)[condition - 1 :]
+    best = logits.topk(2).values
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert ((best[:, 0] - chosen) < 1e-4).all()
+    ties = int((logits.argmax(-1) != torch.tensor(tokens)).sum())
+    assert ties <= 2, "the reference prefers other tokens, by less than rounding"
+
+
+def test_what_is_not_rebased_ends_at_the_table(engine: Any, short_table: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    layout = {"tokens_per_frame": 12}
+    llm = engine("packcache", {"layout": layout}, model=short_table, max_model_len=4000, num_gpu_blocks_override=40)
+    limit = 20 + 16 * 12
+    own = LlamaReference.load(short_table)
+    for options in ({}, {"policy": "full", "condition_tokens": 20}):
+        ids = prompt(20, seed=8)
+        assert generate(llm, ids, 3000, **options) == own.generate(ids, limit - 20).token_ids
+        with pytest.raises(VLLMValidationError, match=f"the prompt has {limit} tokens, and the model has {limit}"):
+            generate(llm, prompt(limit), 5, **options)
+    with pytest.raises(VLLMValidationError, match=r"this video needs 240 positions .* and the model has 212: lower"):
+        generate(llm, prompt(20), 3000, tokens_per_frame=44)
+    # A short one of such frames fits.
+    assert len(generate(llm, prompt(20), 4 * 44, tokens_per_frame=44)) == 4 * 44
+
+
+def test_company_of_other_windows_changes_nothing(engine: Any) -> None:
+    llm = engine("packcache", {"window": 3, "history_frames": 1.5}, max_num_batched_tokens=128)
+    requests = [
+        (prompt(70, seed=5), sampling(500, tokens_per_frame=33)),
+        (prompt(130, seed=6), sampling(200)),
+        (prompt(20, seed=7), sampling(600, tokens_per_frame=57, window=1, history_frames=1)),
+        (prompt(420, seed=8), sampling(300, tokens_per_frame=40, condition_tokens=30)),
+        (prompt(70, seed=5), sampling(300, tokens_per_frame=67, policy="full")),
+    ]
+    alone = [run(llm, [ids], [params])[0] for ids, params in requests]
+    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == alone
