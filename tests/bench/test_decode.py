@@ -17,7 +17,7 @@ from vllm_packcache.bench.engine_process import EngineFailed, EngineProcess, Eng
 from vllm_packcache.bench.model import write_model
 
 ENGINES = {"full", "short", "packcache", "opt_out"}
-TIMED = ["full / packcache", "packcache / short", "opt_out / full", "frame 30 / frame 10"]
+TIMED = ["full / packcache", "packcache / short", "opt_out / full", "rebase / absolute", "frame 30 / frame 10"]
 COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
 
 
@@ -115,6 +115,16 @@ def test_short_is_as_long_as_what_packcache_reads(measured):
     assert start["live_tokens"] == (condition + history) * 32 + tail
 
 
+def test_the_frame_that_slides_is_whole(measured):
+    sliding = measured[1]["sliding_frame"]
+    assert sliding["prompt_tokens"] == 70 + 12 * 197
+    for clock in decode.CLOCKS:
+        times = sliding[clock]
+        assert times["rebase / absolute"] == times["frame"]["packcache"] / times["frame"]["absolute"]
+        assert 0 < times["slide"] < times["frame"]["packcache"]
+        assert times["share_of_slide"] < 1
+
+
 def test_peak_blocks_do_not_grow(measured):
     growth, generated = measured[1]["early_and_late_frame"], measured[1]["generated"]
     for run in (growth, generated):
@@ -157,7 +167,7 @@ def test_failure_of_an_engine_is_told(tmp_path):
         max_model_len=64,
         max_num_batched_tokens=64,
         threads=1,
-        plugin=False,
+        additional_config={},
     )
     write_model(tmp_path / "model", decode.QUICK.model, 64, seed=0)
     engine = EngineProcess("small", settings, tmp_path / "log")

@@ -13,6 +13,7 @@ engine          what it runs
 ``short``       the same, on a prompt as long as what packcache reads: the limit for any policy
 ``packcache``   vLLM with the plugin, packcache switched on
 ``opt_out``     the same, on a request that keeps its whole cache (``packcache_policy=full``)
+``absolute``    packcache with absolute positions: no key is ever rotated
 ==============  ==============================================================================================
 """
 
@@ -60,6 +61,18 @@ CPU, WALL = CLOCKS = ("cpu_seconds", "wall_seconds")
 
 STOCK = ("full", "short")
 WITH_PLUGIN = ("packcache", "opt_out")
+LAST_FRAME = (*STOCK, *WITH_PLUGIN)
+POSITIONED = ("packcache", "absolute")
+
+PACKCACHE = {"kv_cache_policy": POLICY.name}
+ENGINES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "short": {},
+    "packcache": PACKCACHE,
+    "opt_out": PACKCACHE,
+    "absolute": PACKCACHE | {"kv_cache_policy_config": {"positions": "absolute"}},
+}
+"""Every engine and what switches the plugin on in it."""
 
 RATIOS = {
     "full / packcache": ("full", "packcache"),
@@ -77,6 +90,8 @@ STAGES = {
     "last frame, end: prefill": 60,
     "last frame, end: decode": 45,
     "controls": 10,
+    "a frame that slides: prefill": 100,
+    "a frame that slides: decode": 60,
     "early and late frame: prefill": 20,
     "early and late frame: decode": 5,
     "late and early frame: prefill": 20,
@@ -230,6 +245,7 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         result["last_frame"] = bench.last_frame()
         result["machine"]["huge_page_kib"] = bench.huge_page_kib()
         result["control"] = bench.control()
+        result["sliding_frame"] = bench.sliding_frame()
         result["early_and_late_frame"] = bench.early_and_late_frame()
         result["generated"] = bench.generated()
     result["seconds"] = time.monotonic() - start
@@ -261,12 +277,12 @@ class _Bench:
                 engine.answer()
 
     def last_frame(self) -> dict[str, Any]:
-        """Time all four at three places of the last frame."""
+        """Time the engines of `LAST_FRAME` at three places of the last frame."""
         plan = self._plan
         retention = plan.retention(plan.tokens_per_frame)
         video = plan.options(plan.tokens_per_frame)
         places: dict[str, Any] = {}
-        tokens: dict[str, list[int]] = {name: [] for name in self._engines}
+        tokens: dict[str, list[int]] = {name: [] for name in LAST_FRAME}
         blocks_as_decided = True
         for place, offset in plan.places.items():
             prompt = retention.layout.frame_start(plan.frames - 1) + offset
@@ -280,11 +296,11 @@ class _Bench:
             with self._stage(f"last frame, {place}: prefill"):
                 self._begin(requests)
             with self._stage(f"last frame, {place}: decode"):
-                bursts = self._interleave(tuple(self._engines), plan.rounds + 1)
-            self._end(self._engines)
-            for name in self._engines:
+                bursts = self._interleave(LAST_FRAME, plan.rounds + 1)
+            self._end(LAST_FRAME)
+            for name in LAST_FRAME:
                 tokens[name] += [token for burst in bursts[name] for token in burst.tokens]
-            used = {name: _used_blocks(bursts[name]) for name in self._engines}
+            used = {name: _used_blocks(bursts[name]) for name in LAST_FRAME}
             blocks_as_decided &= used["packcache"] == _blocks_decided(retention, prompt, len(used["packcache"]))
             places[place] = {
                 "prompt_tokens": prompt,
@@ -297,8 +313,7 @@ class _Bench:
         # Round by round over the places: a step of the whole frame, three times.
         whole = {
             clock: {
-                name: np.sum([place[clock][name] for place in places.values()], axis=0).tolist()
-                for name in self._engines
+                name: np.sum([place[clock][name] for place in places.values()], axis=0).tolist() for name in LAST_FRAME
             }
             for clock in CLOCKS
         }
@@ -330,6 +345,41 @@ class _Bench:
                 measured[label] = {"prompt_tokens": length} | _times(bursts, {"full / short": STOCK})
                 self._end(STOCK)
         return measured
+
+    def sliding_frame(self) -> dict[str, Any]:
+        """Time one whole frame that the window slides for, with positions re-based and absolute.
+
+        The slide is in the first step: it turns the keys of the whole history.
+        """
+        plan = self._plan
+        options = plan.options(plan.tokens_per_frame)
+        retention = plan.retention(plan.tokens_per_frame)
+        prompt = retention.layout.frame_start(plan.frames - 1)
+        with self._stage("a frame that slides: prefill"):
+            self._begin(dict.fromkeys(POSITIONED, (prompt, options)))
+        with self._stage("a frame that slides: decode"):
+            bursts = self._interleave(POSITIONED, plan.tokens_per_frame // plan.burst)
+            for name in POSITIONED:
+                bursts[name].append(self._engines[name].call("decode", plan.tokens_per_frame % plan.burst))
+        self._end(POSITIONED)
+        decided = _blocks_decided(retention, prompt, plan.tokens_per_frame)
+        frame: dict[str, Any] = {}
+        for clock in CLOCKS:
+            steps = {name: [step for burst in bursts[name] for step in getattr(burst, clock)] for name in POSITIONED}
+            seconds = {name: sum(own) for name, own in steps.items()}
+            slide = steps["packcache"][0]
+            frame[clock] = {
+                "frame": seconds,
+                "rebase / absolute": seconds["packcache"] / seconds["absolute"],
+                "slide": slide,
+                "share_of_slide": (slide - median(steps["packcache"])) / seconds["packcache"],
+            }
+        return {
+            "prompt_tokens": prompt,
+            "tokens_per_frame": plan.tokens_per_frame,
+            **frame,
+            "blocks_as_decided": all(_used_blocks(bursts[name]) == decided for name in POSITIONED),
+        }
 
     def early_and_late_frame(self) -> dict[str, Any]:
         """Time one whole frame early and late in a video, at the same live length.
@@ -422,13 +472,13 @@ class _Bench:
 
 @contextmanager
 def _engines(plan: Plan) -> Iterator[dict[str, EngineProcess]]:
-    """The four engines, starting up, on a model in a temporary folder."""
+    """The engines, starting up, on a model in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="packcache-bench-") as folder, ExitStack() as stack:
         model = Path(folder) / "model"
         write_model(model, plan.model, plan.max_model_len, SEED)
         blocks = -(-(plan.max_model_len + plan.chunk) // BLOCK_SIZE)
         engines: dict[str, EngineProcess] = {}
-        for name in (*STOCK, *WITH_PLUGIN):
+        for name, additional_config in ENGINES.items():
             settings = EngineSettings(
                 model=str(model),
                 dtype=plan.model.dtype,
@@ -437,7 +487,7 @@ def _engines(plan: Plan) -> Iterator[dict[str, EngineProcess]]:
                 max_model_len=plan.max_model_len,
                 max_num_batched_tokens=plan.chunk,
                 threads=THREADS,
-                plugin=name in WITH_PLUGIN,
+                additional_config=additional_config,
             )
             engines[name] = EngineProcess(name, settings, Path(folder) / f"{name}.log")
             stack.callback(engines[name].close)
@@ -506,6 +556,7 @@ def _targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         _target("full / packcache", last["full / packcache"], at_least=3.7),
         _target("packcache / short", last["packcache / short"], at_most=1.05),
         _target("opt_out / full", last["opt_out / full"], at_most=1.02),
+        _target("rebase / absolute", result["sliding_frame"][CPU]["rebase / absolute"], at_most=1.02),
         _target(_growth_name(result), growth["ratios"]["late / early"][CPU]["median"], at_most=1.03),
     ]
     if result["quick"]:
@@ -530,7 +581,7 @@ def _target(ratio: str, value: float, *, at_least: float = 0, at_most: float = m
 
 def _checks(result: Mapping[str, Any]) -> dict[str, bool]:
     """What does not depend on time."""
-    runs = ("last_frame", "early_and_late_frame", "generated")
+    runs = ("last_frame", "sliding_frame", "early_and_late_frame", "generated")
     return {
         "tokens of opt_out equal those of full": result["last_frame"]["tokens_equal"],
         "blocks in use are those that retention decides": all(result[run]["blocks_as_decided"] for run in runs),
@@ -547,7 +598,12 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
     measured = last["ratios"] | {_growth_name(result): growth["ratios"]["late / early"]}
     for target in result["targets"]:
         name = target["ratio"]
-        cells = _cells(measured[name]) if name in measured else (f"{target['value']:.3f}", "counted", "")
+        if name in measured:
+            cells = _cells(measured[name])
+        elif name == "rebase / absolute":
+            cells = (f"{target['value']:.3f}", "whole frame", f"{result['sliding_frame'][WALL][name]:.3f}")
+        else:
+            cells = (f"{target['value']:.3f}", "counted", "")
         bound = f">= {target['at_least']:.2f}" if "at_least" in target else f"<= {target['at_most']:.2f}"
         met = {True: "[green]yes[/]", False: "[red]MISSED[/]", None: "n/a"}[target["met"]]
         table.add_row(name, *cells, bound, met)
@@ -560,6 +616,8 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for check, passed in result["checks"].items():
         console.print(f"{check}: {'[green]yes[/]' if passed else '[red]NO[/]'}")
+    slide = result["sliding_frame"][CPU]["share_of_slide"]
+    console.print(f"share of a frame that the slide before it takes: {slide:.2%}")
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["share_of_reading"].items())
     console.print(f"share of a step that a sequence of {BLOCK_SIZE} tokens does not need: {shares}")
 

@@ -29,7 +29,7 @@ LOG_TAIL = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What an engine is made of; the engines of one comparison differ in ``plugin`` only.
+    """What an engine is made of; the engines of one comparison differ in ``additional_config`` only.
 
     Args:
         model: folder of the model.
@@ -39,8 +39,7 @@ class EngineSettings:
         max_model_len: longest sequence.
         max_num_batched_tokens: longest prefill chunk.
         threads: OpenMP threads.
-        plugin: whether the plugin is loaded, with policy ``packcache`` switched on. Without it no plugin is
-            loaded at all.
+        additional_config: what switches the plugin on. Without it no plugin is loaded at all.
     """
 
     model: str
@@ -50,7 +49,7 @@ class EngineSettings:
     max_model_len: int
     max_num_batched_tokens: int
     threads: int
-    plugin: bool
+    additional_config: Mapping[str, Any]
 
     def engine_args(self) -> dict[str, Any]:
         """Arguments of ``vllm.EngineArgs``."""
@@ -67,7 +66,7 @@ class EngineSettings:
             "enforce_eager": True,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "additional_config": {"kv_cache_policy": "packcache"} if self.plugin else {},
+            "additional_config": dict(self.additional_config),
         }
 
     def environment(self) -> dict[str, str | None]:
@@ -81,7 +80,7 @@ class EngineSettings:
             "THP_MEM_ALLOC_ENABLE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_V2_MODEL_RUNNER": "0",
-            "VLLM_PLUGINS": "packcache" if self.plugin else "",
+            "VLLM_PLUGINS": "packcache" if self.additional_config else "",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",

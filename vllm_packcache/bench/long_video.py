@@ -71,6 +71,9 @@ PROCESSES = 2
 OPTIONS = {"packcache_condition_tokens": CONDITION_TOKENS}
 """Options of every request: the prompt of a teacher-forced one goes on after the condition."""
 
+TRUTH, COPY = REFERENCES = ("the true video", "a copy of the first picture")
+"""What generated videos are compared with: the best that can be, and what is had without a model."""
+
 FORCED, GENERATED = MEASUREMENTS = ("teacher_forced", "generated")
 
 NORMAL_95 = 1.96
@@ -494,7 +497,7 @@ def _score(plan: Plan, answers: Mapping[str, Answers]) -> dict[str, Any]:
         if own.generated is not None
     } | {
         name: _generated_counts(_ids(frames, tokenizer), worlds, truth, tokenizer)
-        for name, frames in (("the true video", truth[:, 1:]), ("a copy of the first picture", first))
+        for name, frames in ((TRUTH, truth[:, 1:]), (COPY, first))
     }
     return {
         measurement: {
@@ -572,16 +575,22 @@ def _codewords(world: World) -> Int64:
 # Table and plot
 
 SHOWN = (
-    (FORCED, "changed_tokens_right", "teacher-forced: changed tokens right, %", 100),
-    (FORCED, "tokens_right", "teacher-forced: tokens right, %", 100),
+    (FORCED, "changed_tokens_right", "forced: changed tokens right, %", 100),
+    (FORCED, "tokens_right", "forced: tokens right, %", 100),
     (GENERATED, "tokens_right", "generated: tokens right, %", 100),
     (GENERATED, "psnr_db", "generated: PSNR, dB", 1),
-    (GENERATED, "whole_frames", "generated: <frame> and visual ids only, % of frames", 100),
-    (GENERATED, "object_cells", "generated: cells that show a piece of an object", 1),
-    (GENERATED, "debris_cells", "generated: cells that show neither background nor object", 1),
-    (GENERATED, "moving_cells", "generated: cells that differ from the last frame", 1),
+    (GENERATED, "whole_frames", "generated: whole frames, %", 100),
+    (GENERATED, "object_cells", "generated: object cells", 1),
+    (GENERATED, "debris_cells", "generated: debris cells", 1),
+    (GENERATED, "moving_cells", "generated: moving cells", 1),
 )
 """Rows of the table: measurement, measure, heading, factor."""
+
+LEGEND = f"""\
+forced: every token given the true ones before it; changed: those that differ from the last frame
+generated: from the condition alone; whole: <frame> and visual ids only
+object cells (of {VISUAL_TOKENS}): show a piece of an object; debris: neither that nor background
+moving: other than in the last frame"""
 
 
 def _print(result: Mapping[str, Any], console: Console) -> None:
@@ -601,6 +610,7 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
             cells = [f"{factor * s['mean']:.1f} ± {factor * s['ci95']:.1f}" if s else "n/a" for s in spans]
             table.add_row(f"  {name}", *cells, style="" if name in result["variants"] else "dim")
     console.print(table)
+    console.print(LEGEND)
     for name, variant in result["variants"].items():
         console.print(
             f"{name}: the last frame reads {variant['live_tokens']:,} tokens before it, "
@@ -628,7 +638,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def _draw_curves(axes: Axes, result: Mapping[str, Any], measurement: str, measure: str) -> None:
     frames = np.arange(1, result["frames"] + 1)
-    colours = {variant.name: variant.colour for variant in VARIANTS}
+    colours = {variant.name: variant.colour for variant in VARIANTS} | {COPY: "#c9c9c9"}
     for name, scores in result[measurement].items():
         if name in colours:
             share = np.array(scores[measure]["by_frame"], dtype=np.float64)
