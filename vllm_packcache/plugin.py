@@ -234,13 +234,15 @@ def _check_rebasing(vllm_config: VllmConfig) -> None:
     text_config = model.hf_text_config
     rope = getattr(text_config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
-    unrotated = getattr(text_config, "no_rope_layers", None) or getattr(text_config, "no_rope_layer_interval", None)
+    # A list of 0 and 1 for the layers, or else every n-th one.
+    rotated = getattr(text_config, "no_rope_layers", None)
+    unrotated = 0 in rotated if rotated else bool(getattr(text_config, "no_rope_layer_interval", None))
     reasons = (
         (
             rope_type not in _REBASED_ROPE_TYPES,
             f"has RoPE of type {rope_type!r} (known are {', '.join(_REBASED_ROPE_TYPES)})",
         ),
-        (bool(unrotated), "has layers without RoPE"),
+        (unrotated, "has layers without RoPE"),
         (text_config.model_type in _NORM_AFTER_ROPE, "normalises keys after rotating them"),
     )
     for unsupported, reason in reasons:
@@ -431,8 +433,8 @@ def _check_video(request: EngineCoreRequest, config: ServerConfig, max_model_len
         needed = max(plan.positions.limit(total), plan.positions.window_tokens(total))
         if needed > limit:
             raise ConfigError(
-                f"this video needs {needed} positions (condition and window + 1 frames), and the model has {limit}: "
-                f"lower {REQUEST_PREFIX}window or the size of a frame, or shorten the condition"
+                f"this video needs {needed} positions, and the model has {limit}: lower {REQUEST_PREFIX}window or the "
+                "size of a frame, or shorten the condition"
             )
 
 

@@ -33,7 +33,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [
         VLLM, "serve", str(checkpoint), "--kv-cache-policy", "packcache", "--kv-cache-policy-config",
         json.dumps(CONFIG), "--skip-tokenizer-init", "--served-model-name", "m", "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port),
+        "--enforce-eager", "--max-model-len", "20000", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -89,6 +89,22 @@ def test_text_over_http_equals_reference(server: httpx.Client, reference: Any) -
     expected = reference.generate(ids, 300).token_ids
     assert tokens(complete(server, ids, 300)) == expected
     assert tokens(complete(server, ids, 300, grid=[6, 11], policy="full")) == expected
+
+
+def test_only_a_video_may_be_longer_than_the_model_has_positions(server: httpx.Client) -> None:
+    positions = 8192
+    ids = prompt(positions - 92, seed=13)
+    video = complete(server, ids, 300, grid=[6, 11], condition_tokens=70)
+    assert len(tokens(video)) == 300
+    text = complete(server, ids, 300)
+    assert len(tokens(text)) == 92
+    assert text.json()["choices"][0]["finish_reason"] == "length"
+    refused = complete(server, prompt(positions), 5)
+    assert refused.status_code == 400
+    assert "the model has 8192 positions" in refused.json()["error"]["message"]
+    window = complete(server, prompt(70), 12_000, grid=[40, 50])
+    assert window.status_code == 400
+    assert "this video needs 10075 positions" in window.json()["error"]["message"]
 
 
 BAD_REQUESTS = [

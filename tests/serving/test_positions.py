@@ -255,7 +255,7 @@ def test_what_is_not_rebased_ends_at_the_table(engine: Any, short_table: Path) -
         assert generate(llm, ids, 3000, **options) == own.generate(ids, limit - 20).token_ids
         with pytest.raises(VLLMValidationError, match=f"the prompt has {limit} tokens, and the model has {limit}"):
             generate(llm, prompt(limit), 5, **options)
-    with pytest.raises(VLLMValidationError, match=r"this video needs 240 positions .* and the model has 212: lower"):
+    with pytest.raises(VLLMValidationError, match="this video needs 240 positions, and the model has 212: lower"):
         generate(llm, prompt(20), 3000, tokens_per_frame=44)
     # A short one of such frames fits.
     assert len(generate(llm, prompt(20), 4 * 44, tokens_per_frame=44)) == 4 * 44
