@@ -23,7 +23,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 import tempfile
@@ -31,7 +30,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -43,6 +41,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings
+from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
@@ -225,9 +224,9 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "quick": quick,
         "seed": SEED,
-        "versions": _versions(),
+        "versions": versions(),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "threads_per_engine": THREADS,
             "load_average_before": os.getloadavg(),
@@ -637,17 +636,3 @@ def _share_of_reading(result: Mapping[str, Any]) -> dict[str, float]:
     tiny = median(sample for own in result["control"]["tiny"][CPU].values() for sample in own)
     steps = result["last_frame"]["places"]["middle"][CPU]
     return {name: 1 - tiny / median(own) for name, own in steps.items()}
-
-
-def _versions() -> dict[str, str]:
-    names = {"torch": "torch", "vllm": "vllm", "vllm_packcache": "vllm-packcache"}
-    return {"python": platform.python_version()} | {key: version(name) for key, name in names.items()}
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

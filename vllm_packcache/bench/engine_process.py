@@ -125,7 +125,7 @@ class EngineProcess:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings, str(log)), daemon=True)
-        with _environment(settings.environment()):
+        with child_environment(settings.environment()):
             self._process.start()
         theirs.close()
 
@@ -163,7 +163,7 @@ class EngineProcess:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+def child_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Set or unset environment variables for the children that are started meanwhile."""
     before = {name: os.environ.get(name) for name in variables}
     _set_environment(variables)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,10 +35,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_packcache.bench.decode import _cpu_model, _versions
-from vllm_packcache.bench.engine_process import _environment
+from vllm_packcache.bench.engine_process import child_environment
+from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.config import ServerConfig, load_mapping
-from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, _sequence, psnr, true_frames
+from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
     FRAME_TOKENS,
@@ -244,8 +245,8 @@ def run(
         "benchmark": "long-video",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": _versions(),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "processes": PROCESSES, "threads_per_engine": 1},
+        "versions": versions(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "processes": PROCESSES, "threads_per_engine": 1},
         "seconds": round(time.monotonic() - start),
         "model": "the bundled one",
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
@@ -293,11 +294,9 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
 def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
     """The answers of all variants, by name: each from an engine in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    done = context.Array("l", len(plan.variants) * len(MEASUREMENTS))
+    counters: _Counters = {measurement: context.Array("l", len(plan.variants)) for measurement in MEASUREMENTS}
     environment = {
         "OMP_NUM_THREADS": "1",
-        # vLLM would bind the threads of every engine to the same core.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_PLUGINS": "packcache",
@@ -317,13 +316,13 @@ def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
         TimeRemainingColumn(),
     )
     with ExitStack() as stack:
-        stack.enter_context(_environment(environment))
+        stack.enter_context(child_environment(environment))
         pool = stack.enter_context(
-            ProcessPoolExecutor(PROCESSES, context, _begin_process, (done,), max_tasks_per_child=1)
+            ProcessPoolExecutor(PROCESSES, context, _begin_process, (counters,), max_tasks_per_child=1)
         )
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
         bars = {
-            number * len(MEASUREMENTS) + MEASUREMENTS.index(measurement): progress.add_task(
+            (measurement, number): progress.add_task(
                 f"{variant.name}: {measurement.replace('_', '-')}",
                 start=False,
                 total=plan.videos if measurement == FORCED else plan.frames,
@@ -332,16 +331,14 @@ def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
             for number, variant in enumerate(plan.variants)
             for measurement in variant.measurements
         }
-        futures: list[Future[Answers]] = [
-            pool.submit(_ask, variant, plan, number * len(MEASUREMENTS)) for number, variant in enumerate(plan.variants)
-        ]
+        futures: list[Future[Answers]] = [pool.submit(_ask, plan, number) for number in range(len(plan.variants))]
         waiting: set[Future[Answers]] = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.5)
-            for place, bar in bars.items():
-                if done[place]:
+            for (measurement, number), bar in bars.items():
+                if done := counters[measurement][number]:
                     progress.start_task(bar)
-                    progress.update(bar, completed=done[place])
+                    progress.update(bar, completed=done)
             for future in finished:
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -349,23 +346,27 @@ def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
     return {variant.name: future.result() for variant, future in zip(plan.variants, futures, strict=True)}
 
 
-_done: SynchronizedArray[int]
+_Counters = dict[str, "SynchronizedArray[int]"]
+"""By measurement, how much of it is done for each variant: videos or frames. Shared by all processes."""
+
+_counters: _Counters
 
 
-def _begin_process(done: SynchronizedArray[int]) -> None:
+def _begin_process(counters: _Counters) -> None:
     """First thing in a process: keep the shared counters, and what vLLM prints away from the progress bars."""
-    global _done
-    _done = done
+    global _counters
+    _counters = counters
     descriptor = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
 
 
-def _ask(variant: Variant, plan: Plan, place: int) -> Answers:
-    """Body of a process: measure one variant. ``place`` is that of its first counter of progress."""
+def _ask(plan: Plan, number: int) -> Answers:
+    """Body of a process: measure variant ``number``."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    variant = plan.variants[number]
     # A multiple of the block, with room for the token that is sampled after a video.
     length = (plan.tokens // BLOCK_SIZE + 2) * BLOCK_SIZE
     args = EngineArgs(
@@ -390,14 +391,11 @@ def _ask(variant: Variant, plan: Plan, place: int) -> Answers:
     tokenizer = VideoTokenizer()
     worlds = [make_world(seed) for seed in plan.seeds]
 
-    def forced(done: int) -> None:
-        _done[place] = done
+    def telling(measurement: str) -> Callable[[int], None]:
+        return partial(_counters[measurement].__setitem__, number)
 
-    def generated(done: int) -> None:
-        _done[place + 1] = done
-
-    likeliest = likeliest_tokens(engine, tokenizer, worlds, plan.frames, forced)
-    ids = generate(engine, tokenizer, worlds, plan.frames, generated) if variant.generates else None
+    likeliest = likeliest_tokens(engine, tokenizer, worlds, plan.frames, telling(FORCED))
+    ids = generate(engine, tokenizer, worlds, plan.frames, telling(GENERATED)) if variant.generates else None
     return Answers(likeliest, ids)
 
 
@@ -418,7 +416,7 @@ def likeliest_tokens(
     """
     found = np.zeros((len(worlds), frames * FRAME_TOKENS), dtype=np.bool_)
     for number, world in enumerate(worlds):
-        truth = _sequence(tokenizer, true_frames(tokenizer, world, frames)[1:]).tolist()
+        truth = sequence(tokenizer, true_frames(tokenizer, world, frames)[1:]).tolist()
         (output,) = _run(engine, [[*world_prompt(tokenizer, world), *truth]], _greedy(1, prompt_logprobs=0))
         assert output.prompt_logprobs is not None
         after = output.prompt_logprobs[CONDITION_TOKENS:]
@@ -470,14 +468,15 @@ def _run(
     tell: Callable[[int], None] = lambda steps: None,
 ) -> list[RequestOutput]:
     """Outputs of a batch of requests in their order; ``tell`` is told how many steps were run."""
-    names = [engine.add_request(str(i), {"prompt_token_ids": ids}, params) for i, ids in enumerate(prompts)]
+    for i, ids in enumerate(prompts):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, params)
     outputs: dict[str, RequestOutput] = {}
     steps = 0
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
         steps += 1
         tell(steps)
-    return [outputs[str(i)] for i in range(len(names))]
+    return [outputs[str(i)] for i in range(len(prompts))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +509,7 @@ def _score(plan: Plan, answers: Mapping[str, Answers]) -> dict[str, Any]:
 
 def _ids(frames: Int64, tokenizer: VideoTokenizer) -> Int64:
     """Frames [V, T, 16, 16] as if generated, [V, T * 257]."""
-    return np.stack([_sequence(tokenizer, video) for video in frames])
+    return np.stack([sequence(tokenizer, video) for video in frames])
 
 
 def _forced_counts(likeliest: Bools, truth: Int64) -> dict[str, Count]:
@@ -567,8 +566,9 @@ def _generated_counts(ids: Int64, worlds: Sequence[World], truth: Int64, tokeniz
 
 def _codewords(world: World) -> Int64:
     """All codewords that the objects of a world can show."""
-    looks = [palette().objects[thing.shape, thing.colour, world.scene] for thing in world.objects]
-    return np.unique(np.stack(looks))
+    looks = np.stack([palette().objects[thing.shape, thing.colour, world.scene] for thing in world.objects])
+    # Elsewhere the background shows through.
+    return np.unique(looks[looks >= 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +591,10 @@ forced: every token given the true ones before it; changed: those that differ fr
 generated: from the condition alone; whole: <frame> and visual ids only
 object cells (of {VISUAL_TOKENS}): show a piece of an object; debris: neither that nor background
 moving: other than in the last frame"""
+
+
+_COLOURS = {variant.name: variant.colour for variant in VARIANTS} | {COPY: "#c9c9c9"}
+"""Of the curves in the plot."""
 
 
 def _print(result: Mapping[str, Any], console: Console) -> None:
@@ -632,17 +636,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     _draw_curves(generated, result, GENERATED, "tokens_right")
     generated.set_title("generated from the condition alone: all tokens", loc="left", fontsize=11)
     generated.set_xlabel("frame")
-    forced.legend(loc="lower left", fontsize=9, frameon=False)
+    # No picture has all the curves.
+    lines = {line.get_label(): line for axes in (forced, generated) for line in axes.get_lines()}
+    names = [name for name in _COLOURS if name in lines]
+    figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110, format="png")
 
 
 def _draw_curves(axes: Axes, result: Mapping[str, Any], measurement: str, measure: str) -> None:
     frames = np.arange(1, result["frames"] + 1)
-    colours = {variant.name: variant.colour for variant in VARIANTS} | {COPY: "#c9c9c9"}
     for name, scores in result[measurement].items():
-        if name in colours:
+        if name in _COLOURS:
             share = np.array(scores[measure]["by_frame"], dtype=np.float64)
-            axes.plot(frames, 100 * share, color=colours[name], label=name, linewidth=1.4)
+            axes.plot(frames, 100 * share, color=_COLOURS[name], label=name, linewidth=1.4)
     trained = result["trained_frames"]
     axes.axvline(trained + 0.5, color="#555555", linewidth=1, linestyle="--")
     axes.annotate(

@@ -48,7 +48,7 @@ def true_frames(tokenizer: VideoTokenizer, video: World, frames: int) -> np.ndar
     return np.stack([video.frame_ids(k) for k in range(frames + 1)]) + tokenizer.visual_offset
 
 
-def _sequence(tokenizer: VideoTokenizer, frames: np.ndarray) -> np.ndarray:
+def sequence(tokenizer: VideoTokenizer, frames: np.ndarray) -> np.ndarray:
     """Frames int [T, 16, 16] as generated ids, int64 [T * 257]."""
     start = np.full((len(frames), 1), tokenizer.frame_id)
     return np.concatenate([start, frames.reshape(len(frames), -1)], 1).reshape(-1)
@@ -57,7 +57,7 @@ def _sequence(tokenizer: VideoTokenizer, frames: np.ndarray) -> np.ndarray:
 @torch.inference_mode()
 def predict_next_frames(model: Llama, tokenizer: VideoTokenizer, video: World, frames: int) -> np.ndarray:
     """Teacher-forced most likely ids of the first ``frames`` frames, int64 [frames, 257]."""
-    ids = [*world_prompt(tokenizer, video), *_sequence(tokenizer, true_frames(tokenizer, video, frames)[1:])]
+    ids = [*world_prompt(tokenizer, video), *sequence(tokenizer, true_frames(tokenizer, video, frames)[1:])]
     hidden = model.hidden(torch.tensor([ids[:-1]]))[0, CONDITION_TOKENS - 1 :]
     return model.logits(hidden).argmax(-1).numpy().reshape(frames, FRAME_TOKENS)
 
@@ -173,7 +173,7 @@ def evaluate(model: Llama, tokenizer: VideoTokenizer, count: int, frames: int) -
         best = predict_next_frames(model, tokenizer, video, frames)
         forced.append(best[:, 1:].reshape(-1, GRID, GRID))
         forced_starts += float((best[:, 0] == tokenizer.frame_id).mean())
-        ids = generate(model, world_prompt(tokenizer, video), _sequence(tokenizer, truth[1:]))
+        ids = generate(model, world_prompt(tokenizer, video), sequence(tokenizer, truth[1:]))
         generated.append(tokenizer.frames_from_ids(ids))
         generated_starts += float((np.array(ids[::FRAME_TOKENS]) == tokenizer.frame_id).mean())
     return {
