@@ -17,7 +17,8 @@ from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
 from vllm_packcache.positions import Positions, slide_angles
 from vllm_packcache.retention import Retention
-from vllm_packcache.worker.key_layout import CachedKeys
+from vllm_packcache.worker import rotation
+from vllm_packcache.worker.key_layout import CachedKeys, cpu_key_order
 from vllm_packcache.worker.rotation import KeyRotation, Rotary, rotary_of, rotate
 
 HEAD = 64
@@ -25,6 +26,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "other base": {"rope_type": "default", "rope_theta": 500_000.0},
     "part of the head": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "an odd part of the head": {"rope_type": "default", "partial_rotary_factor": 0.75},
     "llama3": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 256,
@@ -96,6 +98,26 @@ def test_a_turned_key_is_the_key_at_its_new_position(name: str, neox: bool, scra
     assert torch.equal(keys_in(cache)[untouched], at(1)[untouched])
 
 
+@pytest.mark.parametrize(
+    ("isa", "dtype", "name", "neox", "runs"),
+    [
+        ("vec", torch.float32, "default", True, True),
+        ("vec", torch.bfloat16, "part of the head", False, True),
+        ("amx", torch.bfloat16, "default", True, True),
+        ("vec", torch.float32, "an odd part of the head", True, False),
+    ],
+)
+def test_keys_of_the_cpu_backend_move_in_runs(isa: str, dtype: torch.dtype, name: str, neox: bool, runs: bool) -> None:
+    """Both ways to find partners give the same; the fast one is taken where it can be."""
+    rotary = rotary_of(Model(make_rope(name, neox)))
+    angles = slide_angles(Positions(VideoLayout(FrameLayout(8), 10), 2), rotary.frequencies, rotary.axis_of)
+    turn = rotation._turn(cpu_key_order(isa, dtype, 32, HEAD), angles, rotary)
+    assert (turn.stride is not None) == runs
+    numbers = torch.randn(3, 2, 32 * HEAD)
+    moved = turn.partners(numbers) * turn.crossed
+    assert torch.equal(moved, numbers[..., turn.partner] * turn.crossed)
+
+
 def test_smaller_blocks_of_a_kernel_are_found() -> None:
     torch.manual_seed(0)
     rotary = Rotary(np.array([1.0, 0.1]), np.array([0, 0]), np.array([0, 1]), np.array([2, 3]))
@@ -126,6 +148,17 @@ def test_a_turn_rounds_once(dtype: torch.dtype) -> None:
 def sliding() -> tuple[Retention, Positions]:
     layout = VideoLayout(FrameLayout(13), 10)
     return Retention(layout, PackCache(window=2, history_frames=1.5), 8), Positions(layout, 2)
+
+
+def test_many_blocks_are_turned_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rotary = Rotary(np.array([0.3]), np.array([0]), np.array([0]), np.array([1]))
+    keys, kinds = torch.randn(20, 8, 1, 2), torch.randint(2, (11, 8))
+    at_once, piecewise = cache_of(keys, False), cache_of(keys, False)
+    rotate(at_once, torch.arange(3, 14), kinds, np.array([[0.7], [0.2]]), rotary)
+    monkeypatch.setattr(rotation, "NUMBERS_AT_ONCE", 3 * 16 + 1)
+    rotate(piecewise, torch.arange(3, 14), kinds, np.array([[0.7], [0.2]]), rotary)
+    assert torch.equal(keys_in(at_once), keys_in(piecewise))
 
 
 def test_a_slide_turns_the_history_and_nothing_else() -> None:

@@ -34,6 +34,9 @@ from vllm_packcache.worker.key_layout import CachedKeys
 
 Int32 = npt.NDArray[np.int32]
 
+NUMBERS_AT_ONCE = 2**18
+"""Numbers of a cache that are turned in one go: as float32 they and what becomes of them stay in a core's cache."""
+
 
 class Rotary(NamedTuple):
     """How a model's keys are rotated; n pairs of channels turn, the other channels do not.
@@ -147,30 +150,52 @@ def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rot
         rotary: which channels are a pair.
     """
     memory, order = keys
-    device = memory.device
     split = kinds.shape[1] // order.shape[0]
-    blocks = (blocks[:, None] * split + torch.arange(split)).flatten().to(device, non_blocking=True)
-    straight, crossed, partner = _coefficients(order, angles, rotary)
-    if len(angles) > 1:
-        # Number of the packed memory -> its token -> the row of angles.
-        token_of = torch.empty(order.numel(), dtype=torch.int64, device=device)
-        token_of[order] = torch.arange(order.shape[0], device=device)[:, None]
-        row = kinds.view(-1, order.shape[0]).to(device, non_blocking=True)[:, token_of]
-        number = torch.arange(order.numel(), device=device)
-        straight, crossed = straight[row, number][:, None], crossed[row, number][:, None]
-    stored = memory[blocks]
-    numbers = stored.flatten(2).float()
-    turned = numbers * straight + numbers[..., partner] * crossed
-    memory[blocks] = turned.view(stored.shape).to(memory.dtype)
+    blocks = (blocks[:, None] * split + torch.arange(split)).flatten().to(memory.device, non_blocking=True)
+    kinds = kinds.view(-1, order.shape[0]).to(memory.device, non_blocking=True)
+    turn = _turn(order, angles, rotary)
+    at_once = max(1, NUMBERS_AT_ONCE // memory[0].numel())
+    for some, kinds_of_some in zip(blocks.split(at_once), kinds.split(at_once), strict=True):
+        stored = memory[some]
+        numbers = stored.flatten(2).float()
+        straight, crossed = turn.coefficients(kinds_of_some)
+        turned = (numbers * straight).addcmul_(turn.partners(numbers), crossed)
+        memory[some] = turned.view(stored.shape).to(memory.dtype)
 
 
-def _coefficients(order: Tensor, angles: Float64, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """A rotation as ``numbers * straight + numbers[partner] * crossed`` over the packed keys of a block.
+class _Turn(NamedTuple):
+    """A rotation as ``numbers * straight + partners * crossed`` over the packed keys of a block, m numbers.
 
-    Returns:
-        ``straight`` and ``crossed``, float32, [kinds, numbers of a block], and ``partner``, [numbers of a block].
+    Attributes:
+        straight: float32, [kinds, m].
+        crossed: float32, [kinds, m].
+        partner: the number that each is paired with, [m].
+        stride: how far apart partners are, if numbers trade places with others in runs of so many; None: they do not.
+        token_of: the token that each number is of, [m].
     """
-    channels = order.shape[1]
+
+    straight: Tensor
+    crossed: Tensor
+    partner: Tensor
+    stride: int | None
+    token_of: Tensor
+
+    def coefficients(self, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """``straight`` and ``crossed`` of blocks whose tokens are of ``kinds`` [n, tokens], [n or 1, 1, m]."""
+        if len(self.straight) == 1:
+            return self.straight[:, None], self.crossed[:, None]
+        row = kinds[:, self.token_of]
+        return tuple(table.gather(0, row)[:, None] for table in (self.straight, self.crossed))  # type: ignore[return-value]
+
+    def partners(self, numbers: Tensor) -> Tensor:
+        """What each of ``numbers`` [n, heads, m] is paired with: runs move ten times faster than single numbers."""
+        if self.stride is None:
+            return numbers[..., self.partner]
+        return numbers.unflatten(-1, (-1, 2, self.stride)).flip(-2).flatten(-3)
+
+
+def _turn(order: Tensor, angles: Float64, rotary: Rotary) -> _Turn:
+    tokens, channels = order.shape
     partner_channel = np.arange(channels)
     partner_channel[rotary.left], partner_channel[rotary.right] = rotary.right, rotary.left
     cos, sin = np.ones((len(angles), channels)), np.zeros((len(angles), channels))
@@ -179,8 +204,20 @@ def _coefficients(order: Tensor, angles: Float64, rotary: Rotary) -> tuple[Tenso
     sin[:, rotary.left] = -sin[:, rotary.right]
     device = order.device
     channel_of = torch.empty(order.numel(), dtype=torch.int64, device=device)
+    token_of, partner = torch.empty_like(channel_of), torch.empty_like(channel_of)
     channel_of[order] = torch.arange(channels, device=device)
-    partner = torch.empty_like(channel_of)
+    token_of[order] = torch.arange(tokens, device=device)[:, None]
     partner[order] = order[:, torch.from_numpy(partner_channel).to(device)]
     straight, crossed = (torch.from_numpy(table).float().to(device)[:, channel_of] for table in (cos, sin))
-    return straight, crossed, partner
+    return _Turn(straight, crossed, partner, _stride(partner), token_of)
+
+
+def _stride(partner: Tensor) -> int | None:
+    """See `_Turn`. Channels that do not turn are paired with themselves, and whatever is moved there counts nothing."""
+    numbers = torch.arange(len(partner), device=partner.device)
+    turning = partner != numbers
+    stride = int((partner - numbers)[turning][0].abs())
+    if len(partner) % (2 * stride):
+        return None
+    moved = numbers.unflatten(0, (-1, 2, stride)).flip(-2).flatten()
+    return stride if bool((moved == partner)[turning].all()) else None

@@ -47,36 +47,38 @@ class Step:
 
     def position_shifts(self) -> Int64 | None:
         """By how much the step's tokens are positioned off their index, [axes, tokens]; None: none is."""
-        shifts = [_position_shifts(row) for row in self.rows]
-        if all(shift is None for shift in shifts):
-            return None
-        axes = max(1 if shift is None else len(shift) for shift in shifts)
+        shifts = [_position_shift(row) for row in self.rows]
+        if all(isinstance(shift, int) for shift in shifts):
+            if not any(shifts):
+                return None
+            return np.repeat(np.array(shifts), [row.scheduled for row in self.rows])[None]
         return np.concatenate(
-            [
-                np.zeros((axes, row.scheduled), dtype=np.int64)
-                if shift is None
-                else np.broadcast_to(shift, (axes, row.scheduled))
-                for row, shift in zip(self.rows, shifts, strict=True)
-            ],
-            axis=1,
+            [np.broadcast_to(shift, (3, row.scheduled)) for row, shift in zip(self.rows, shifts, strict=True)], axis=1
         )
 
 
-def _position_shifts(row: Row) -> Int64 | None:
+def _position_shift(row: Row) -> int | Int64:
+    """Of all the row's tokens, or with three axes of each, [3, tokens]."""
     positions = row.positions
     if positions is None or positions.as_stock:
-        return None
-    next_slide = positions.next_slide(row.computed)
-    if next_slide is not None and row.computed + row.scheduled > next_slide:
-        raise RuntimeError(
-            f"tokens {row.computed} to {row.computed + row.scheduled} of a video are run in one step, but its window "
-            f"slides at {next_slide}: the scheduler did not end the chunk there"
-        )
-    window_start = positions.window_start(positions.layout.frame_of(row.computed))
-    if positions.scale is None and window_start == 0:
-        return None
+        return 0
+    if row.scheduled > 1:
+        _check_chunk(row, positions)
+    layout = positions.layout
+    window_start = positions.window_start(layout.frame_of(row.computed))
+    if positions.scale is None:
+        return -window_start * layout.tokens_per_frame
     tokens = np.arange(row.computed, row.computed + row.scheduled)
     return positions.of(tokens, window_start) - tokens
+
+
+def _check_chunk(row: Row, positions: Positions) -> None:
+    stop, slide = row.computed + row.scheduled, positions.next_slide(row.computed)
+    if slide is not None and stop > slide:
+        raise RuntimeError(
+            f"tokens {row.computed} to {stop} of a video are run in one step, but its window slides at {slide}: the "
+            "scheduler did not end the chunk there"
+        )
 
 
 _current: ContextVar[Step | None] = ContextVar("packcache_step", default=None)
