@@ -103,11 +103,20 @@ def test_unsupported_models(start: Callable[..., Any], model: str, reason: str) 
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",
         ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size"),
     ],
 )
 def test_unsupported_options(start: Callable[..., Any], options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot be combined with {named}, because"):
         start(**options)
+
+
+def test_the_rust_front_end_is_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = start()
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match=r"cannot be combined with VLLM_USE_RUST_FRONTEND=1.*: unset the variable"):
+        plugin.check_engine(config)
 
 
 def test_context_parallelism_is_refused(start: Callable[..., Any]) -> None:
@@ -147,7 +156,10 @@ def test_nothing_else_may(start: Callable[..., Any], additional: dict[str, Any])
 
 
 def test_what_the_operator_vouches_for_is_the_limit(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    import vllm.envs
+
+    # Once an engine runs in this process, vLLM no longer looks into the environment.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_ALLOW_LONG_MAX_MODEL_LEN", True)
     assert start(max_model_len=5000).additional_config["kv_cache_position_limit"] == 5000
 
 
