@@ -129,10 +129,16 @@ RELIANCES: tuple[Reliance, ...] = (
         exact=True,
     ),
     Reliance("start-up: positions with three axes", "config/model.py", "ModelConfig.uses_mrope"),
+    Reliance("start-up: offloading", "config/cache.py", "CacheConfig.kv_offloading_size"),
     Reliance("start-up: quantised caches", "config/cache.py", "CacheConfig.cache_dtype"),
     *(
         Reliance("start-up: parallelism that is refused", "config/parallel.py", f"ParallelConfig.{name}")
-        for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching")
+        for name in (
+            "decode_context_parallel_size",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "use_ubatching",
+        )
     ),
     Reliance("start-up: cache option that is refused", "config/cache.py", "CacheConfig.kv_sharing_fast_prefill"),
     Reliance(
@@ -312,6 +318,36 @@ RELIANCES: tuple[Reliance, ...] = (
         "Scheduler.schedule",
         (),
         ("_reserve_prefill_lookahead", "allocate_slots", "_reserve_prefill_lookahead", "allocate_slots"),
+    ),
+    Reliance(
+        "metrics: the scheduler's statistics",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.make_stats",
+        (),
+        ("SchedulerStats",),
+    ),
+    Reliance("metrics: what travels with them", "v1/metrics/stats.py", "SchedulerStats.num_kv_fetch_reqs_by_stage"),
+    Reliance(
+        "metrics: who gets them, in order",
+        "v1/metrics/loggers.py",
+        "StatLoggerManager.__init__",
+        ("vllm_config",),
+        ("engine_indexes", "stat_loggers", "PrometheusStatLogger"),
+    ),
+    Reliance(
+        "metrics: handed out in that order",
+        "v1/metrics/loggers.py",
+        "StatLoggerManager.record",
+        ("scheduler_stats",),
+        ("stat_loggers", "record"),
+    ),
+    Reliance("metrics: a logger", "v1/metrics/loggers.py", "AggregateStatLoggerBase"),
+    Reliance(
+        "metrics: a request ends",
+        "v1/core/sched/scheduler.py",
+        "Scheduler._free_request",
+        ("request",),
+        ("_free_blocks",),
     ),
     Reliance(
         "prefix cache: the scheduler looks a prefix up",

@@ -8,6 +8,7 @@ is one at hand, and is the original in every respect when the policy is not swit
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,9 +85,11 @@ def _install_engine_hooks() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_packcache.engine.manager import RetentionManager, capping_hits, ending_chunks_at_slides
+    from vllm_packcache.engine.metrics import counting_preemptions, logging_videos, publishing_counts, sending_counts
     from vllm_packcache.engine.spec import RetentionSpec
     from vllm_packcache.worker.runner_v1 import finding_keys, positioning, publishing_step
 
@@ -97,6 +100,10 @@ def _install_engine_hooks() -> None:
     _wrap(InputProcessor, "process_inputs", _checking_request)
     _wrap(KVCacheManager, "get_computed_blocks", capping_hits)
     _wrap(Scheduler, "_reserve_prefill_lookahead", ending_chunks_at_slides)
+    _wrap(Scheduler, "_preempt_request", counting_preemptions)
+    _wrap(Scheduler, "_free_request", logging_videos)
+    _wrap(Scheduler, "make_stats", sending_counts)
+    _wrap(StatLoggerManager, "__init__", publishing_counts)
     _wrap(attention, "get_attn_backend", _choosing_backend)
     _wrap(GPUModelRunner, "initialize_kv_cache", finding_keys)
     _wrap(GPUModelRunner, "_build_attention_metadata", publishing_step)
@@ -111,9 +118,19 @@ def installed_hooks() -> list[str]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    owners = (EngineArgs, ModelConfig, InputProcessor, KVCacheManager, Scheduler, attention, GPUModelRunner)
+    owners = (
+        EngineArgs,
+        ModelConfig,
+        InputProcessor,
+        KVCacheManager,
+        Scheduler,
+        StatLoggerManager,
+        attention,
+        GPUModelRunner,
+    )
     return [
         f"{owner.__name__}.{name}"
         for owner in owners
@@ -181,9 +198,19 @@ def check_engine(vllm_config: VllmConfig) -> None:
     option_reasons = (
         (vllm_config.speculative_config is not None, "--speculative-config", "it rolls tokens back"),
         (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "--kv-offloading-size",
+            "it moves blocks that may be freed",
+        ),
+        (
             vllm_config.kv_transfer_config is not None,
             "--kv-transfer-config",
             "it moves blocks that may be freed",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size",
+            "it keeps steps in flight on ranks that hold different layers, which has not been shown to be right",
         ),
         (
             parallel.decode_context_parallel_size > 1,
@@ -207,6 +234,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise ConfigError(
                 f"{POLICY_FLAG} cannot be combined with {option}, because {reason}: leave one of them out"
             )
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ConfigError(
+            f"{POLICY_FLAG} cannot be combined with VLLM_USE_RUST_FRONTEND=1, because that front end neither knows the "
+            "option nor checks what requests ask for: unset the variable"
+        )
     config = ServerConfig.from_additional_config(vllm_config.additional_config)
     assert config is not None, "only a server that is switched on is checked"
     if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:

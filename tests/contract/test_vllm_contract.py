@@ -23,6 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.contract.wheels import vllm_sources
@@ -205,6 +206,7 @@ OWNERS: dict[str, type | ModuleType] = {
     "KVCacheManager": KVCacheManager,
     "ModelConfig": ModelConfig,
     "Scheduler": Scheduler,
+    "StatLoggerManager": StatLoggerManager,
     "attention": attention,
     "GPUModelRunner": GPUModelRunner,
 }
@@ -237,7 +239,11 @@ def test_installed_hooks_are_the_wrappers() -> None:
             "InputProcessor.process_inputs",
             "KVCacheManager.get_computed_blocks",
             "ModelConfig.get_and_verify_max_len",
+            "Scheduler._free_request",
+            "Scheduler._preempt_request",
             "Scheduler._reserve_prefill_lookahead",
+            "Scheduler.make_stats",
+            "StatLoggerManager.__init__",
             "vllm.model_executor.layers.attention.attention.get_attn_backend",
         ]
     )

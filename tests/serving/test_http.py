@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -105,6 +106,24 @@ def test_only_a_video_may_be_longer_than_the_model_has_positions(server: httpx.C
     window = complete(server, prompt(70), 12_000, grid=[40, 50])
     assert window.status_code == 400
     assert "this video needs 10075 positions" in window.json()["error"]["message"]
+
+
+def test_metrics_reach_the_process_that_serves_them(server: httpx.Client) -> None:
+    def shown() -> dict[str, float]:
+        # Names, labels and values of ours.
+        found = re.findall(r"^vllm:packcache_(\w+)\{(.*)\} (\S+)$", server.get("/metrics").text, re.MULTILINE)
+        assert all('model_name="m"' in labels and 'engine="0"' in labels for _, labels, _ in found)
+        return {name: float(value) for name, _, value in found}
+
+    before = shown()
+    assert len(tokens(complete(server, prompt(70, seed=14), 500, grid=[6, 11]))) == 500
+    deadline = time.monotonic() + 60
+    # Statistics follow the answer.
+    while (after := shown())["slides_total"] == before["slides_total"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert after["freed_blocks_total"] > before["freed_blocks_total"]
+    assert after["rotated_blocks_total"] > before["rotated_blocks_total"]
 
 
 BAD_REQUESTS = [

@@ -19,19 +19,82 @@ from vllm.v1.request import Request
 
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.layout import CONDITION
+from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
 
+PHASES = ("fill", "pack", "slide")
+"""Of a video: nothing has been dropped; frames shrink; more frames have been made than the window holds."""
+
 
 @dataclass(slots=True)
-class _Video:
-    """A video request that holds blocks."""
+class Totals:
+    """What has happened since the start, all requests together."""
+
+    freed_blocks: int = 0
+    slides: int = 0
+    rotated_blocks: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class VideoRecord:
+    """What has become of one video request, however often it was preempted."""
+
+    layout: VideoLayout
+    peak_blocks: int = 0
+    freed_blocks: int = 0
+
+
+@dataclass(slots=True)
+class Video:
+    """A video request that holds blocks, or is about to.
+
+    Args:
+        retention: what of it lives.
+        positions: where its tokens are.
+        record: outlives this when the request is preempted.
+        frame: up to which blocks have been freed.
+        computed: tokens, those of steps in flight included.
+        blocks: logical blocks of those.
+        dropped_blocks: how many of them the policy has freed.
+    """
 
     retention: Retention
     positions: Positions
-    # The frame up to which blocks have been freed.
+    record: VideoRecord
     frame: int = CONDITION
+    computed: int = 0
+    blocks: int = 0
+    dropped_blocks: int = 0
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that it holds."""
+        return self.blocks - self.dropped_blocks
+
+    @property
+    def phase(self) -> str:
+        """One of `PHASES`."""
+        if self._window_starts(self.frame):
+            return "slide"
+        return "pack" if self.dropped_blocks else "fill"
+
+    def slides(self, frame: int) -> int:
+        """By how many frames the window moves on until ``frame`` is made."""
+        return self._window_starts(frame) - self._window_starts(self.frame)
+
+    def _window_starts(self, frame: int) -> int:
+        window = self.retention.policy.history_window
+        return 0 if window is None else max(0, frame - window)
+
+
+_RECORD = "_packcache_record"
+
+
+def record_of(request: Request) -> VideoRecord | None:
+    """The record of a video; None: the request is none, or has not been looked at."""
+    return getattr(request, _RECORD, None)
 
 
 class RetentionManager(FullAttentionManager):
@@ -49,7 +112,8 @@ class RetentionManager(FullAttentionManager):
         # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
         self.enable_caching = True
-        self._videos: dict[str, _Video | None] = {}
+        self._videos: dict[str, Video | None] = {}
+        self.totals = Totals()
 
     def cache_blocks(
         self,
@@ -65,6 +129,10 @@ class RetentionManager(FullAttentionManager):
         would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
         video = self.video(request)
+        if video is not None:
+            video.computed = num_tokens
+            video.blocks = len(self.req_to_blocks[request.request_id])
+            video.record.peak_blocks = max(video.record.peak_blocks, video.resident_blocks)
         if not self._prefix_caching:
             return
         if video is not None:
@@ -94,20 +162,38 @@ class RetentionManager(FullAttentionManager):
         for index in video.retention.dropped_blocks(video.frame, frame).tolist():
             dropped.append(blocks[index])
             blocks[index] = self._null_block
+        self._count(video, frame, len(dropped))
         video.frame = frame
         self.block_pool.free_blocks(reversed(dropped))
+
+    def _count(self, video: Video, frame: int, freed: int) -> None:
+        slides = video.slides(frame)
+        video.dropped_blocks += freed
+        video.record.freed_blocks += freed
+        self.totals.freed_blocks += freed
+        self.totals.slides += slides
+        if slides and video.positions.window is not None:
+            self.totals.rotated_blocks += slides * len(video.retention.history_blocks(frame))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def video(self, request: Request) -> _Video | None:
+    def videos(self) -> list[Video]:
+        """Videos that hold blocks or are about to."""
+        return [video for video in self._videos.values() if video is not None]
+
+    def video(self, request: Request) -> Video | None:
         """What is known of ``request``; None: it is no video."""
         if request.request_id not in self._videos:
             params = request.sampling_params
             plan = self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
-            video = _Video(Retention(plan.layout, plan.policy, self.block_size), plan.positions) if plan else None
+            video = None
+            if plan is not None:
+                record = record_of(request) or VideoRecord(plan.layout)
+                setattr(request, _RECORD, record)
+                video = Video(Retention(plan.layout, plan.policy, self.block_size), plan.positions, record)
             self._videos[request.request_id] = video
         return self._videos[request.request_id]
 
@@ -150,6 +236,12 @@ def ending_chunks_at_slides(reserve_prefill_lookahead: Callable[..., int]) -> Ca
     return wrapper
 
 
-def _video_of(manager: KVCacheManager, request: Request) -> _Video | None:
+def retention_manager(manager: KVCacheManager) -> RetentionManager | None:
+    """The manager that obeys a policy; None: the policy is not switched on."""
     retaining = manager.coordinator.single_type_managers[0]
-    return retaining.video(request) if isinstance(retaining, RetentionManager) else None
+    return retaining if isinstance(retaining, RetentionManager) else None
+
+
+def _video_of(manager: KVCacheManager, request: Request) -> Video | None:
+    retaining = retention_manager(manager)
+    return None if retaining is None else retaining.video(request)

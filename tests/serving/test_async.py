@@ -1,0 +1,48 @@
+"""Asynchronous scheduling: a step is scheduled while the one before it still runs. The tokens are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import prompt, run, sampling
+
+CONFIG = {"window": 2, "history_frames": 1.5}
+REQUESTS = [
+    (prompt(70, seed=5), sampling(400, tokens_per_frame=33)),
+    (prompt(130, seed=6), sampling(300)),
+    (prompt(20, seed=7), sampling(500, tokens_per_frame=57, window=1, history_frames=1)),
+    (prompt(420, seed=8), sampling(300, tokens_per_frame=40, condition_tokens=30)),
+    (prompt(70, seed=5), sampling(300, tokens_per_frame=67, policy="full")),
+]
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU platform switches it off; engines that are made meanwhile have it on."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def switching_on(cls: Any, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(switching_on))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_gpu_blocks_override": 34, "max_model_len": 800}], ids=["room", "crowded"]
+)
+@pytest.mark.usefixtures("asynchronous")
+def test_tokens_are_the_same(engine: Any, options: dict[str, Any]) -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    llm = engine("packcache", CONFIG, max_num_batched_tokens=128, max_num_seqs=7, **options)
+    core = llm.llm_engine.engine_core.engine_core
+    assert type(core.scheduler) is AsyncScheduler
+    alone = [run(engine("packcache", CONFIG), [ids], [params])[0] for ids, params in REQUESTS]
+    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == alone
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
