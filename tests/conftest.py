@@ -39,7 +39,7 @@ def reference(checkpoint: Path) -> Any:
 def engine(checkpoint: Path) -> Callable[..., Any]:
     """``engine(policy, config, **options)`` -> an `LLM`; policy None is stock vLLM. Engines are shared.
 
-    ``model``: another checkpoint than the shared one.
+    ``model``: another checkpoint than the shared one. ``variant``: tells engines apart that have the same options.
     """
     from vllm import LLM
 
@@ -51,8 +51,8 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
             additional["kv_cache_policy_config"] = config
         defaults = {"max_model_len": 8192, "block_size": 32, "max_num_batched_tokens": 512, "max_num_seqs": 8}
         options = {**defaults, "num_gpu_blocks_override": 600, **options}
-        model = str(options.pop("model", checkpoint))
-        key = repr((model, additional, sorted(options.items())))
+        model, variant = str(options.pop("model", checkpoint)), options.pop("variant", None)
+        key = repr((model, variant, additional, sorted(options.items())))
         if key not in engines:
             engines[key] = LLM(
                 model,

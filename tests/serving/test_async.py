@@ -39,7 +39,7 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_are_the_same(engine: Any, options: dict[str, Any]) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    llm = engine("packcache", CONFIG, max_num_batched_tokens=128, max_num_seqs=7, **options)
+    llm = engine("packcache", CONFIG, max_num_batched_tokens=128, variant="asynchronous", **options)
     core = llm.llm_engine.engine_core.engine_core
     assert type(core.scheduler) is AsyncScheduler
     alone = [run(engine("packcache", CONFIG), [ids], [params])[0] for ids, params in REQUESTS]

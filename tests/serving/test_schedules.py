@@ -1,0 +1,172 @@
+"""Random schedules over the real engine: whatever the company and however small the pool, the tokens are the same.
+
+A seed chooses pool, chunk size, prefix caching, asynchronous scheduling, the requests, when each arrives and which are
+aborted. What a request generates is compared with what it generates alone.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.conftest import prompt, run, sampling
+from vllm_packcache.config import ServerConfig
+
+BLOCK = 32
+CONFIG = {"window": 3, "history_frames": 1.5, "layout": {"tokens_per_frame": 45}}
+MAX_MODEL_LEN = 900
+TIE = 1e-4
+"""How close the two best logits of the reference must be for a token to be excused."""
+
+QUICK_SEEDS = range(8)
+SEEDS = range(1000, 1200)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request."""
+
+    prompt_tokens: int
+    seed: int
+    max_tokens: int
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def ids(self) -> list[int]:
+        return prompt(self.prompt_tokens, seed=self.seed)
+
+    @property
+    def params(self) -> Any:
+        return sampling(self.max_tokens, **dict(self.options))
+
+
+def make_catalogue() -> list[Case]:
+    """Few enough to run each alone once, and with common prefixes."""
+    choose = random.Random(7)
+    cases = []
+    for number in range(32):
+        options: dict[str, Any] = {}
+        tokens = choose.choice([40, 75, 130, 300])
+        if number % 4:
+            options = {"condition_tokens": choose.choice([20, 33, tokens])}
+            options |= choose.choice(
+                [
+                    {},
+                    {"tokens_per_frame": 19},
+                    {"tokens_per_frame": 67, "window": 1, "history_frames": 1},
+                    {"tokens_per_frame": 96, "window": 2},
+                    {"policy": "full"},
+                ]
+            )
+        cases.append(Case(tokens, choose.randrange(5), choose.choice([30, 200, 500]), tuple(options.items())))
+    return cases
+
+
+CATALOGUE = make_catalogue()
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Callable[..., Any]) -> Callable[[Case], list[int]]:
+    """What a request generates in an engine of its own."""
+
+    @cache
+    def answer(case: Case) -> list[int]:
+        return run(engine("packcache", CONFIG), [case.ids], [case.params])[0]
+
+    return answer
+
+
+def serve(llm: Any, choose: random.Random) -> dict[Case, list[int]]:
+    """Run a random schedule; answers of those that were not aborted."""
+    cases = choose.sample(CATALOGUE, choose.randint(5, 14))
+    arrivals = {case: choose.choice([0, 0, 0, choose.randrange(60), choose.randrange(300)]) for case in cases}
+    aborts = {case: arrivals[case] + choose.randrange(250) for case in cases if choose.random() < 0.2}
+    names = {f"{number}": case for number, case in enumerate(cases)}
+    engine = llm.llm_engine
+    waiting, answers, internal = dict(names), {}, {}
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        for name in [name for name, case in waiting.items() if arrivals[case] <= step]:
+            case = waiting.pop(name)
+            internal[case] = engine.add_request(name, {"prompt_token_ids": case.ids}, case.params)
+        engine.abort_request([internal[case] for case, when in aborts.items() if when == step], internal=True)
+        for output in engine.step() if engine.has_unfinished_requests() else []:
+            if output.finished:
+                answers[names[output.request_id]] = list(output.outputs[0].token_ids)
+        step += 1
+    assert set(cases) - set(aborts) <= set(answers), "a request never ended"
+    return {case: answers[case] for case in cases if case not in aborts}
+
+
+def count_ties(reference: Any, case: Case, tokens: list[int]) -> int:
+    """Tokens that are not the reference's after the ones before them; all of them must be ties."""
+    ids = case.ids
+    options = {f"packcache_{name}": value for name, value in case.options}
+    plan = ServerConfig.parse("packcache", CONFIG).plan(options, len(ids))
+    logits = reference.logits([*ids, *tokens[:-1]], plan, BLOCK)[len(ids) - 1 :]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    behind = logits.max(-1).values - chosen
+    assert (behind < TIE).all(), f"token {int((behind >= TIE).nonzero()[0])} is none that the reference could choose"
+    return int((behind > 0).sum())
+
+
+def check_schedule(
+    seed: int, engine: Callable[..., Any], alone: Callable[[Case], list[int]], reference: Any, patch: pytest.MonkeyPatch
+) -> int:
+    """Run a schedule; returns how often a video was preempted."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    choose = random.Random(seed)
+    asynchronous = choose.random() < 0.5
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def deciding(cls: Any, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asynchronous
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
+    llm = engine(
+        "packcache",
+        CONFIG,
+        max_model_len=MAX_MODEL_LEN,
+        # From hardly more than the longest request needs on.
+        num_gpu_blocks_override=choose.choice([30, 33, 40, 60]),
+        max_num_batched_tokens=choose.choice([16, 50, 128, 512]),
+        max_num_seqs=choose.choice([4, 12]),
+        enable_prefix_caching=choose.random() < 0.5,
+        variant=asynchronous,
+    )
+    kv = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    pool, totals = kv.block_pool, kv.coordinator.single_type_managers[0].totals
+    preempted = totals.preemptions
+    ties = 0
+    for case, tokens in serve(llm, choose).items():
+        if tokens != alone(case):
+            ties += count_ties(reference, case, tokens)
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are still held when all have ended"
+    if ties:
+        warnings.warn(f"schedule {seed}: {ties} tokens are ties", stacklevel=1)
+    return totals.preemptions - preempted
+
+
+def test_schedules(engine: Any, alone: Any, reference: Any) -> None:
+    preempted = []
+    for seed in QUICK_SEEDS:
+        with pytest.MonkeyPatch.context() as patch:
+            preempted.append(check_schedule(seed, engine, alone, reference, patch))
+    assert sum(preempted) > 5, "schedules without pressure show little"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_many_schedules(seed: int, engine: Any, alone: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure names its seed: ``pytest -m long "tests/serving/test_schedules.py::test_many_schedules[1017]"``."""
+    check_schedule(seed, engine, alone, reference, monkeypatch)
