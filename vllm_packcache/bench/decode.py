@@ -41,6 +41,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings
+from vllm_packcache.bench.files import claim
 from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.layout import FrameLayout, VideoLayout
@@ -214,10 +215,7 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         EngineFailed: an engine raised or died.
     """
     console = console or Console()
-    if json_path is not None:
-        # Minutes before there is something to write: a path that cannot be written should fail now.
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.touch()
+    claim(json_path)
     plan = QUICK if quick else FULL
     result: dict[str, Any] = {
         "benchmark": "decode",

@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_packcache.bench.engine_process import child_environment
+from vllm_packcache.bench.files import claim
 from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
@@ -234,11 +235,7 @@ def run(
         OSError: a file cannot be written.
     """
     console = console or Console()
-    for path in (json_path, plot_path):
-        if path is not None:
-            # Minutes before there is something to write: a path that cannot be written should fail now.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+    claim(json_path, plot_path)
     start = time.monotonic()
     answers = _ask_all(plan, console)
     result: dict[str, Any] = {
