@@ -144,8 +144,8 @@ def check_schedule(
         variant=asynchronous,
     )
     kv = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
-    pool, totals = kv.block_pool, kv.coordinator.single_type_managers[0].totals
-    preempted = totals.preemptions
+    pool, manager = kv.block_pool, kv.coordinator.single_type_managers[0]
+    manager.take_totals()
     ties = 0
     for case, tokens in serve(llm, choose).items():
         if tokens != alone(case):
@@ -153,7 +153,7 @@ def check_schedule(
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are still held when all have ended"
     if ties:
         warnings.warn(f"schedule {seed}: {ties} tokens are ties", stacklevel=1)
-    return totals.preemptions - preempted
+    return manager.take_totals().preemptions
 
 
 def test_schedules(engine: Any, alone: Any, reference: Any) -> None:

@@ -29,7 +29,7 @@ PHASES = ("fill", "pack", "slide")
 
 @dataclass(slots=True)
 class Totals:
-    """What has happened since the start, all requests together."""
+    """What has happened since it was last taken, all requests together."""
 
     freed_blocks: int = 0
     slides: int = 0
@@ -179,6 +179,11 @@ class RetentionManager(FullAttentionManager):
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def take_totals(self) -> Totals:
+        """What has happened since this was last called."""
+        taken, self.totals = self.totals, Totals()
+        return taken
 
     def videos(self) -> list[Video]:
         """Videos that hold blocks or are about to."""

@@ -57,13 +57,17 @@ def sending_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable
 
 
 def counts(manager: RetentionManager) -> dict[str, int]:
-    """Counters since the start, and gauges of the videos that hold blocks."""
+    """What the counters have grown by since they were last asked for, and gauges of the videos that hold blocks.
+
+    Growth, because several API servers may take turns in getting it, and what they count is added up.
+    """
+    grown = manager.take_totals()
     videos = manager.videos()
     by_phase = dict.fromkeys(PHASES, 0)
     for video in videos:
         by_phase[video.phase] += 1
     return {
-        **{name: getattr(manager.totals, name) for name in COUNTERS},
+        **{name: getattr(grown, name) for name in COUNTERS},
         "resident_tokens": sum(video.resident_blocks for video in videos) * manager.block_size,
         "logical_tokens": sum(video.computed for video in videos),
         **{f"{VIDEOS}_{phase}": count for phase, count in by_phase.items()},
@@ -87,7 +91,6 @@ class VideoMetrics(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
-        model = vllm_config.model_config.served_model_name
         self._counters = {
             name: Counter(PREFIX + name, documentation, labels) for name, documentation in COUNTERS.items()
         }
@@ -101,8 +104,7 @@ class VideoMetrics(AggregateStatLoggerBase):
             [*labels, "phase"],
             multiprocess_mode="mostrecent",
         )
-        self._model = model
-        self._sent: dict[tuple[int, str], int] = {}
+        self._model = vllm_config.model_config.served_model_name
         for engine in engine_indexes:
             # All are there from the start: a rate of what does not exist yet would miss its first increase.
             self._publish(dict.fromkeys([*COUNTERS, *GAUGES, *(f"{VIDEOS}_{phase}" for phase in PHASES)], 0), engine)
@@ -129,8 +131,7 @@ class VideoMetrics(AggregateStatLoggerBase):
     def _publish(self, ours: dict[str, int], engine: int) -> None:
         labels = (self._model, str(engine))
         for name, counter in self._counters.items():
-            counter.labels(*labels).inc(ours[name] - self._sent.get((engine, name), 0))
-            self._sent[engine, name] = ours[name]
+            counter.labels(*labels).inc(ours[name])
         for name, gauge in self._gauges.items():
             gauge.labels(*labels).set(ours[name])
         for phase in PHASES:
