@@ -222,14 +222,22 @@ class ServerConfig:
         if OPT_OUT in (options.policy, policy.name):
             policy = Full()
         _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
-        window = policy.history_window if self.positions == "rebase" else None
         try:
-            positions = Positions(layout, window, self.layout.axis_scale if self.layout else None)
+            positions = self.positions_of(layout, policy)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
         if policy.name == OPT_OUT and positions.as_stock:
             return None
         return VideoPlan(layout, policy, positions)
+
+    def positions_of(self, layout: VideoLayout, policy: Policy) -> Positions:
+        """Where the model sees a video under ``policy``.
+
+        Raises:
+            ValueError: the layout does not go with positions of three axes.
+        """
+        window = policy.history_window if self.positions == "rebase" else None
+        return Positions(layout, window, self.layout.axis_scale if self.layout else None)
 
     def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
         base = self.layout or LayoutConfig()

@@ -259,8 +259,7 @@ def explain(
         image_tokens = 0
     try:
         layout = VideoLayout(config.layout.frame_layout(), condition_tokens, image_tokens)
-        window = config.policy.history_window if config.positions == "rebase" else None
-        positions = Positions(layout, window, config.layout.axis_scale)
+        positions = config.positions_of(layout, config.policy)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     name = "JSON" if source.lstrip().startswith("{") else Path(source).name

@@ -188,7 +188,7 @@ class _Turn(NamedTuple):
         return tuple(table.gather(0, row)[:, None] for table in (self.straight, self.crossed))  # type: ignore[return-value]
 
     def partners(self, numbers: Tensor) -> Tensor:
-        """What each of ``numbers`` [n, heads, m] is paired with: runs move ten times faster than single numbers."""
+        """What each of ``numbers`` [n, heads, m] is paired with: runs move several times faster than single numbers."""
         if self.stride is None:
             return numbers[..., self.partner]
         return numbers.unflatten(-1, (-1, 2, self.stride)).flip(-2).flatten(-3)
