@@ -89,6 +89,14 @@ class LayoutConfig(BaseModel):
             return FrameLayout.from_grid(self.grid, *extra)
         return FrameLayout(self.tokens_per_frame, self.grid, *extra)
 
+    def shortest_condition(self) -> VideoLayout:
+        """A video whose condition is the conditioning image alone, without any text.
+
+        Raises:
+            ValueError: as `frame_layout`.
+        """
+        return VideoLayout(self.frame_layout(), self.condition_image_tokens, self.condition_image_tokens)
+
 
 class _RequestOptions(BaseModel):
     """Options of one request that are not the policy's own, without their prefix."""
@@ -291,8 +299,7 @@ class ServerConfig:
             raise ConfigError(f"{CONFIG_KEY}: layout must be a mapping or a preset's name, not {layout!r}")
         try:
             parsed = _validate(LayoutConfig, layout)
-            image = parsed.condition_image_tokens
-            Positions(VideoLayout(parsed.frame_layout(), image, image), scale=parsed.axis_scale)
+            Positions(parsed.shortest_condition(), scale=parsed.axis_scale)
         except ValidationError as error:
             raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:

@@ -154,6 +154,26 @@ RELIANCES: tuple[Reliance, ...] = (
         ("vllm_config",),
         ("vllm_config", "model_config"),
     ),
+    *(
+        Reliance("request: blocks that there are", "config/cache.py", f"CacheConfig.{field}")
+        for field in ("num_gpu_blocks", "block_size")
+    ),
+    *(
+        Reliance("request: engines whose blocks a front end adds up", "config/parallel.py", f"ParallelConfig.{field}")
+        for field in (
+            "data_parallel_size",
+            "data_parallel_size_local",
+            "data_parallel_rank_local",
+            "local_engines_only",
+        )
+    ),
+    Reliance(
+        "request: where they are added up",
+        "v1/engine/core_client.py",
+        "MPClient._apply_ready_response",
+        (),
+        ("num_gpu_blocks", "num_gpu_blocks"),
+    ),
     Reliance("request: the error that becomes HTTP 400", "exceptions.py", "VLLMValidationError", ()),
     *(
         Reliance("request: what arrives", "v1/engine/__init__.py", f"EngineCoreRequest.{field}")
@@ -182,7 +202,7 @@ RELIANCES: tuple[Reliance, ...] = (
         ("max_model_len", "page_size_bytes"),
         exact=True,
     ),
-    Reliance("spec: tokens in flight", "config/vllm.py", "VllmConfig.max_in_flight_tokens"),
+    Reliance("spec: steps in flight", "config/vllm.py", "VllmConfig.max_concurrent_batches"),
     Reliance("spec: what a backend is asked about", "v1/kv_cache_interface.py", "AttentionSpec"),
     Reliance("spec: its block size", "v1/kv_cache_interface.py", "KVCacheSpec.block_size"),
     Reliance("spec: groups of layers", "v1/kv_cache_interface.py", "KVCacheConfig.kv_cache_groups"),
@@ -218,15 +238,26 @@ RELIANCES: tuple[Reliance, ...] = (
         "manager: base class",
         "v1/core/single_type_kv_cache_manager.py",
         "SingleTypeKVCacheManager.__init__",
-        ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id", "max_admission_blocks_per_request"),
+        ("kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id"),
         ("block_size", "block_pool", "enable_caching", "req_to_blocks", "_null_block"),
     ),
     Reliance(
         "manager: admission counts what a request holds",
         "v1/core/single_type_kv_cache_manager.py",
         "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
-        ("apply_admission_cap",),
-        ("apply_admission_cap", "max_admission_blocks_per_request"),
+        (
+            "self",
+            "request_id",
+            "num_tokens",
+            "new_computed_blocks",
+            "total_computed_tokens",
+            "num_local_computed_tokens",
+            "num_tokens_main_model",
+            "apply_admission_cap",
+            "prefill_end",
+        ),
+        ("num_tokens", "req_to_blocks"),
+        exact=True,
     ),
     Reliance(
         "manager: brings the request",
@@ -369,7 +400,13 @@ RELIANCES: tuple[Reliance, ...] = (
         "KVCacheManager.truncate_computed_blocks",
         ("blocks", "num_computed_tokens"),
     ),
-    Reliance("pool: the null block", "v1/core/block_pool.py", "BlockPool.__init__", (), ("null_block", "is_null")),
+    Reliance(
+        "pool: the null block",
+        "v1/core/block_pool.py",
+        "BlockPool.__init__",
+        (),
+        ("num_gpu_blocks", "null_block", "is_null"),
+    ),
     Reliance("pool: free in order", "v1/core/block_pool.py", "BlockPool.free_blocks", ("ordered_blocks",)),
     Reliance(
         "attention: where the backend is chosen",

@@ -11,7 +11,7 @@ import argparse
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, wraps
 from importlib.metadata import requires
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,14 @@ from vllm_packcache.config import (
     REQUEST_PREFIX,
     ConfigError,
     ServerConfig,
+    VideoPlan,
     config_of,
     load_mapping,
 )
+from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -88,7 +91,7 @@ def _install_engine_hooks() -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_packcache.engine.manager import RetentionManager, capping_hits, ending_chunks_at_slides
+    from vllm_packcache.engine.manager import RetentionManager, bounding_chunks, capping_hits
     from vllm_packcache.engine.metrics import counting_preemptions, logging_videos, publishing_counts, sending_counts
     from vllm_packcache.engine.spec import RetentionSpec
     from vllm_packcache.worker.runner_v1 import finding_keys, positioning, publishing_step
@@ -99,7 +102,7 @@ def _install_engine_hooks() -> None:
     _wrap(ModelConfig, "get_and_verify_max_len", _finding_position_limit)
     _wrap(InputProcessor, "process_inputs", _checking_request)
     _wrap(KVCacheManager, "get_computed_blocks", capping_hits)
-    _wrap(Scheduler, "_reserve_prefill_lookahead", ending_chunks_at_slides)
+    _wrap(Scheduler, "_reserve_prefill_lookahead", bounding_chunks)
     _wrap(Scheduler, "_preempt_request", counting_preemptions)
     _wrap(Scheduler, "_free_request", logging_videos)
     _wrap(Scheduler, "make_stats", sending_counts)
@@ -420,7 +423,7 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         if config is None or request.sampling_params is None:
             return request
         try:
-            _check_video(request, config, processor.model_config.max_model_len)
+            _check_request(request, config, processor.vllm_config)
         except ConfigError as error:
             raise VLLMValidationError(str(error)) from None
         return request
@@ -428,46 +431,98 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _check_video(request: EngineCoreRequest, config: ServerConfig, max_model_len: int) -> None:
-    """Check the options of a request, and hold it to the positions that the model has.
+def _check_request(request: EngineCoreRequest, config: ServerConfig, vllm_config: VllmConfig) -> None:
+    """Check the options of a request, and hold it to the positions of the model and to the blocks of the KV cache.
 
     Raises:
-        ConfigError: an option is wrong, or the request needs more positions.
+        ConfigError: an option is wrong, or the request needs more than there is.
     """
     params = request.sampling_params
     assert params is not None
     prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
     assert prompt is not None
     plan = config.plan(params.extra_args, len(prompt))
-    if plan is not None and request.resumable:
+    if plan is None or plan.positions.window is None:
+        _end_within(config.position_limit, "the model has", "positions", len(prompt), params)
+    if plan is None:
+        blocks = _pool_blocks(vllm_config)
+        tokens = None if blocks is None else blocks * vllm_config.cache_config.block_size
+        _end_within(tokens, "the KV cache has room for", "tokens", len(prompt), params)
+        return
+    if request.resumable:
         raise ConfigError(
             f"a session with streamed input cannot be a video, because its condition would grow: leave the "
             f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
         )
-    if plan is not None and plan.positions.scale is not None and request.mm_features:
+    if plan.positions.scale is not None and request.mm_features:
         raise ConfigError(
             "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
             f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
         )
-    limit = config.position_limit
+    total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
+    _check_size(plan, total, config.position_limit, vllm_config)
+
+
+def _end_within(limit: int | None, whose: str, what: str, prompt_tokens: int, params: SamplingParams) -> None:
+    """End a request that keeps its whole cache as vLLM does at its own limit, with finish_reason "length".
+
+    Raises:
+        ConfigError: its prompt alone is beyond ``limit``.
+    """
     if limit is None:
         return
-    if plan is None or plan.positions.window is None:
-        if len(prompt) >= limit:
-            raise ConfigError(
-                f"the prompt has {len(prompt)} tokens, and the model has {limit} positions: only videos with re-based "
-                f"positions may be longer (see the {REQUEST_PREFIX}* options)"
-            )
-        # What vLLM does at its own limit: the request ends there with finish_reason "length".
-        params.max_tokens = min(params.max_tokens or 0, limit - len(prompt))
-    if plan is not None:
-        total = min(len(prompt) + (params.max_tokens or 0), max_model_len)
-        needed = max(plan.positions.limit(total), plan.positions.window_tokens(total))
-        if needed > limit:
-            raise ConfigError(
-                f"this video needs {needed} positions, and the model has {limit}: lower {REQUEST_PREFIX}window or the "
-                "size of a frame, or shorten the condition"
-            )
+    if prompt_tokens >= limit:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, and {whose} {limit} {what}: only videos, of which the policy "
+            f"drops what is old, may be longer (see the {REQUEST_PREFIX}* options)"
+        )
+    params.max_tokens = min(params.max_tokens or 0, limit - prompt_tokens)
+
+
+def _check_size(plan: VideoPlan, total: int, position_limit: int | None, vllm_config: VllmConfig) -> None:
+    """Hold a video of ``total`` tokens to the positions of the model and to the blocks of the KV cache.
+
+    Raises:
+        ConfigError: it needs more.
+    """
+    positions = max(plan.positions.limit(total), plan.positions.window_tokens(total))
+    if position_limit is not None and positions > position_limit:
+        raise ConfigError(
+            f"this video needs {positions} positions, and the model has {position_limit}: lower {REQUEST_PREFIX}window "
+            "or the size of a frame, or shorten the condition"
+        )
+    available = _pool_blocks(vllm_config)
+    if available is None:
+        return
+    block_size = vllm_config.cache_config.block_size
+    blocks = -(-total // block_size)
+    most = Retention(plan.layout, plan.policy, block_size).most_blocks(steps_ahead(vllm_config))
+    blocks = blocks if most is None else min(blocks, most)
+    if blocks > available:
+        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.policy)) or "it keeps all"
+        raise ConfigError(
+            f"this video holds {blocks} blocks of {block_size} tokens, and the KV cache has {available}: let the "
+            f"policy keep less ({options}), make frames or the condition smaller, or start the server with a larger "
+            "KV cache"
+        )
+
+
+def steps_ahead(vllm_config: VllmConfig) -> int:
+    """Steps that may be scheduled before the one in flight has been processed."""
+    return vllm_config.max_concurrent_batches - 1
+
+
+def _pool_blocks(vllm_config: VllmConfig) -> int | None:
+    """Blocks that one engine can give to requests; None: no engine has said yet."""
+    blocks = vllm_config.cache_config.num_gpu_blocks
+    if not blocks:
+        return None
+    parallel = vllm_config.parallel_config
+    engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+    if parallel.data_parallel_rank_local is not None:
+        engines = 1
+    # A front end adds up what its engines report, and one block of each is the null block.
+    return blocks // engines - 1
 
 
 def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -486,14 +541,14 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
         if config.positions == "rebase":
             # Here, before any weights are loaded.
             layout_of(backend.get_name())
-        return retaining_backend(backend, _spec_maker(config, vllm_config.max_in_flight_tokens))
+        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config)))
 
     return wrapper
 
 
 @cache
-def _spec_maker(config: ServerConfig, max_in_flight_tokens: int) -> Callable[[AttentionSpec], AttentionSpec]:
+def _spec_maker(config: ServerConfig, steps_ahead: int) -> Callable[[AttentionSpec], AttentionSpec]:
     """One function for each configuration: the layers of a model must get the same backend class."""
     from vllm_packcache.engine.spec import RetentionSpec
 
-    return lambda spec: RetentionSpec.retaining(spec, config, max_in_flight_tokens)
+    return lambda spec: RetentionSpec.retaining(spec, config, steps_ahead)

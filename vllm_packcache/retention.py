@@ -142,6 +142,22 @@ class Retention:
             history = np.append(history, tail_start)
         return history
 
+    def most_blocks(self, ahead: int = 0) -> int | None:
+        """Blocks that the request holds at most, however long it grows; None: as many as its length takes.
+
+        That is the condition, or what is kept of the past besides the frame being made, whichever is more.
+
+        Args:
+            ahead: tokens of the next frame that may be computed while blocks of the past are still held: a step is
+                scheduled before the one in flight has been processed.
+        """
+        past = self.policy.most_past_blocks(self.blocks)
+        if past is None:
+            return None
+        # A frame begins anywhere in a block.
+        making = -(-(self.block_size - 1 + self.layout.tokens_per_frame + ahead) // self.block_size)
+        return max(-(-(self.layout.condition_tokens + ahead) // self.block_size), past + making)
+
     def segments(self, start: int, stop: int) -> Iterator[LiveSegment]:
         """What the queries ``[start, stop)`` read, one item a frame."""
         for frame, first, last in self.layout.segments(start, stop):

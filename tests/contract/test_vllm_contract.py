@@ -353,6 +353,7 @@ def test_the_overrides_are_found() -> None:
         "customize_spec",
         "get_builder_cls",
         "get_cudagraph_support",
+        "get_num_blocks_to_allocate",
         "max_memory_usage_bytes",
         "merge",
         "pop_blocks_for_free",

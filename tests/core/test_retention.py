@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.policies import AttentionSink, PackCache, SlidingWindow
+from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.retention import Retention
 
 from .strategies import BOUNDED, POLICY_NAMES, layouts, packcaches, policies_called, quick, retentions
@@ -290,3 +290,37 @@ def test_no_work_grows_with_the_video(policy):
 
     assert late_calls <= calls + 10
     assert late_peak <= 1.5 * peak + 1024
+
+
+# --------------------------------------------------------------------------- how much is held
+
+
+def held(retention: Retention, frame: int, ahead: int) -> int:
+    """Blocks held when ``frame`` has been made, and ``ahead`` tokens besides."""
+    end = -(-(retention.layout.frame_start(frame + 1) + ahead) // retention.block_size)
+    return end if frame == CONDITION else len(retention.past(frame)) + end - retention.blocks.tail_start(frame)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@quick
+@given(data=st.data(), ahead=st.integers(0, 2))
+def test_no_frame_holds_more_than_most_blocks(name, data, ahead):
+    retention = data.draw(retentions(policies_called(name)))
+    most = retention.most_blocks(ahead)
+    if most is None:
+        pytest.skip(f"policy {name} of another package gives no bound")
+
+    assert max(held(retention, frame, ahead) for frame in range(CONDITION, FRAMES)) <= most
+
+
+@quick
+@given(retention=retentions(packcaches(st.just(1.0))))
+def test_most_blocks_is_no_more_than_rounding_above_what_is_held(retention):
+    policy = retention.policy
+    frames = 2 * policy.window + retention.block_size
+
+    assert retention.most_blocks() <= max(held(retention, frame, 0) for frame in range(CONDITION, frames)) + 2
+
+
+def test_a_policy_that_keeps_all_has_no_most_blocks():
+    assert Retention(VideoLayout(FrameLayout(10), 5), Full(), 16).most_blocks() is None

@@ -82,10 +82,18 @@ class Served:
 class Harness:
     """One pool of blocks and the requests served from it."""
 
-    def __init__(self, config: ServerConfig, *, enable_caching: bool, num_blocks: int, block_size: int = BLOCK) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        enable_caching: bool,
+        num_blocks: int,
+        block_size: int = BLOCK,
+        steps_ahead: int = 0,
+    ) -> None:
         self.config = config
         self.block_size = block_size
-        spec = RetentionSpec.retaining(stock_spec(block_size), config, 0)
+        spec = RetentionSpec.retaining(stock_spec(block_size), config, steps_ahead)
         self.kv = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             max_model_len=MAX_MODEL_LEN,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.harness import BLOCK, Harness, Served, prompt, video_options
 from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
-from vllm_packcache.engine.manager import ending_chunks_at_slides
+from vllm_packcache.engine.manager import bounding_chunks
 
 FRAME = 18
 # Four whole blocks and two tokens: the fifth is shared with frame 0.
@@ -274,7 +274,7 @@ def test_chunks_end_where_the_window_slides(computed: int) -> None:
     kv = Harness(ServerConfig.parse("packcache", {"window": 2}), enable_caching=True, num_blocks=50)
     video = kv.add(prompt(1, 200), video_options(8, condition_tokens=10))
     text = kv.add(prompt(2, 200))
-    absolute = Harness(ServerConfig.parse("packcache", {"positions": "absolute"}), enable_caching=True, num_blocks=50)
+    absolute = Harness(ServerConfig.parse("full"), enable_caching=True, num_blocks=50)
     still = absolute.add(prompt(1, 200), video_options(8, condition_tokens=10))
     stock_choices: list[int] = []
 
@@ -284,9 +284,10 @@ def test_chunks_end_where_the_window_slides(computed: int) -> None:
 
     def chunk(kv: Harness, served: Served, wanted: int) -> int:
         scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
-        return ending_chunks_at_slides(stock)(scheduler, served.request, computed, wanted)
+        return bounding_chunks(stock)(scheduler, served.request, computed, wanted)
 
-    # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides.
+    # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides. Two whole frames and the third
+    # are what the policy keeps: there is room for all of it.
     slides = range(34, 300, 8)
     for wanted in range(61):
         expected = min(wanted, next(slide for slide in slides if slide > computed) - computed)
@@ -298,13 +299,92 @@ def test_chunks_end_where_the_window_slides(computed: int) -> None:
     absolute.check_empty()
 
 
-@pytest.mark.parametrize(("limit", "admitted"), [(100, True), (None, False)])
-def test_a_long_video_is_admitted_again_where_its_window_fits(limit: int | None, admitted: bool) -> None:
-    config = ServerConfig.parse("packcache", {"window": 2}, position_limit=limit)
-    kv = harness(config, enable_caching=False, num_blocks=100 // BLOCK + 6)
-    # Preempted after 20 frames, which it computes again.
-    video = kv.add(prompt(1, 400), video_options(20, 10))
-    assert (kv.kv.allocate_slots(video.request, BLOCK, full_sequence_must_fit=True) is not None) == admitted
+# --------------------------------------------------------------------------- room
+
+
+def most_blocks(served: Served) -> int:
+    assert served.retention is not None
+    most = served.retention.most_blocks()
+    assert most is not None
+    return most
+
+
+@pytest.mark.parametrize("positions", ["rebase", "absolute"])
+@pytest.mark.parametrize("config", [{"window": 2}, {"window": 3, "history_frames": 1}, {"window": 1}], ids=str)
+def test_a_long_video_is_admitted_again_where_what_it_keeps_fits(config: dict[str, Any], positions: str) -> None:
+    def admitted(spare: int) -> bool:
+        # One block of the pool is the null block.
+        kv = harness(ServerConfig.parse("packcache", {**config, "positions": positions}), num_blocks=most + 1 + spare)
+        video = kv.add(prompt(1, 400), video_options(20, 10))
+        kv.manager.video(video.request)
+        return kv.kv.allocate_slots(video.request, BLOCK, full_sequence_must_fit=True) is not None
+
+    served = harness(ServerConfig.parse("packcache", config)).add(prompt(1, 400), video_options(20, 10))
+    most = most_blocks(served)
+    assert most < 400 // BLOCK / 2
+    assert admitted(0)
+    assert not admitted(-1)
+
+
+def test_a_server_says_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("vllm_packcache.engine.manager.logger.info", lambda text, *values: lines.append(text % values))
+    harness(ServerConfig.parse("packcache", {"window": 2, "layout": {"tokens_per_frame": 20}}), num_blocks=101)
+    (line,) = lines
+    assert line.startswith("100 KV-cache blocks of 4 tokens: the longest video holds at most 16 of them (text ")
+    assert line.endswith(", a request that keeps its whole cache ends at 400 tokens")
+
+
+def test_room_is_reserved_for_what_a_video_may_still_take_and_not_for_what_it_has_freed() -> None:
+    kv = harness(enable_caching=False)
+    video, text = kv.add(prompt(1, 400), video_options(FRAME, CONDITION)), kv.add(prompt(2, 400))
+
+    def remaining(served: Served) -> int:
+        """What vLLM's scheduler reserves for a prefill that is under way."""
+        request = served.request
+        return kv.manager.get_num_blocks_to_allocate(
+            request.request_id, 400, [], request.num_computed_tokens, 0, 400, apply_admission_cap=True
+        )
+
+    for served in (video, text):
+        kv.run(served, tokens_before(10) + 3, chunk=FRAME)
+    held = len(kv.held(video))
+    assert held < len(kv.blocks(video))
+    assert remaining(video) == most_blocks(video) - held
+    assert remaining(text) == 400 // BLOCK - len(kv.blocks(text))
+
+
+@pytest.mark.parametrize("positions", ["rebase", "absolute"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("wanted", [1, 7, 64, 1000])
+def test_a_prompt_of_many_frames_holds_no_more_than_a_video_that_is_decoded(
+    positions: str, lag: int, wanted: int
+) -> None:
+    config = ServerConfig.parse("packcache", {"history_frames": 1.5, "window": 3, "positions": positions})
+    kv = Harness(config, enable_caching=False, num_blocks=400, steps_ahead=lag)
+    video = kv.add(prompt(1, 700), video_options(FRAME, CONDITION))
+    assert video.retention is not None
+    most = video.retention.most_blocks(lag)
+    assert most is not None
+    scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
+    choose = bounding_chunks(lambda scheduler, request, computed, wanted: wanted)
+    held = []
+    while video.request.num_computed_tokens < 800:
+        computed = video.request.num_computed_tokens
+        known = video.request.num_tokens + video.request.num_output_placeholders - computed
+        count = choose(scheduler, video.request, computed, min(wanted, known))
+        if not video.running:
+            assert kv.admit(video, count) is not None
+        elif count:
+            kv.step(video, count, lag)
+        else:
+            assert video.in_flight, "nothing is in flight, and nothing may be run"
+            kv.process(video)
+        held.append(len(kv.held(video)))
+        kv.check()
+    assert max(held) <= most
+    assert wanted == 1 or max(held) == max(held[:20]), "as much is held early on as later"
+    kv.check_empty()
 
 
 def test_a_picture_positioned_by_row_and_column_is_no_shared_prefix() -> None:

@@ -14,6 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Slid
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.core.strategies import quick
 from tests.engine.harness import stock_spec
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.engine.manager import RetentionManager
@@ -91,23 +92,43 @@ def lengths(max_model_len: int) -> Any:
     )
 
 
-def test_the_pool_must_hold_what_a_request_holds_and_not_how_long_it_is() -> None:
-    config = ServerConfig.parse("packcache", position_limit=1000)
-    spec = RetentionSpec.retaining(stock_spec(16), config, 64)
-    assert isinstance(spec, RetentionSpec)
-    # 1064 tokens are 67 blocks; three more are shared with tokens that are gone.
-    assert spec.max_blocks_per_request == 70
-    assert spec.max_memory_usage_bytes(lengths(100_000)) == 70 * spec.page_size_bytes
-    assert spec.max_memory_usage_bytes(lengths(500)) == stock_spec(16).max_memory_usage_bytes(lengths(500))
+def needed_blocks(spec: KVCacheSpec, max_model_len: int) -> int:
+    needed, rest = divmod(spec.max_memory_usage_bytes(lengths(max_model_len)), spec.page_size_bytes)
+    assert rest == 0
+    return needed
 
 
-def test_without_a_limit_it_must_hold_the_longest() -> None:
-    spec = RetentionSpec.retaining(stock_spec(16), CONFIGS[0], 64)
-    assert isinstance(spec, RetentionSpec)
-    assert spec.max_blocks_per_request is None
-    assert spec.max_memory_usage_bytes(lengths(100_000)) == 6250 * spec.page_size_bytes
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_pool_must_hold_the_usual_video_and_not_its_length(ahead: int) -> None:
+    layout = {"tokens_per_frame": 100, "condition_image_tokens": 30}
+    config = ServerConfig.parse("packcache", {"history_frames": 2, "window": 4, "layout": layout})
+    spec = RetentionSpec.retaining(stock_spec(16), config, ahead)
+    # The image takes 2 blocks; of four frames 100, 50, 25 and 25 tokens are kept, each rounded up; the frame being
+    # made begins anywhere in a block.
+    assert needed_blocks(spec, 100_000) == 2 + (7 + 4 + 2 + 2) + 8
+    assert needed_blocks(spec, 300) == 19
 
 
+def test_without_a_layout_it_must_hold_every_position_that_the_model_has() -> None:
+    spec = RetentionSpec.retaining(stock_spec(16), ServerConfig.parse("packcache", position_limit=1000), 1)
+    # 1001 tokens are 63 blocks; three more are shared with tokens that are gone.
+    assert needed_blocks(spec, 100_000) == 66
+    assert needed_blocks(spec, 500) == 32
+
+
+def test_of_two_bounds_the_lower_one_counts() -> None:
+    config = ServerConfig.parse("packcache", {"layout": {"tokens_per_frame": 400}}, position_limit=1000)
+    assert needed_blocks(RetentionSpec.retaining(stock_spec(16), config, 0), 100_000) == 66
+
+
+@pytest.mark.parametrize("policy", ["packcache", "full"])
+def test_where_nothing_is_known_it_must_hold_the_longest_request(policy: str) -> None:
+    layout = {"tokens_per_frame": 100} if policy == "full" else None
+    config = ServerConfig.parse(policy, layout and {"layout": layout})
+    assert needed_blocks(RetentionSpec.retaining(stock_spec(16), config, 1), 100_000) == 6250
+
+
+@quick
 @given(
     condition=st.integers(0, 300),
     frame=st.integers(1, 200),
@@ -124,6 +145,5 @@ def test_no_video_within_the_limit_holds_more(
     limit = positions.limit(layout.frame_start(100))
     config = ServerConfig.parse("packcache", position_limit=limit)
     spec = RetentionSpec.retaining(stock_spec(block_size), config, 0)
-    assert isinstance(spec, RetentionSpec)
     held = Retention(layout, SlidingWindow(window=window), block_size).live_blocks(layout.frame_start(made + 1) - 1)
-    assert len(held) + 1 <= spec.max_blocks_per_request
+    assert len(held) + 1 <= needed_blocks(spec, 10**6)

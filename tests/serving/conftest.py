@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -32,3 +33,16 @@ def run(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[l
 def generate(llm: Any, ids: list[int], max_tokens: int, **options: Any) -> list[int]:
     """Generated tokens of one request alone."""
     return run(llm, [ids], [sampling(max_tokens, **options)])[0]
+
+
+def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Engines that are made from now on schedule steps ahead, which vLLM's CPU platform would switch off, or do not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def deciding(cls: Any, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.conftest import prompt, run, sampling
+from tests.serving.conftest import prompt, run, sampling, schedule_asynchronously
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 REQUESTS = [
@@ -18,27 +18,13 @@ REQUESTS = [
 ]
 
 
-@pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU platform switches it off; engines that are made meanwhile have it on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def switching_on(cls: Any, vllm_config: Any) -> None:
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(switching_on))
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"num_gpu_blocks_override": 34, "max_model_len": 800}], ids=["room", "crowded"]
 )
-@pytest.mark.usefixtures("asynchronous")
-def test_tokens_are_the_same(engine: Any, options: dict[str, Any]) -> None:
+def test_tokens_are_the_same(engine: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+    schedule_asynchronously(monkeypatch, True)
     llm = engine("packcache", CONFIG, max_num_batched_tokens=128, variant="asynchronous", **options)
     core = llm.llm_engine.engine_core.engine_core
     assert type(core.scheduler) is AsyncScheduler

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.conftest import prompt, run, sampling
+from tests.serving.conftest import prompt, run, sampling, schedule_asynchronously
 from vllm_packcache.config import ServerConfig
 
 BLOCK = 32
@@ -83,7 +83,7 @@ def alone(engine: Callable[..., Any]) -> Callable[[Case], list[int]]:
     return answer
 
 
-def serve(llm: Any, choose: random.Random) -> dict[Case, list[int]]:
+def serve(llm: Any, manager: Any, choose: random.Random) -> dict[Case, list[int]]:
     """Run a random schedule; answers of those that were not aborted."""
     cases = choose.sample(CATALOGUE, choose.randint(5, 14))
     arrivals = {case: choose.choice([0, 0, 0, choose.randrange(60), choose.randrange(300)]) for case in cases}
@@ -100,6 +100,8 @@ def serve(llm: Any, choose: random.Random) -> dict[Case, list[int]]:
         for output in engine.step() if engine.has_unfinished_requests() else []:
             if output.finished:
                 answers[names[output.request_id]] = list(output.outputs[0].token_ids)
+        for video in manager.videos():
+            assert video.most_blocks is None or video.resident_blocks <= video.most_blocks
         step += 1
     assert set(cases) - set(aborts) <= set(answers), "a request never ended"
     return {case: answers[case] for case in cases if case not in aborts}
@@ -121,17 +123,9 @@ def check_schedule(
     seed: int, engine: Callable[..., Any], alone: Callable[[Case], list[int]], reference: Any, patch: pytest.MonkeyPatch
 ) -> int:
     """Run a schedule; returns how often a video was preempted."""
-    from vllm.platforms.cpu import CpuPlatform
-
     choose = random.Random(seed)
     asynchronous = choose.random() < 0.5
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def deciding(cls: Any, vllm_config: Any) -> None:
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = asynchronous
-
-    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
+    schedule_asynchronously(patch, asynchronous)
     llm = engine(
         "packcache",
         CONFIG,
@@ -147,7 +141,7 @@ def check_schedule(
     pool, manager = kv.block_pool, kv.coordinator.single_type_managers[0]
     manager.take_totals()
     ties = 0
-    for case, tokens in serve(llm, choose).items():
+    for case, tokens in serve(llm, manager, choose).items():
         if tokens != alone(case):
             ties += count_ties(reference, case, tokens)
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are still held when all have ended"

@@ -6,6 +6,7 @@ are allocated, caps prefix caching to the condition, and frees what the policy n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -22,6 +23,8 @@ from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
+
+logger = logging.getLogger("vllm.packcache")
 
 PHASES = ("fill", "pack", "slide")
 """Of a video: nothing has been dropped; frames shrink; more frames have been made than the window holds."""
@@ -54,6 +57,7 @@ class Video:
         retention: what of it lives.
         positions: where its tokens are.
         record: outlives this when the request is preempted.
+        most_blocks: that it holds at once; None: as many as its length takes.
         frame: up to which blocks have been freed.
         computed: tokens, those of steps in flight included.
         blocks: logical blocks of those.
@@ -63,6 +67,7 @@ class Video:
     retention: Retention
     positions: Positions
     record: VideoRecord
+    most_blocks: int | None
     frame: int = CONDITION
     computed: int = 0
     blocks: int = 0
@@ -104,16 +109,54 @@ class RetentionManager(FullAttentionManager):
     """
 
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
-        # Admission counts what a request holds, not how long it is; that it fits is checked at start.
-        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks_per_request
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
         self._config: ServerConfig = kv_cache_spec.server_config
+        self._steps_ahead = kv_cache_spec.steps_ahead
         self._prefix_caching = enable_caching
         # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
         self.enable_caching = True
         self._videos: dict[str, Video | None] = {}
         self.totals = Totals()
+        blocks = self.block_pool.num_gpu_blocks - 1
+        logger.info(
+            "%d KV-cache blocks of %d tokens: the longest video holds at most %d of them (text of its prompt not "
+            "counted), a request that keeps its whole cache ends at %d tokens",
+            blocks,
+            self.block_size,
+            kv_cache_spec.most_blocks(blocks * self.block_size),
+            blocks * self.block_size,
+        )
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks that the request needs for ``num_tokens`` tokens; at admission no more than it ever holds at once.
+
+        The other parameters are vLLM's, and its answer is the one for fewer tokens.
+        """
+        video = self._videos.get(request_id) if apply_admission_cap else None
+        if video is not None and video.most_blocks is not None:
+            # Blocks that the policy has freed still have their place in the request's list.
+            num_tokens = min(num_tokens, (video.most_blocks + video.dropped_blocks) * self.block_size)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
 
     def cache_blocks(
         self,
@@ -166,6 +209,15 @@ class RetentionManager(FullAttentionManager):
         video.frame = frame
         self.block_pool.free_blocks(reversed(dropped))
 
+    def room_ends(self, video: Video, processed: int) -> int | None:
+        """The token up to which ``video`` may be computed while ``processed`` tokens have been; None: to its end."""
+        if video.most_blocks is None:
+            return None
+        frame = video.retention.layout.frame_of(processed)
+        start = 0 if frame == CONDITION else video.retention.blocks.tail_start(frame) - len(video.retention.past(frame))
+        # Tokens that are decoded while this chunk is in flight have their room too.
+        return (start + video.most_blocks) * self.block_size - self._steps_ahead
+
     def _count(self, video: Video, frame: int, freed: int) -> None:
         slides = video.slides(frame)
         video.dropped_blocks += freed
@@ -198,7 +250,8 @@ class RetentionManager(FullAttentionManager):
             if plan is not None:
                 record = record_of(request) or VideoRecord(plan.layout)
                 setattr(request, _RECORD, record)
-                video = Video(Retention(plan.layout, plan.policy, self.block_size), plan.positions, record)
+                retention = Retention(plan.layout, plan.policy, self.block_size)
+                video = Video(retention, plan.positions, record, retention.most_blocks(self._steps_ahead))
             self._videos[request.request_id] = video
         return self._videos[request.request_id]
 
@@ -223,20 +276,28 @@ def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def ending_chunks_at_slides(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
+def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
     """Wrap ``Scheduler._reserve_prefill_lookahead``, which has the last word on where a prefill chunk ends.
 
-    Where the window slides, cached keys move. A cache is in one state while a step runs, so no step may hold tokens
-    from both sides of a slide.
+    A chunk of a video ends where its blocks would be more than the policy lets it hold: a video that is recomputed
+    after a preemption takes no more room than it did before. It also ends where the window slides, because then cached
+    keys move, and a cache is in one state while a step runs.
     """
 
     @wraps(reserve_prefill_lookahead)
     def wrapper(scheduler: Scheduler, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
-        # A single token has nothing to be parted from, and decoding need not look any further.
-        video = _video_of(scheduler.kv_cache_manager, request) if num_new_tokens > 1 else None
-        slide = None if video is None else video.positions.next_slide(num_computed_tokens)
-        return num_new_tokens if slide is None else min(num_new_tokens, slide - num_computed_tokens)
+        # While it decodes there is no more than one token, and nothing to end.
+        if request.num_tokens - num_computed_tokens <= 1:
+            return num_new_tokens
+        manager = retention_manager(scheduler.kv_cache_manager)
+        video = None if manager is None else manager.video(request)
+        if manager is None or video is None:
+            return num_new_tokens
+        processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
+        ends = (video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed))
+        room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)
+        return max(0, min(num_new_tokens, room))
 
     return wrapper
 

@@ -15,6 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_packcache.config import ServerConfig
+from vllm_packcache.retention import Retention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +24,14 @@ class RetentionSpec(FullAttentionSpec):
 
     Args:
         retention: the server's configuration as JSON (specs are compared and hashed); see `retaining`.
-        max_in_flight_tokens: tokens that may be scheduled and not yet processed; their blocks are still held.
+        steps_ahead: steps that may be scheduled before one has been processed, which frees no blocks until then.
     """
 
     retention: str
-    max_in_flight_tokens: int
+    steps_ahead: int
 
     @classmethod
-    def retaining(cls, spec: AttentionSpec, config: ServerConfig, max_in_flight_tokens: int) -> AttentionSpec:
+    def retaining(cls, spec: AttentionSpec, config: ServerConfig, steps_ahead: int) -> AttentionSpec:
         """``spec`` under the policy of ``config``. Only plain full attention is changed."""
         if type(spec) is not FullAttentionSpec:
             return spec
@@ -42,29 +43,36 @@ class RetentionSpec(FullAttentionSpec):
             },
             sort_keys=True,
         )
-        return cls(**_fields_of(spec), retention=retention, max_in_flight_tokens=max_in_flight_tokens)
+        return cls(**_fields_of(spec), retention=retention, steps_ahead=steps_ahead)
 
     @property
     def server_config(self) -> ServerConfig:
         """The server's configuration."""
         return ServerConfig.parse(**json.loads(self.retention))
 
-    @property
-    def max_blocks_per_request(self) -> int | None:
-        """Blocks that a request holds at most, whatever its length; None: as many as its length takes.
+    def most_blocks(self, max_model_len: int) -> int:
+        """Blocks that the pool must have room for at start: those of the longest video in the server's layout.
 
-        With a position limit P the condition and W + 1 frames of a video, and any text, are at most P tokens (see
-        `vllm_packcache.plugin`). Where the condition and the window begin and end they may share blocks with
-        tokens that are gone: three blocks more.
+        Its condition is the conditioning image alone, because how long a text may be is known of a request only;
+        where there is no layout, a video with every position that the model has. A request that holds more than the
+        pool has is refused when it comes (see `vllm_packcache.plugin`).
         """
-        limit = self.server_config.position_limit
-        return None if limit is None else cdiv(limit + self.max_in_flight_tokens, self.block_size) + 3
+        config = self.server_config
+        bounds = [cdiv(max_model_len, self.block_size)]
+        if config.layout is not None:
+            usual = Retention(config.layout.shortest_condition(), config.policy, self.block_size)
+            bound = usual.most_blocks(self.steps_ahead)
+            if bound is not None:
+                bounds.append(bound)
+        if config.position_limit is not None:
+            # Where the condition and the window begin and end they may share blocks with tokens that are gone.
+            bounds.append(cdiv(config.position_limit + self.steps_ahead, self.block_size) + 3)
+        return min(bounds)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that the longest request holds at most: what the pool must have room for at start."""
-        whole = super().max_memory_usage_bytes(vllm_config)
-        blocks = self.max_blocks_per_request
-        return whole if blocks is None else min(whole, blocks * self.page_size_bytes)
+        held = self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+        return min(super().max_memory_usage_bytes(vllm_config), held)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

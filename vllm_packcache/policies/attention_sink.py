@@ -34,6 +34,10 @@ class AttentionSink(Policy):
         check_range("sink_tokens", self.sink_tokens, 0)
         check_range("recent_tokens", self.recent_tokens, 1)
 
+    def most_past_blocks(self, blocks: BlockMap) -> int:
+        """Blocks of s tokens at the start, and those that end in n tokens in a row."""
+        return -(-self.sink_tokens // blocks.block_size) + -(-self.recent_tokens // blocks.block_size)
+
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Blocks with one of the first s tokens, and blocks with one of the last n tokens of the history."""
         end = blocks.tail_start(frame)

@@ -43,6 +43,14 @@ class Policy(ABC):
             Ascending logical block indices, all below ``blocks.tail_start(frame)``.
         """
 
+    def most_past_blocks(self, blocks: BlockMap) -> int | None:
+        """A number of blocks that `past_blocks` never exceeds, whatever the frame, in constant time.
+
+        None: it grows with the video, or nobody has said.
+        """
+        del blocks
+        return None
+
     @property
     def history_window(self) -> int | None:
         """W: nothing of a frame older than the W last ones lives. None: there is no such number.

@@ -70,6 +70,12 @@ class PackCache(Policy):
         """W."""
         return self.window
 
+    def most_past_blocks(self, blocks: BlockMap) -> int:
+        """Condition blocks, and what a history takes whose every frame is rounded up."""
+        return len(blocks.condition_blocks) + _most_history_blocks(
+            self, blocks.layout.tokens_per_frame, blocks.block_size
+        )
+
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks, and of each of the last W frames its share of blocks in `spread` order."""
         end = blocks.tail_start(frame)
@@ -142,3 +148,17 @@ def _kept_tokens(policy: PackCache, tokens_per_frame: int) -> tuple[tuple[int, .
         aged = (min(kept, now) for kept, now in zip(table[-1], given[1:], strict=False))
         table.append((given[0], *aged))
     return tuple(table)
+
+
+@lru_cache(maxsize=64)
+def _most_history_blocks(policy: PackCache, tokens_per_frame: int, block_size: int) -> int:
+    """Blocks tagged with any frame of the history that are ever kept at once, at most."""
+
+    def blocks(tokens: int) -> int:
+        return -(-tokens // block_size)
+
+    # Frames in a row share blocks: there are never more than those of all their tokens.
+    return max(
+        min(sum(blocks(kept) for kept in row), blocks(len(row) * tokens_per_frame))
+        for row in _kept_tokens(policy, tokens_per_frame)
+    )

@@ -33,6 +33,11 @@ class SlidingWindow(Policy):
         """W."""
         return self.window
 
+    def most_past_blocks(self, blocks: BlockMap) -> int:
+        """Condition blocks, and those that end in one of n frames in a row."""
+        frames = self.window * blocks.layout.tokens_per_frame
+        return len(blocks.condition_blocks) + -(-frames // blocks.block_size)
+
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks and the blocks tagged with one of the last n frames."""
         end = blocks.tail_start(frame)
