@@ -83,12 +83,18 @@ class FrameLayout:
         """Tokens of a frame of ``grid`` = (rows, columns) with its extra tokens.
 
         Raises:
-            ValueError: the grid has no rows or no columns.
+            ValueError: the grid has no rows or no columns, or too many.
         """
         rows, columns = grid
         if rows < 1 or columns < 1:
             raise ValueError(f"grid must have at least one row and one column, not {rows} x {columns}")
-        return frame_start_tokens + rows * (columns + row_end_tokens) + frame_end_tokens
+        tokens = frame_start_tokens + rows * (columns + row_end_tokens) + frame_end_tokens
+        if tokens > MAX_TOKENS_PER_FRAME:
+            raise ValueError(
+                f"grid of {rows} x {columns} makes frames of {tokens} tokens: they may have at most "
+                f"{MAX_TOKENS_PER_FRAME}"
+            )
+        return tokens
 
     @classmethod
     def from_grid(
