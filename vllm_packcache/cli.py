@@ -141,6 +141,35 @@ def bench_decode(
         run(json_path, quick=quick)
 
 
+@bench.command("serve")
+def bench_serve(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 13,
+    tokens_per_frame: Annotated[int, typer.Option(min=1, help="Tokens of a frame.")] = 257,
+    condition_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a video's prompt.")] = 17,
+    pool_videos: Annotated[
+        int, typer.Option(min=1, help="Size of the KV pool: videos that it holds with their full cache.")
+    ] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often both servers get the load.")] = 2,
+) -> None:
+    """Count the videos that a server holds at once with and without packcache, and load it with them over HTTP."""
+    from vllm_packcache.bench.serve import Plan, run
+
+    with _one_sentence():
+        run(
+            json_path,
+            plan=Plan(
+                condition_tokens=condition_tokens,
+                tokens_per_frame=tokens_per_frame,
+                frames=frames,
+                pool_videos=pool_videos,
+                rounds=rounds,
+            ),
+        )
+
+
 @bench.command("long-video")
 def bench_long_video(
     json_path: Annotated[

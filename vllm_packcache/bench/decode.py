@@ -20,7 +20,6 @@ engine          what it runs
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -40,8 +39,8 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
+from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings
-from vllm_packcache.bench.files import claim
 from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.layout import FrameLayout, VideoLayout
@@ -215,7 +214,7 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         EngineFailed: an engine raised or died.
     """
     console = console or Console()
-    claim(json_path)
+    files.claim(json_path)
     plan = QUICK if quick else FULL
     result: dict[str, Any] = {
         "benchmark": "decode",
@@ -251,7 +250,7 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
     result["checks"] = _checks(result)
     result["targets"] = _targets(result)
     if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        files.write(json_path, result)
     _print(result, console)
     return result
 

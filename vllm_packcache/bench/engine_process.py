@@ -70,23 +70,35 @@ class EngineSettings:
         }
 
     def environment(self) -> dict[str, str | None]:
-        """Environment variables of the process, None: unset. vLLM and OpenMP read them while loading."""
-        return {
-            "OMP_NUM_THREADS": str(self.threads),
-            # Threads that spin after their work would take the cores from the engine whose turn it is.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # PyTorch asks for huge pages. On small ones two equal engines differ by a tenth for as long as they
-            # live, because of where their KV caches happen to lie in physical memory.
-            "THP_MEM_ALLOC_ENABLE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
-            "VLLM_PLUGINS": "packcache" if self.additional_config else "",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            # It would win over ``kv_cache_memory_bytes``.
-            "VLLM_CPU_KVCACHE_SPACE": None,
-        }
+        """Environment variables of the process, None: unset."""
+        return engine_environment(self.threads, plugin=bool(self.additional_config))
+
+
+def engine_environment(threads: int, *, plugin: bool) -> dict[str, str | None]:
+    """Environment variables of an engine that is compared with others, None: unset. Read while vLLM and OpenMP load.
+
+    Args:
+        threads: OpenMP threads.
+        plugin: whether vLLM loads the plugin.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin after their work would take the cores from the engine whose turn it is.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # PyTorch asks for huge pages. On small ones two equal engines differ by a tenth for as long as they
+        # live, because of where their KV caches happen to lie in physical memory.
+        "THP_MEM_ALLOC_ENABLE": "1",
+        # No process between the caller and the model; of a server, none between its engine and the model, which on
+        # a CPU vLLM allows only with this.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_PLUGINS": "packcache" if plugin else "",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        # It would win over the size that an engine is given.
+        "VLLM_CPU_KVCACHE_SPACE": None,
+    }
 
 
 @dataclass(frozen=True)

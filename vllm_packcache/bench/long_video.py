@@ -12,10 +12,8 @@ engine on the same held-out worlds, float32 and greedy, and is asked two questio
 from __future__ import annotations
 
 import datetime
-import json
 import multiprocessing
 import os
-import re
 import shlex
 import sys
 import time
@@ -35,8 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment
-from vllm_packcache.bench.files import claim
 from vllm_packcache.bench.machine import cpu_model, versions
 from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
@@ -235,7 +233,7 @@ def run(
         OSError: a file cannot be written.
     """
     console = console or Console()
-    claim(json_path, plot_path)
+    files.claim(json_path, plot_path)
     start = time.monotonic()
     answers = _ask_all(plan, console)
     result: dict[str, Any] = {
@@ -262,9 +260,7 @@ def run(
         **_score(plan, answers),
     }
     if json_path is not None:
-        # An array of numbers is a line, not a line each.
-        text = re.sub(r"\[[^][{}\"]*\]", lambda match: " ".join(match[0].split()), json.dumps(result, indent=1))
-        json_path.write_text(text + "\n", encoding="utf-8")
+        files.write(json_path, result)
     _print(result, console)
     if plot_path is not None:
         draw(result, plot_path)
