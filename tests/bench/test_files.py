@@ -22,5 +22,5 @@ def test_numbers_in_a_row_are_a_line(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_known_before_it_is_measured(tmp_path: Path) -> None:
     files.claim(None, tmp_path / "new" / "result.json")
     assert (tmp_path / "new" / "result.json").exists()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         files.claim(tmp_path / "new" / "result.json" / "result.json")
