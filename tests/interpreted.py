@@ -39,7 +39,9 @@ def check(module: str, *, interpreted: bool) -> None:
     assert "skipped" not in summary, summary
 
 
-def compiled(kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any]) -> str:
+def compiled(
+    kernel: Any, capability: int, signature: Mapping[str, str], constants: Mapping[str, Any], **options: int
+) -> str:
     """The PTX of a kernel for a GPU of compute capability ``capability`` / 10, which need not be here.
 
     Pointers and numbers are taken to be multiples of 16, as those of a KV cache are; ``ptxas`` accepts the result.
@@ -47,7 +49,9 @@ def compiled(kernel: Any, capability: int, signature: Mapping[str, str], constan
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(signature))}
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, type in enumerate(signature.values()) if type != "fp32"
+    }
     types = {**signature, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature=types, constexprs=dict(constants), attrs=attributes)
-    return compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
