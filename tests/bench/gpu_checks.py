@@ -117,7 +117,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """What `run` writes: on a GPU as it is, otherwise with what only a GPU can tell made up. Small either way."""
     shape = dataclasses.replace(gpu.EXACT.geometry, heads=2, kv_heads=1)
-    small = dataclasses.replace(gpu.EXACT, geometry=shape, tokens_per_frame=11, batches=(1, 2))
+    small = dataclasses.replace(gpu.EXACT, geometry=shape, batches=(1, 2))
     monkeypatch.setattr(gpu, "LUMOS", small)
     monkeypatch.setattr(gpu, "check", lambda device: {"all": gpu.Check(0.5, 1.0)})
     if DEVICE.type == "cpu":
@@ -146,7 +146,7 @@ def test_everything_is_measured(measured: dict[str, Any]) -> None:
             ratio = sorted(a / b for a, b in zip(own["seconds"]["full"], own["seconds"]["packcache"], strict=True))
             assert own["ratios"]["full / packcache"]["median"] == pytest.approx(sum(ratio) / 2)
     keys = measured["attention"]["frame"]["keys"]
-    assert keys["full"] == 21 + 7 * 11
+    assert keys["full"] == 21 + 7 * 27
     assert keys["packcache"] == keys["as_if_short"] < keys["full"]
     rotation = measured["rotation"]
     # Read and written, in 2 layers, blocks of 16 keys of 16 numbers of 4 bytes.

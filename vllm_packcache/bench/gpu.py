@@ -19,6 +19,10 @@ case                what a step reads
 ==================  ==========================================================================================
 
 The blocks of a sequence lie scattered over the cache, as in a server that has run for a while.
+
+xformers' paged gappy keys, which skip dropped keys without compacting, are not among the kernels: a mask of theirs
+holds one run of keys a sequence, while a thinned frame is hundreds of runs. In xformers 0.0.35 the mask cannot be made
+(`from_seqlens` refuses what it asks for), and the Triton kernel uses block pointers, which Triton 3.9 has not.
 """
 
 from __future__ import annotations
@@ -459,6 +463,8 @@ def _make_caches(blocks: int, shape: Geometry, device: torch.device) -> list[Ten
 
 
 def _free_bytes(device: torch.device) -> int:
+    # What the step before has used is torch's to keep until it is told otherwise.
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 
