@@ -6,7 +6,10 @@ import datetime
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,13 +54,11 @@ def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
 
 
 BARE = """
-import importlib.util, sys
+import sys
 
 class Bare:
-    allowed = {"torch", "triton", "numpy", "vllm_packcache"}
-
     def find_spec(self, name, path=None, target=None):
-        # What torch takes if it is there is torch's own affair.
+        # All that the package may import elsewhere. What torch imports if it is there is torch's own affair.
         if name.partition(".")[0] in {"vllm", "pydantic", "yaml", "typer", "rich", "httpx", "PIL", "packaging"}:
             raise ModuleNotFoundError(name)
 
@@ -122,3 +123,79 @@ def test_attention_compiles(capability: int, rows: int, splits: int, warps: int)
     signature = pointers | numbers | {"scale": "fp32"}
     ptx = interpreted.compiled(_attend, capability, signature, constants, num_warps=warps, num_stages=2)
     assert "mma" in ptx, "no tensor cores"
+
+
+class FakeEvent:
+    """The n-th event is recorded at n**2 ms: every interval is another one."""
+
+    recorded: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.number = len(self.recorded)
+        self.recorded.append(self)
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return later.number**2 - self.number**2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> gpu.Clock:
+    """A clock whose GPU is made up; work runs when it is enqueued."""
+    FakeEvent.recorded.clear()
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    properties = SimpleNamespace(L2_cache_size=16, multi_processor_count=10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return gpu.Clock(torch.device("cpu"))
+
+
+def test_samples_are_interleaved_and_the_first_round_is_dropped(clock: gpu.Clock) -> None:
+    done: list[str] = []
+    works = {name: partial(done.append, name) for name in "abc"}
+    samples = clock.seconds(works, 3)
+    assert "".join(done) == "abcbcacababc"
+    # An event before and one after each: of round 1 number 6 and 7 around b, 8 and 9 around c, 10 and 11 around a.
+    assert samples["a"] == [(11**2 - 10**2) / 1000, (15**2 - 14**2) / 1000, (19**2 - 18**2) / 1000]
+    assert samples["b"][0] == (7**2 - 6**2) / 1000
+    assert all(len(own) == 3 for own in samples.values())
+
+
+def test_keys_are_split_over_the_whole_gpu(clock: gpu.Clock) -> None:
+    device = torch.device("cpu")
+    assert gpu._splits(programs=8, length=10_000, device=device) == 5
+    assert gpu._splits(programs=128, length=10_000, device=device) == 1
+    assert gpu._splits(programs=1, length=100, device=device) == 2, "no split without keys"
+
+
+def test_caches_are_shared_where_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, device = gpu.EXACT.geometry, torch.device("cpu")
+    a_layer = shape.bytes_of(10 * shape.block_size)
+    for free, layers in ((10 * a_layer, 2), (2 * a_layer, 1)):
+        monkeypatch.setattr(gpu, "_free_bytes", lambda device, free=free: free)
+        caches = gpu._make_caches(10, shape, device)
+        assert [cache.shape for cache in caches] == [(10, 2, 16, 32)] * layers
+        assert sum(cache.untyped_storage().nbytes() for cache in caches) == layers * a_layer
+    monkeypatch.setattr(gpu, "_free_bytes", lambda device: a_layer)
+    with pytest.raises(MemoryError, match="one layer's cache of 10 blocks does not fit: use a larger GPU"):
+        gpu._make_caches(10, shape, device)
+
+
+def test_ratios_are_judged() -> None:
+    def timed(full: float, packcache: float) -> dict[str, Any]:
+        ratios = {"full / packcache": {"median": full}, "packcache / as_if_short": {"median": packcache}}
+        return {"kernels": {"triton": {"ratios": ratios}}}
+
+    attention = {"decode, batch 1": timed(2.5, 1.02), "decode, batch 16": timed(3.9, 1.03), "frame": timed(3.7, 1)}
+    rotation = {"bandwidth / copy bandwidth": {"median": 0.69}}
+    judged = gpu.targets({"attention": attention, "rotation": rotation})
+    missed = {target["ratio"] for target in judged if not target["met"]}
+    assert len(judged) == 7
+    assert missed == {
+        "decode, batch 16, triton: full / packcache",
+        "decode, batch 16, triton: packcache / as_if_short",
+        "rotation: bandwidth / copy bandwidth",
+    }
