@@ -1,0 +1,168 @@
+"""compose.yaml, its env files, and what Prometheus and Grafana are given. No container is started."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from argparse import ArgumentParser
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, parse_exactly
+from vllm_packcache.config import ServerConfig, presets
+from vllm_packcache.retention import Retention
+from vllm_packcache.worker.key_layout import layout_of
+
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+DOCKER_COMPOSE = shutil.which("docker-compose")
+
+each_env_file = pytest.mark.parametrize("env_file", [None, *ENV_FILES], ids=lambda path: path.stem if path else "none")
+
+
+def composed(env_file: Path | None) -> dict[str, Any]:
+    """The file with its variables put in, as `docker compose` does."""
+    values = environment(env_file) if env_file else {}
+    text = VARIABLE.sub(lambda match: values.get(match[1], match[2]), COMPOSE.read_text())
+    assert "$" not in text, "a variable without a default"
+    return yaml.safe_load(text)
+
+
+def test_services_and_their_profiles() -> None:
+    services = composed(None)["services"]
+    assert {name: service.get("profiles") for name, service in services.items()} == {
+        "gpu": None, "cpu": ["cpu"], "prometheus": ["monitoring"], "grafana": ["monitoring"],
+    }  # fmt: skip
+
+
+def test_variables_and_env_files_agree() -> None:
+    defaults: dict[str, set[str]] = {}
+    for name, default in VARIABLE.findall(COMPOSE.read_text()):
+        defaults.setdefault(name, set()).add(default)
+    assert all(len(values) == 1 for values in defaults.values())
+    for env_file in ENV_FILES:
+        values = environment(env_file)
+        assert set(values) <= set(defaults)
+        assert "" not in values.values()
+    assert set(environment(ENV_FILES[0])) == set(environment(ENV_FILES[1]))
+
+
+@each_env_file
+@pytest.mark.skipif(DOCKER_COMPOSE is None, reason="docker-compose is not installed (a package of Debian's)")
+def test_docker_compose_accepts_it(env_file: Path | None) -> None:
+    options = ["--file", str(COMPOSE), *(["--env-file", str(env_file)] if env_file else [])]
+    profiles = ["--profile", "cpu", "--profile", "monitoring"]
+    outcome = subprocess.run([str(DOCKER_COMPOSE), *options, *profiles, "config"], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    resolved, expected = yaml.safe_load(outcome.stdout), composed(env_file)
+    assert set(resolved["services"]) == set(expected["services"])
+    assert resolved["services"]["gpu"]["command"] == expected["services"]["gpu"]["command"]
+    (device,) = resolved["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+
+
+@each_env_file
+def test_flags_exist_and_mean_something(env_file: Path | None, serve_parser: ArgumentParser) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
+    config = ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
+    assert config.positions == "rebase"
+    values = environment(env_file) if env_file else {}
+    assert values.get("PACKCACHE_CONFIG", "lumos1_384p") in presets()
+    assert AttentionBackendEnum[arguments.attention_backend]
+    assert layout_of(arguments.attention_backend)
+
+
+@pytest.mark.parametrize("env_file", ENV_FILES, ids=lambda path: path.stem)
+def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentParser) -> None:
+    """The reckoning in the env files, with the policy's own numbers."""
+    arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
+    config = ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
+    text_tokens, image_tokens, frame_tokens, frames = 272, 4084, 4084, 13
+    plan = config.plan({"packcache_grid": [48, 84]}, text_tokens + image_tokens)
+    assert plan is not None
+    assert (plan.layout.tokens_per_frame, plan.layout.condition_image_tokens) == (frame_tokens, image_tokens)
+    retention = Retention(plan.layout, plan.policy, 16)
+    most = max(retention.live_tokens(plan.layout.frame_start(frame + 1) - 1) for frame in range(20))
+    # 28 layers, keys and values of 8 heads of 128 numbers of bf16.
+    bytes_per_token = 28 * 2 * 8 * 128 * 2
+    assert most * bytes_per_token * arguments.max_num_seqs <= 0.9 * arguments.kv_cache_memory_bytes
+    assert arguments.max_num_batched_tokens >= frame_tokens
+    assert arguments.max_model_len >= plan.layout.frame_start(frames)
+
+
+def test_servers_are_healthy_as_their_images_say() -> None:
+    services = composed(None)["services"]
+    for service in ("gpu", "cpu"):
+        dockerfile = ROOT / services[service]["build"]["dockerfile"]
+        (expected,) = named(dockerfile, "HEALTHCHECK")
+        health = services[service]["healthcheck"]
+        command, *arguments = health["test"]
+        assert (command, arguments) == ("CMD", expected.words)
+        for option in ("interval", "timeout", "retries"):
+            assert f"--{option}={health[option]}" in expected.text
+        assert f"--start-period={health['start_period']}" in expected.text
+
+
+def test_every_file_exists() -> None:
+    file = composed(None)
+    for name, service in file["services"].items():
+        if "build" in service:
+            context = (COMPOSE.parent / service["build"]["context"]).resolve()
+            assert context == ROOT
+            assert (context / service["build"]["dockerfile"]).is_file()
+        else:
+            assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), f"{name}: no pinned version"
+        for volume in service.get("volumes", []):
+            source, target, *_ = volume.split(":")
+            assert PurePosixPath(target).is_absolute()
+            if target == "/models":
+                continue
+            assert source in file["volumes"] if "/" not in source else (COMPOSE.parent / source).is_file()
+
+
+def test_ports_are_open_on_this_machine_only() -> None:
+    ports = [port for service in composed(None)["services"].values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_environment_variables_exist() -> None:
+    import vllm.envs
+
+    for service in ("gpu", "cpu"):
+        names = {entry.partition("=")[0] for entry in composed(None)["services"][service]["environment"]}
+        assert {name for name in names if name.startswith("VLLM_")} <= set(vllm.envs.environment_variables)
+
+
+def test_prometheus_asks_both_servers_where_they_listen(serve_parser: ArgumentParser) -> None:
+    services = composed(None)["services"]
+    prometheus = yaml.safe_load((COMPOSE.parent / "prometheus.yml").read_text())
+    (job,) = prometheus["scrape_configs"]
+    (discovery,) = job["dns_sd_configs"]
+    for service in ("gpu", "cpu"):
+        assert services[service]["networks"]["default"]["aliases"] == discovery["names"]
+        assert services[service]["ports"][0].endswith(f":{discovery['port']}")
+    assert discovery["port"] == serve_parser.get_default("port")
+    # vLLM's is Prometheus' default too.
+    assert "metrics_path" not in job
+
+
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    services = composed(None)["services"]
+    mounted = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    (source,) = yaml.safe_load((COMPOSE.parent / "grafana" / "datasource.yaml").read_text())["datasources"]
+    host, _, port = source["url"].removeprefix("http://").partition(":")
+    assert (source["type"], source["isDefault"]) == ("prometheus", True)
+    assert services[host]["ports"][0].endswith(f":{port}")
+    (provider,) = yaml.safe_load((COMPOSE.parent / "grafana" / "dashboards.yaml").read_text())["providers"]
+    dashboard = PurePosixPath(mounted["./grafana/packcache.json"])
+    assert str(dashboard.parent) == provider["options"]["path"]
+    assert services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == str(dashboard)
+    for kind in ("datasource", "dashboards"):
+        folder = PurePosixPath(mounted[f"./grafana/{kind}.yaml"]).parent
+        assert folder == PurePosixPath("/etc/grafana/provisioning") / f"{kind.rstrip('s')}s"
