@@ -227,7 +227,8 @@ def ending_chunks_at_slides(reserve_prefill_lookahead: Callable[..., int]) -> Ca
     """Wrap ``Scheduler._reserve_prefill_lookahead``, which has the last word on where a prefill chunk ends.
 
     Where the window slides, cached keys move. A cache is in one state while a step runs, so no step may hold tokens
-    from both sides of a slide.
+    from both sides of a slide. With the V2 runner no step holds tokens of two frames of a video: its rows are those
+    of its requests, as captured graphs and the buffers of GPU backends have them.
     """
 
     @wraps(reserve_prefill_lookahead)
@@ -235,8 +236,14 @@ def ending_chunks_at_slides(reserve_prefill_lookahead: Callable[..., int]) -> Ca
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
         # A single token has nothing to be parted from, and decoding need not look any further.
         video = _video_of(scheduler.kv_cache_manager, request) if num_new_tokens > 1 else None
-        slide = None if video is None else video.positions.next_slide(num_computed_tokens)
-        return num_new_tokens if slide is None else min(num_new_tokens, slide - num_computed_tokens)
+        if video is None:
+            return num_new_tokens
+        if scheduler.use_v2_model_runner:
+            layout = video.retention.layout
+            end: int | None = layout.frame_start(layout.frame_of(num_computed_tokens) + 1)
+        else:
+            end = video.positions.next_slide(num_computed_tokens)
+        return num_new_tokens if end is None else min(num_new_tokens, end - num_computed_tokens)
 
     return wrapper
 
