@@ -270,7 +270,8 @@ def test_a_request_id_that_comes_again_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("computed", [0, 5, 24, 25, 33, 34, 35, 41, 42, 43, 100])
-def test_chunks_end_where_the_window_slides(computed: int) -> None:
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_chunks_end_where_the_window_slides(computed: int, v2: bool) -> None:
     kv = Harness(ServerConfig.parse("packcache", {"window": 2}), enable_caching=True, num_blocks=50)
     video = kv.add(prompt(1, 200), video_options(8, condition_tokens=10))
     text = kv.add(prompt(2, 200))
@@ -283,15 +284,16 @@ def test_chunks_end_where_the_window_slides(computed: int) -> None:
         return num_new_tokens - 1 if num_new_tokens > 60 else num_new_tokens
 
     def chunk(kv: Harness, served: Served, wanted: int) -> int:
-        scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
+        scheduler = SimpleNamespace(kv_cache_manager=kv.kv, use_v2_model_runner=v2)
         return ending_chunks_at_slides(stock)(scheduler, served.request, computed, wanted)
 
     # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides.
-    slides = range(34, 300, 8)
+    ends = range(10 if v2 else 34, 300, 8)
     for wanted in range(61):
-        expected = min(wanted, next(slide for slide in slides if slide > computed) - computed)
+        expected = min(wanted, next(end for end in ends if end > computed) - computed)
         assert chunk(kv, video, wanted) == expected
-        assert chunk(kv, text, wanted) == chunk(absolute, still, wanted) == wanted
+        assert chunk(absolute, still, wanted) == (expected if v2 else wanted)
+        assert chunk(kv, text, wanted) == wanted
     assert chunk(kv, text, 70) == 69, "what vLLM says holds"
     assert set(stock_choices) == {*range(61), 70}
     kv.check_empty()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.runner import shorter
+
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""
@@ -32,3 +34,10 @@ def run(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[l
 def generate(llm: Any, ids: list[int], max_tokens: int, **options: Any) -> list[int]:
     """Generated tokens of one request alone."""
     return run(llm, [ids], [sampling(max_tokens, **options)])[0]
+
+
+def check_video(llm: Any, ids: list[int], expected: list[int], **options: Any) -> None:
+    """A video whose condition is ``ids`` must be ``expected``; on V2 most of it is given and the end generated."""
+    given = shorter(0, max(0, len(expected) - 30))
+    options["condition_tokens"] = len(ids)
+    assert generate(llm, ids + expected[:given], len(expected) - given, **options) == expected[given:]

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
+from tests.runner import shorter
 from tests.serving.conftest import prompt, run, sampling
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 REQUESTS = [
-    (prompt(70, seed=5), sampling(400, tokens_per_frame=33)),
-    (prompt(130, seed=6), sampling(300)),
-    (prompt(20, seed=7), sampling(500, tokens_per_frame=57, window=1, history_frames=1)),
-    (prompt(420, seed=8), sampling(300, tokens_per_frame=40, condition_tokens=30)),
-    (prompt(70, seed=5), sampling(300, tokens_per_frame=67, policy="full")),
+    (prompt(70, seed=5), sampling(shorter(400, 90), tokens_per_frame=shorter(33, 12))),
+    (prompt(130, seed=6), sampling(shorter(300, 40))),
+    (prompt(20, seed=7), sampling(shorter(500, 90), tokens_per_frame=shorter(57, 21), window=1, history_frames=1)),
+    (prompt(420, seed=8), sampling(shorter(300, 60), tokens_per_frame=40, condition_tokens=30)),
+    (prompt(70, seed=5), sampling(shorter(300, 40), tokens_per_frame=67, policy="full")),
 ]
 
 
@@ -33,7 +34,9 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_gpu_blocks_override": 34, "max_model_len": 800}], ids=["room", "crowded"]
+    "options",
+    [{}, {"num_gpu_blocks_override": shorter(34, 22), "max_model_len": shorter(800, 600)}],
+    ids=["room", "crowded"],
 )
 @pytest.mark.usefixtures("asynchronous")
 def test_tokens_are_the_same(engine: Any, options: dict[str, Any]) -> None:
