@@ -11,11 +11,11 @@ from tests.serving.conftest import prompt, run, sampling
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 REQUESTS = [
-    (prompt(70, seed=5), sampling(shorter(400, 90), tokens_per_frame=shorter(33, 12))),
+    (prompt(70, seed=5), sampling(shorter(400, 60), tokens_per_frame=shorter(33, 10))),
     (prompt(130, seed=6), sampling(shorter(300, 40))),
-    (prompt(20, seed=7), sampling(shorter(500, 90), tokens_per_frame=shorter(57, 21), window=1, history_frames=1)),
-    (prompt(420, seed=8), sampling(shorter(300, 60), tokens_per_frame=40, condition_tokens=30)),
-    (prompt(70, seed=5), sampling(shorter(300, 40), tokens_per_frame=67, policy="full")),
+    (prompt(20, seed=7), sampling(shorter(500, 60), tokens_per_frame=shorter(57, 15), window=1, history_frames=1)),
+    (prompt(420, seed=8), sampling(shorter(300, 45), tokens_per_frame=40, condition_tokens=30)),
+    (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
 ]
 
 

@@ -26,7 +26,7 @@ MAX_MODEL_LEN = shorter(900, 480)
 TIE = 1e-4
 """How close the two best logits of the reference must be for a token to be excused."""
 
-QUICK_SEEDS = shorter(range(8), range(2))
+QUICK_SEEDS = shorter(range(8), range(1))
 SEEDS = range(1000, 1200)
 
 
@@ -169,7 +169,7 @@ def test_schedules(engine: Any, alone: Any, reference: Any) -> None:
     for seed in QUICK_SEEDS:
         with pytest.MonkeyPatch.context() as patch:
             preempted.append(check_schedule(seed, engine, alone, reference, patch))
-    assert sum(preempted) > shorter(5, 1), "schedules without pressure show little"
+    assert sum(preempted) > shorter(5, 0), "schedules without pressure show little"
 
 
 @pytest.mark.long

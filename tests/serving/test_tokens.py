@@ -80,7 +80,7 @@ def test_policies_equal_reference(engine: Any, reference: Any, policy: str, conf
 
 def test_budget_that_holds_everything_equals_stock(engine: Any) -> None:
     ids = prompt(70, seed=1)
-    length = shorter(900, 80)
+    length = shorter(900, 40)
     frame = shorter(67, 9)
     stock = generate(engine(), ids, length)
     assert generate(engine("packcache"), ids, length, tokens_per_frame=frame, window=20, history_frames=20) == stock
@@ -90,7 +90,7 @@ def test_budget_that_holds_everything_equals_stock(engine: Any) -> None:
 
 def test_text_and_opted_out_requests_equal_stock(engine: Any) -> None:
     ids = prompt(70, seed=2)
-    length = shorter(700, 80)
+    length = shorter(700, 40)
     stock = generate(engine(), ids, length)
     llm = engine("packcache")
     assert generate(llm, ids, length) == stock
@@ -99,7 +99,7 @@ def test_text_and_opted_out_requests_equal_stock(engine: Any) -> None:
 
 def test_switched_off_options_change_nothing(engine: Any, reference: Any) -> None:
     ids = prompt(70, seed=3)
-    length = shorter(600, 60)
+    length = shorter(600, 40)
     stock = reference.generate(ids, length).token_ids
     assert generate(engine(), ids, length) == stock
     assert generate(engine(), ids, length, tokens_per_frame=shorter(67, 9)) == stock
@@ -122,11 +122,11 @@ def test_given_frames_in_any_chunk_size_equal_generated_ones(engine: Any, refere
 def test_company_changes_nothing(engine: Any, prefix_caching: bool) -> None:
     llm = engine("packcache", enable_prefix_caching=prefix_caching)
     requests = [
-        (prompt(70, seed=5), sampling(shorter(800, 90), tokens_per_frame=shorter(67, 12))),
-        (prompt(130, seed=6), sampling(shorter(500, 50))),
-        (prompt(20, seed=7), sampling(shorter(700, 80), tokens_per_frame=shorter(33, 19), window=2, history_frames=1)),
-        (prompt(70, seed=5), sampling(shorter(600, 60), tokens_per_frame=67, policy="full")),
-        (prompt(250, seed=8), sampling(shorter(600, 60), tokens_per_frame=50, condition_tokens=100)),
+        (prompt(70, seed=5), sampling(shorter(800, 60), tokens_per_frame=shorter(67, 9))),
+        (prompt(130, seed=6), sampling(shorter(500, 30))),
+        (prompt(20, seed=7), sampling(shorter(700, 60), tokens_per_frame=shorter(33, 15), window=2, history_frames=1)),
+        (prompt(70, seed=5), sampling(shorter(600, 20), tokens_per_frame=67, policy="full")),
+        (prompt(250, seed=8), sampling(shorter(600, 55), tokens_per_frame=50, condition_tokens=100)),
     ]
     alone = [run(llm, [ids], [params])[0] for ids, params in requests]
     together = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
@@ -136,7 +136,7 @@ def test_company_changes_nothing(engine: Any, prefix_caching: bool) -> None:
 def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
     llm = engine("packcache", max_num_seqs=5)
     ids = prompt(100, seed=9)
-    frame, given, total = shorter((67, 300, 400), (21, 110, 140))
+    frame, given, total = shorter((67, 300, 400), (21, 70, 90))
     first = generate(llm, ids, total, tokens_per_frame=frame)
     continuation = ids + first[:given]
     # A text request caches the blocks of the same tokens as if they were no frames.
@@ -166,12 +166,12 @@ def test_preempted_videos_come_out_the_same(engine: Any, monkeypatch: pytest.Mon
         return preempt(scheduler, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
-    length, frame, blocks = shorter((700, 67, 40), (130, 40, 18))
+    length, frame, blocks = shorter((700, 67, 40), (80, 30, 15))
     requests = [(prompt(70 + i, seed=20 + i), sampling(length, tokens_per_frame=frame - 7 * i)) for i in range(4)]
     alone = [run(engine("packcache"), [ids], [params])[0] for ids, params in requests]
     # A pool that holds the four at first, and not once they have grown.
     crowded = engine(
-        "packcache", num_gpu_blocks_override=blocks, max_model_len=shorter(1024, 256), max_num_batched_tokens=256
+        "packcache", num_gpu_blocks_override=blocks, max_model_len=shorter(1024, 192), max_num_batched_tokens=256
     )
     together = run(crowded, [ids for ids, _ in requests], [params for _, params in requests])
     assert preempted

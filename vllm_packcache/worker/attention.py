@@ -83,6 +83,7 @@ class HostCompaction:
     def __call__(
         self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
     ) -> CommonAttentionMetadata:
+        """See `vllm_packcache.worker.step.Compaction`."""
         return compact_metadata(common, self.step, builder.kv_cache_spec.block_size)
 
 

@@ -84,7 +84,7 @@ def compact_rows(
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def _compact(
+def _compact(  # type: ignore[no-untyped-def]
     table_ptr,
     table_stride,
     seq_lens_ptr,

@@ -148,7 +148,8 @@ def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rot
     """
     memory, order = keys
     split = kinds.shape[1] // order.shape[0]
-    blocks = (blocks[:, None] * split + torch.arange(split, device=blocks.device)).flatten().to(memory.device, non_blocking=True)
+    parts = blocks[:, None] * split + torch.arange(split, device=blocks.device)
+    blocks = parts.flatten().to(memory.device, non_blocking=True)
     kinds = kinds.view(-1, order.shape[0]).to(memory.device, non_blocking=True)
     turn = _turn(order, angles, rotary)
     at_once = max(1, NUMBERS_AT_ONCE // memory[0].numel())

@@ -81,9 +81,7 @@ def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
             return inputs
         for row, blocks in zip(step.rows, step.block_table, strict=False):
             if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
-                getattr(runner, _ROTATION).slide(
-                    row.retention, row.positions, row.computed, torch.from_numpy(blocks)
-                )
+                getattr(runner, _ROTATION).slide(row.retention, row.positions, row.computed, torch.from_numpy(blocks))
         shifts = position_shifts(step.rows)
         if shifts is not None:
             positions = inputs[2]

@@ -6,8 +6,9 @@ when it enters a frame, rotates cached keys where a window slides, has block tab
 attention metadata is built, and positions new tokens.
 
 A step's rows are its requests, and the queries of each are of one frame: the scheduler ends prefill chunks there (see
-`vllm_packcache.engine.manager`). So one kernel compacts every step, decoding or not, and writes to memory that stays
-where it is: whatever graph vLLM replays, piecewise or full, for decoding or for mixed batches, reads this step's blocks.
+`vllm_packcache.engine.manager`). More rows than requests would fit neither a captured graph nor what GPU backends set
+aside for ``max_num_seqs`` rows. So one kernel compacts every step, decoding or not, and writes to memory that stays
+where it is: whatever graph vLLM replays, piecewise or full, for decoding or mixed batches, reads this step's blocks.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class DeviceCompaction:
     def __call__(
         self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
     ) -> CommonAttentionMetadata:
+        """See `vllm_packcache.worker.step.Compaction`."""
         table, rows = common.block_table_tensor, len(common.seq_lens)
         if builder not in self.out:
             most_rows = builder.vllm_config.scheduler_config.max_num_seqs
@@ -144,9 +146,9 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             assert config is not None, "only a server that is switched on has such a state"
             self._config = config
             self._videos: dict[str, _Video | None] = {}
-            self._kept: KeptBlocks | None = None
+            self._kept: KeptBlocks
             self._compacted: dict[AttentionMetadataBuilder[Any], CompactedRows] = {}
-            self._batch: InputBatch | None = None
+            self._batch: Any = None
             self._rows: list[Row] = []
             self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
             # The model's copy: slots are mapped, and samplers seeded, by a token's index.
