@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.runner import shorter
+from tests.runner import V2, shorter
+from vllm_packcache.config import ServerConfig
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -41,3 +42,16 @@ def check_video(llm: Any, ids: list[int], expected: list[int], **options: Any) -
     given = shorter(0, max(0, len(expected) - 30))
     options["condition_tokens"] = len(ids)
     assert generate(llm, ids + expected[:given], len(expected) - given, **options) == expected[given:]
+
+
+def alone(
+    llm: Any, reference: Any, config: dict[str, Any], requests: Sequence[tuple[list[int], Any]]
+) -> list[list[int]]:
+    """What each request generates without company: the engine says, or on V2 the reference, which is faster there."""
+    if not V2:
+        return [run(llm, [ids], [params])[0] for ids, params in requests]
+    server = ServerConfig.parse("packcache", config)
+    return [
+        reference.generate(ids, params.max_tokens, server.plan(params.extra_args, len(ids)), 32).token_ids
+        for ids, params in requests
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.runner import shorter
-from tests.serving.conftest import prompt, run, sampling
+from tests.serving.conftest import alone, prompt, run, sampling
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 REQUESTS = [
@@ -39,13 +39,13 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["room", "crowded"],
 )
 @pytest.mark.usefixtures("asynchronous")
-def test_tokens_are_the_same(engine: Any, options: dict[str, Any]) -> None:
+def test_tokens_are_the_same(engine: Any, reference: Any, options: dict[str, Any]) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     llm = engine("packcache", CONFIG, max_num_batched_tokens=128, variant="asynchronous", **options)
     core = llm.llm_engine.engine_core.engine_core
     assert type(core.scheduler) is AsyncScheduler
-    alone = [run(engine("packcache", CONFIG), [ids], [params])[0] for ids, params in REQUESTS]
-    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == alone
+    expected = alone(engine("packcache", CONFIG), reference, CONFIG, REQUESTS)
+    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == expected
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.runner import V2
 from tests.serving.conftest import prompt, run, sampling
@@ -71,17 +72,16 @@ class Replaying:
 
     def run_fullgraph(self, desc: Any) -> Any:
         from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
         inputs, state = self.graphs[desc.num_reqs]
-        # The CPU backend's plan of work is the one thing that it does not keep in place: why it supports no graphs.
-        metadata = {
-            name: replace(captured, scheduler_metadata=self.of_step[name].scheduler_metadata)
-            for name, captured in state.attn_metadata.items()
-        }
-        for name, captured in metadata.items():
-            now = self.of_step[name]
+        metadata = dict(state.attn_metadata)
+        for name, now in self.of_step.items():
+            if isinstance(now, CPUAttentionMetadata):
+                # Its plan of work is the one thing that is not kept in place: why that backend supports no graphs.
+                metadata[name] = replace(metadata[name], scheduler_metadata=now.scheduler_metadata)
             for field in ("block_table", "seq_lens", "query_start_loc", "slot_mapping"):
-                assert getattr(captured, field).data_ptr() == getattr(now, field).data_ptr(), field
+                assert getattr(metadata[name], field).data_ptr() == getattr(now, field).data_ptr(), field
         with set_forward_context(
             metadata, self.runner.vllm_config, num_tokens=desc.num_tokens, slot_mapping=state.slot_mappings
         ):
@@ -106,3 +106,34 @@ def test_what_was_captured_serves_every_decode_step(engine: Any, reference: Any,
         plan = server.plan({f"packcache_{name}": value for name, value in options.items()}, len(ids))
         assert tokens == reference.generate(ids, count, plan, 32).token_ids
     assert {(4, 3), (2, 2), (1, 1)} <= set(graphs.replayed)
+
+
+def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton attention: keys in rows, a metadata builder that supports every graph."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    backend = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: backend))
+    # Its kernel that writes to the cache asks, to choose how many numbers a program writes.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    condition, frame, block_size = 20, 40, 16
+    llm = engine(
+        "packcache", CONFIG, variant="triton", block_size=block_size, max_model_len=256, max_num_batched_tokens=64,
+        max_num_seqs=2, num_gpu_blocks_override=40,
+    )  # fmt: skip
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert runner.attn_groups[0][0].backend.get_name() == "TRITON_ATTN"
+    graphs = Replaying(runner)
+    runner.cudagraph_manager = graphs
+    options = {"tokens_per_frame": frame, "condition_tokens": condition}
+    ids = prompt(condition, seed=1)
+    plan = ServerConfig.parse("packcache", CONFIG).plan({f"packcache_{k}": v for k, v in options.items()}, condition)
+    length = 4 * frame + 5
+    expected = reference.generate(ids, length, plan, block_size).token_ids
+    assert expected != reference.generate(ids, length).token_ids
+    given = length - 10
+    text = prompt(30, seed=2)
+    video, rest = run(llm, [ids + expected[:given], text], [sampling(10, **options), sampling(9)])
+    assert video == expected[given:]
+    assert rest == reference.generate(text, 9).token_ids
+    assert {(2, 2), (1, 1)} <= set(graphs.replayed)

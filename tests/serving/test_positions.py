@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runner import V2, shorter
-from tests.serving.conftest import check_video, generate, prompt, run, sampling
+from tests.serving.conftest import alone, check_video, generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.reference import LlamaReference, make_random_llama, positions
 from vllm_packcache.retention import Retention
@@ -271,8 +271,9 @@ def test_what_is_not_rebased_ends_at_the_table(engine: Any, short_table: Path) -
     assert len(fits) == 4 * 44 - given
 
 
-def test_company_of_other_windows_changes_nothing(engine: Any) -> None:
-    llm = engine("packcache", {"window": 3, "history_frames": 1.5}, max_num_batched_tokens=128)
+def test_company_of_other_windows_changes_nothing(engine: Any, reference: Any) -> None:
+    config = {"window": 3, "history_frames": 1.5}
+    llm = engine("packcache", config, max_num_batched_tokens=128)
     requests = [
         (prompt(70, seed=5), sampling(shorter(500, 50), tokens_per_frame=shorter(33, 9))),
         (prompt(130, seed=6), sampling(shorter(200, 30))),
@@ -280,5 +281,5 @@ def test_company_of_other_windows_changes_nothing(engine: Any) -> None:
         (prompt(420, seed=8), sampling(shorter(300, 30), tokens_per_frame=40, condition_tokens=30)),
         (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
     ]
-    alone = [run(llm, [ids], [params])[0] for ids, params in requests]
-    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == alone
+    expected = alone(llm, reference, config, requests)
+    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == expected

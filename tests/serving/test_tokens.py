@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.runner import V2, shorter
-from tests.serving.conftest import check_video, generate, prompt, run, sampling
+from tests.serving.conftest import alone, check_video, generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig
 
 
@@ -119,7 +119,7 @@ def test_given_frames_in_any_chunk_size_equal_generated_ones(engine: Any, refere
 
 
 @pytest.mark.parametrize("prefix_caching", shorter([True, False], [True]))
-def test_company_changes_nothing(engine: Any, prefix_caching: bool) -> None:
+def test_company_changes_nothing(engine: Any, reference: Any, prefix_caching: bool) -> None:
     llm = engine("packcache", enable_prefix_caching=prefix_caching)
     requests = [
         (prompt(70, seed=5), sampling(shorter(800, 60), tokens_per_frame=shorter(67, 9))),
@@ -128,9 +128,8 @@ def test_company_changes_nothing(engine: Any, prefix_caching: bool) -> None:
         (prompt(70, seed=5), sampling(shorter(600, 20), tokens_per_frame=67, policy="full")),
         (prompt(250, seed=8), sampling(shorter(600, 55), tokens_per_frame=50, condition_tokens=100)),
     ]
-    alone = [run(llm, [ids], [params])[0] for ids, params in requests]
-    together = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
-    assert together == alone
+    expected = alone(llm, reference, {}, requests)
+    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == expected
 
 
 def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
@@ -155,7 +154,7 @@ def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
     assert [list(sample.token_ids) for output in outputs for sample in output.outputs] == [first[given:]] * 3
 
 
-def test_preempted_videos_come_out_the_same(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preempted_videos_come_out_the_same(engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted = []
@@ -168,11 +167,11 @@ def test_preempted_videos_come_out_the_same(engine: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
     length, frame, blocks = shorter((700, 67, 40), (80, 30, 15))
     requests = [(prompt(70 + i, seed=20 + i), sampling(length, tokens_per_frame=frame - 7 * i)) for i in range(4)]
-    alone = [run(engine("packcache"), [ids], [params])[0] for ids, params in requests]
+    expected = alone(engine("packcache"), reference, {}, requests)
     # A pool that holds the four at first, and not once they have grown.
     crowded = engine(
         "packcache", num_gpu_blocks_override=blocks, max_model_len=shorter(1024, 192), max_num_batched_tokens=256
     )
     together = run(crowded, [ids for ids, _ in requests], [params for _, params in requests])
     assert preempted
-    assert together == alone
+    assert together == expected
