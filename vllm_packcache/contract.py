@@ -614,7 +614,6 @@ RELIANCES: tuple[Reliance, ...] = (
         for method, purpose, parameters in (
             ("add_request", "a request comes, or comes back", ("req_index", "new_req_data")),
             ("remove_request", "a request ends, or is preempted", ("req_id",)),
-            ("apply_staged_writes", "all that came are known", ()),
             ("initialize_kv_cache", "the cache is there", ("kv_cache_config", "block_tables")),
             (
                 "preprocess_state",
@@ -690,11 +689,11 @@ RELIANCES: tuple[Reliance, ...] = (
         ),
     ),
     Reliance(
-        "V2 runner: a request that comes is added and its writes applied",
+        "V2 runner: a request that comes",
         "v1/worker/gpu/model_runner.py",
         "GPUModelRunner.add_requests",
         (),
-        ("_remove_request", "add_request", "apply_staged_writes"),
+        ("_remove_request", "add_request"),
     ),
     Reliance(
         "V2 runner: preempted requests are removed",

@@ -357,7 +357,6 @@ OVERRIDDEN = list(overridden())
 def test_the_overrides_are_found() -> None:
     assert {name for *_, name in OVERRIDDEN} == {
         "add_request",
-        "apply_staged_writes",
         "build",
         "cache_blocks",
         "customize_spec",

@@ -12,15 +12,15 @@ import pytest
 from tests.runner import V2
 
 ROOT = Path(__file__).parents[2]
-FILES = ["test_tokens.py", "test_positions.py", "test_async.py", "test_schedules.py", "test_graphs.py"]
+SERVING = ("test_tokens", "test_positions", "test_async", "test_schedules", "test_graphs")
+FILES = ["tests/worker/test_runner_v2.py", *(f"tests/serving/{name}.py" for name in SERVING)]
 
 
 @pytest.mark.skipif(V2, reason="this is V2")
 @pytest.mark.timeout(1800)
 def test_everything_holds_on_the_v2_runner() -> None:
-    files = [str(Path(__file__).with_name(name)) for name in FILES]
     outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not long", "-rs", *files],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not long", "-rs", *FILES],
         cwd=ROOT,
         env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
         capture_output=True,

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
 
+_NOBODY = CONDITION - 1
+"""The frame of a slot of which the device does not know yet what its request keeps."""
+
+
 class _Video(NamedTuple):
     retention: Retention
     positions: Positions
@@ -61,7 +65,7 @@ class KeptBlocks:
     def __init__(self, slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self._memory = StagedWriteTensor((slots, HEADER + max_blocks), dtype=torch.int32, device=device)
-        self._frames = np.full(slots, CONDITION)
+        self._frames = np.full(slots, _NOBODY)
         self._dropped_tokens = np.zeros(slots, dtype=np.int32)
 
     @property
@@ -69,22 +73,27 @@ class KeptBlocks:
         """Int32, [slots, HEADER + max_blocks]."""
         return self._memory.gpu
 
-    def clear(self, slot: int) -> None:
-        """A new request has ``slot``: it reads everything until it enters a frame."""
-        self._enter(slot, CONDITION, 0, [])
+    def forget(self, slot: int) -> None:
+        """Another request has ``slot`` now."""
+        self._frames[slot] = _NOBODY
 
-    def enter(self, slot: int, retention: Retention, frame: int) -> None:
-        """The request in ``slot`` computes tokens of ``frame``. Costs nothing if it did so before."""
-        if self._frames[slot] != frame:
-            self._enter(slot, frame, retention.blocks.tail_start(frame), retention.past(frame).tolist())
-
-    def _enter(self, slot: int, frame: int, first: int, past: list[int]) -> None:
+    def enter(self, slot: int, row: Row) -> None:
+        """The request in ``slot`` computes the tokens of ``row``: if it is in another frame, keep that in mind."""
+        frame = CONDITION if row.retention is None else row.retention.layout.frame_of(row.computed)
+        if self._frames[slot] == frame:
+            return
+        first, past = 0, []
+        if row.retention is not None and frame != CONDITION:
+            first, past = row.retention.blocks.tail_start(frame), row.retention.past(frame).tolist()
         self._memory.stage_write(slot, 0, [len(past), first, *past])
         self._frames[slot] = frame
         self._dropped_tokens[slot] = (first - len(past)) * self.block_size
 
     def apply(self) -> None:
-        """Bring to the device what has changed. Between two calls a request may change once."""
+        """Bring to the device what has changed.
+
+        To be called once a step: what carries the changes is used again as soon as all steps in flight may have it.
+        """
         self._memory.apply_write()
 
     def dropped_tokens(self, slots: npt.NDArray[np.intp], rows: int) -> npt.NDArray[np.int32]:
@@ -178,15 +187,11 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
                 retention = Retention(plan.layout, plan.policy, self._kept.block_size)
                 video = _Video(retention, plan.positions)
             self._videos[new_req_data.req_id] = video
-            self._kept.clear(req_index)
+            self._kept.forget(req_index)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
             self._videos.pop(req_id, None)
-
-        def apply_staged_writes(self) -> None:
-            super().apply_staged_writes()
-            self._kept.apply()
 
         def preprocess_state(
             self,
@@ -198,10 +203,8 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
             self._batch, self._rows = input_batch, self._rows_of(input_batch)
             for row, slot, blocks in zip(self._rows, input_batch.idx_mapping_np, block_tables[0], strict=False):
-                if row.retention is None or row.positions is None:
-                    continue
-                self._kept.enter(slot, row.retention, row.retention.layout.frame_of(row.computed))
-                if row.positions.slides(row.computed):
+                self._kept.enter(slot, row)
+                if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
                     self._key_rotation().slide(row.retention, row.positions, row.computed, blocks)
             self._kept.apply()
 
