@@ -621,6 +621,12 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance("V1 runner: block table of a group", "v1/worker/block_table.py", "MultiGroupBlockTable.__getitem__"),
     Reliance("V1 runner: block table on the host", "v1/worker/block_table.py", "BlockTable.get_numpy_array"),
     Reliance(
+        "bench: vLLM's Triton attention, beside our own",
+        "v1/attention/ops/triton_unified_attention.py",
+        "unified_attention",
+        ("q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "softmax_scale", "causal", "block_table"),
+    ),
+    Reliance(
         "V2 runner: which model state a model has",
         "v1/worker/gpu/model_states/__init__.py",
         "resolve_model_state_cls",

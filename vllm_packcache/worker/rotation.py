@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from vllm_packcache.positions import (
 )
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.key_layout import CachedKeys
+
+if TYPE_CHECKING:
+    from vllm_packcache.worker.rotation_kernel import RotationKernel
 
 NUMBERS_AT_ONCE = 2**18
 """Numbers of a cache that are turned in one go: as float32 they and what becomes of them stay in a core's cache."""
@@ -132,8 +136,20 @@ class KeyRotation:
         kinds = torch.from_numpy(positions.slide_kinds(tokens))
         blocks = block_table[torch.from_numpy(logical).to(block_table.device)].long()
         angles = slide_angles(positions, self.rotary.frequencies, self.rotary.axis_of)
+        if self._kernel is not None:
+            self._kernel.rotate(blocks, kinds, angles, interleaved=bool(self.rotary.right[0] == 1))
+            return
         for keys in self.layers:
             rotate(keys, blocks, kinds, angles, self.rotary)
+
+    @cached_property
+    def _kernel(self) -> RotationKernel | None:
+        """One launch for all layers, on a GPU; None: they are turned one after another."""
+        if not all(keys.memory.is_cuda for keys in self.layers):
+            return None
+        from vllm_packcache.worker.rotation_kernel import RotationKernel
+
+        return RotationKernel(keys.memory for keys in self.layers)
 
 
 def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rotary: Rotary) -> None:
