@@ -22,6 +22,8 @@ def shorter(usual: T, on_v2: T) -> T:
 def use_triton_on_a_cpu() -> None:
     """Make vLLM see Triton, and Triton interpret. To be called before either is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
+    # Where vLLM compiles a function, PyTorch would ask Triton for a compiler.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import triton.backends
 
     driver: Any = SimpleNamespace(is_active=lambda: True, get_active_torch_device=lambda: "cpu")

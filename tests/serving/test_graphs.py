@@ -6,6 +6,7 @@ nothing can be captured; here the model is called instead, with the inputs and t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,8 @@ class Replaying:
         self.runner = runner
         self.replayed: list[tuple[int, int]] = []
         self.graphs = {}
-        for size in SIZES:
+        self.sizes = [size for size in SIZES if size <= runner.max_num_reqs]
+        for size in self.sizes:
             inputs = {
                 "input_ids": runner.input_buffers.input_ids[:size],
                 "positions": runner.input_buffers.positions[:size],
@@ -64,7 +66,7 @@ class Replaying:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-        size = next((size for size in SIZES if size >= num_reqs), None)
+        size = next((size for size in self.sizes if size >= num_reqs), None)
         if uniform_token_count != 1 or size is None:
             return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
         self.replayed.append((size, num_reqs))
@@ -108,21 +110,36 @@ def test_what_was_captured_serves_every_decode_step(engine: Any, reference: Any,
     assert {(4, 3), (2, 2), (1, 1)} <= set(graphs.replayed)
 
 
-def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton attention: keys in rows, a metadata builder that supports every graph."""
+@pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A GPU's backend that can be interpreted; engines that are made meanwhile have it."""
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
-    backend = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
-    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: backend))
-    # Its kernel that writes to the cache asks, to choose how many numbers a program writes.
+    path = AttentionBackendEnum[request.param].get_path()
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
+    # The kernel that writes to the cache asks, to choose how many numbers a program writes.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    # The same in C++ is not in CPU builds.
+    monkeypatch.setattr(
+        torch.ops._C_cache_ops, "reshape_and_cache_flash", triton_reshape_and_cache_flash, raising=False
+    )
+    selector._cached_get_attn_backend.cache_clear()
+    yield request.param
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, backend: str) -> None:
+    """Keys in rows, and metadata builders that support every graph."""
     condition, frame, block_size = 20, 40, 16
     llm = engine(
-        "packcache", CONFIG, variant="triton", block_size=block_size, max_model_len=256, max_num_batched_tokens=64,
+        "packcache", CONFIG, variant=backend, block_size=block_size, max_model_len=256, max_num_batched_tokens=64,
         max_num_seqs=2, num_gpu_blocks_override=40,
     )  # fmt: skip
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert runner.attn_groups[0][0].backend.get_name() == "TRITON_ATTN"
+    assert runner.attn_groups[0][0].backend.get_name() == backend
     graphs = Replaying(runner)
     runner.cudagraph_manager = graphs
     options = {"tokens_per_frame": frame, "condition_tokens": condition}

@@ -12,7 +12,7 @@ import pytest
 from tests.runner import V2
 
 ROOT = Path(__file__).parents[2]
-SERVING = ("test_tokens", "test_positions", "test_async", "test_schedules", "test_graphs")
+SERVING = ("test_tokens", "test_positions", "test_async", "test_schedules", "test_graphs", "test_tensor_parallel")
 FILES = ["tests/worker/test_runner_v2.py", *(f"tests/serving/{name}.py" for name in SERVING)]
 
 

@@ -202,9 +202,10 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
         ) -> None:
             super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
             self._batch, self._rows = input_batch, self._rows_of(input_batch)
-            for row, slot, blocks in zip(self._rows, input_batch.idx_mapping_np, block_tables[0], strict=False):
+            for index, (row, slot) in enumerate(zip(self._rows, input_batch.idx_mapping_np, strict=True)):
                 self._kept.enter(slot, row)
                 if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
+                    blocks = block_tables[0][index]
                     self._key_rotation().slide(row.retention, row.positions, row.computed, blocks)
             self._kept.apply()
 
