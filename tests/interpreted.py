@@ -57,11 +57,19 @@ def compiled(
 @cache
 def _compiler() -> ProcessPoolExecutor:
     """A process in which Triton compiles, whatever it does in this one."""
-    return ProcessPoolExecutor(1, get_context("spawn"), os.environ.pop, ("TRITON_INTERPRET", None))
+    return ProcessPoolExecutor(1, get_context("spawn"), _compile_from_now_on)
+
+
+def _compile_from_now_on() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def _compile(
-    name: tuple[str, str], capability: int, signature: dict[str, str], constants: dict[str, Any], options: dict[str, int]
+    name: tuple[str, str],
+    capability: int,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
 ) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

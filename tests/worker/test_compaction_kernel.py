@@ -8,11 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import interpreted
 from tests.worker.test_compaction import POLICIES
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.compaction import compact
-from vllm_packcache.worker.compaction_kernel import HEADER, CompactedRows, compact_rows, compact_rows_reference
+from vllm_packcache.worker.compaction_kernel import (
+    HEADER,
+    CompactedRows,
+    _compact,
+    compact_rows,
+    compact_rows_reference,
+)
 from vllm_packcache.worker.step import Row, Step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,3 +133,13 @@ def test_a_captured_graph_replays_it() -> None:
     graph.replay()
     assert out.seq_lens.tolist() == [6]
     assert out.block_table.tolist() == [[16, 18, LEFT_OVER, LEFT_OVER]]
+
+
+@pytest.mark.parametrize("capability", [86, 90], ids=["A40", "H200"])
+def test_it_compiles_for_gpus(capability: int) -> None:
+    names = "table_ptr table_stride seq_lens_ptr kept_ptr kept_stride slots_ptr num_slots out_table_ptr "
+    names += "out_table_stride out_seq_lens_ptr"
+    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names.split()} | {"slots_ptr": "*i64"}
+    constants = {"BLOCK_SIZE": 16, "SPLIT": 1, "HEADER_SIZE": HEADER, "AT_ONCE": 1024}
+    ptx = interpreted.compiled(_compact, capability, signature, constants)
+    assert "st.global" in ptx
