@@ -17,6 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.runner import V2, use_triton_on_a_cpu
+
+if not torch.cuda.is_available():
+    # Our own kernels are interpreted whichever runner is used.
+    os.environ["TRITON_INTERPRET"] = "1"
+if V2:
+    use_triton_on_a_cpu()
 
 
 @pytest.fixture(scope="session")

@@ -620,6 +620,197 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     Reliance("V1 runner: block table of a group", "v1/worker/block_table.py", "MultiGroupBlockTable.__getitem__"),
     Reliance("V1 runner: block table on the host", "v1/worker/block_table.py", "BlockTable.get_numpy_array"),
+    Reliance(
+        "bench: vLLM's Triton attention, beside our own",
+        "v1/attention/ops/triton_unified_attention.py",
+        "unified_attention",
+        ("q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "softmax_scale", "causal", "block_table"),
+    ),
+    Reliance(
+        "V2 runner: which model state a model has",
+        "v1/worker/gpu/model_states/__init__.py",
+        "resolve_model_state_cls",
+        ("vllm_config", "model"),
+    ),
+    Reliance(
+        "V2 runner: asked for when a model has been loaded",
+        "v1/worker/gpu/model_states/__init__.py",
+        "init_model_state",
+        (),
+        ("resolve_model_state_cls",),
+    ),
+    Reliance(
+        "V2 runner: what a model state knows",
+        "v1/worker/gpu/model_states/interface.py",
+        "ModelState.__init__",
+        ("vllm_config", "model", "device"),
+        ("vllm_config", "model", "device", "max_num_tokens"),
+    ),
+    *(
+        Reliance(
+            f"V2 runner: {purpose}",
+            "v1/worker/gpu/model_states/interface.py",
+            f"ModelState.{method}",
+            ("self", *parameters),
+            exact=True,
+        )
+        for method, purpose, parameters in (
+            ("add_request", "a request comes, or comes back", ("req_index", "new_req_data")),
+            ("remove_request", "a request ends, or is preempted", ("req_id",)),
+            ("initialize_kv_cache", "the cache is there", ("kv_cache_config", "block_tables")),
+            (
+                "preprocess_state",
+                "before a step of requests",
+                ("input_batch", "block_tables", "kv_cache_config", "num_computed_tokens"),
+            ),
+            (
+                "prepare_attn",
+                "attention metadata of a step",
+                (
+                    "input_batch",
+                    "cudagraph_mode",
+                    "block_tables",
+                    "slot_mappings",
+                    "attn_groups",
+                    "kv_cache_config",
+                    "for_capture",
+                    "ubatch_idx",
+                ),
+            ),
+            ("prepare_inputs", "positions for the model", ("input_batch", "req_states")),
+            ("prepare_dummy_inputs", "positions that graphs read", ("num_reqs", "num_tokens")),
+        )
+    ),
+    Reliance(
+        "V2 runner: metadata is built inside",
+        "v1/worker/gpu/model_states/default.py",
+        "DefaultModelState.prepare_attn",
+        ("input_batch",),
+        ("build_attn_metadata", "seq_lens_cpu_upper_bound", "idx_mapping_np"),
+    ),
+    Reliance(
+        "V2 runner: positions with three axes",
+        "v1/worker/gpu/model_states/default.py",
+        "DefaultModelState.prepare_inputs",
+        (),
+        ("rope_state", "prepare_positions", "get_positions"),
+    ),
+    Reliance(
+        "V2 runner: builders build, for a step or for a capture",
+        "v1/worker/gpu/attn_utils.py",
+        "build_attn_metadata",
+        ("for_cudagraph_capture",),
+        ("CommonAttentionMetadata", "build_metadata_for_cudagraph_capture", "build_metadata"),
+    ),
+    Reliance(
+        "attention: a builder builds for a capture",
+        "v1/attention/backend.py",
+        "AttentionMetadataBuilder.build_for_cudagraph_capture",
+        ("common_attn_metadata",),
+        ("build",),
+    ),
+    Reliance(
+        "attention: a builder knows its server",
+        "config/scheduler.py",
+        "SchedulerConfig.max_num_seqs",
+    ),
+    Reliance(
+        "V2 runner: requests end and come, slots are mapped, metadata is built, inputs are made, the model runs",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.execute_model",
+        ("scheduler_output", "dummy_run"),
+        (
+            "finish_requests",
+            "add_requests",
+            "update_requests",
+            "prepare_inputs",
+            "prepare_attn",
+            "preprocess_state",
+            "prepare_attn",
+            "prepare_inputs",
+            "run_fullgraph",
+        ),
+    ),
+    Reliance(
+        "V2 runner: a request that comes",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.add_requests",
+        (),
+        ("_remove_request", "add_request"),
+    ),
+    Reliance(
+        "V2 runner: preempted requests are removed",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.finish_requests",
+        (),
+        ("preempted_req_ids", "_remove_request"),
+    ),
+    Reliance(
+        "V2 runner: slots are mapped by index",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.prepare_attn",
+        (),
+        ("gather_block_tables", "compute_slot_mappings", "positions"),
+    ),
+    Reliance(
+        "V2 runner: builders are made, the cache is bound, the model state is told",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.initialize_kv_cache",
+        ("kv_cache_config",),
+        ("init_attn_backend", "BlockTables", "init_kv_cache", "model_state", "initialize_kv_cache"),
+    ),
+    Reliance(
+        "V2 runner: what is captured",
+        "v1/worker/gpu/cudagraph_utils.py",
+        "prepare_inputs_to_capture",
+        ("model_state", "full_cudagraph"),
+        ("make_dummy", "prepare_attn"),
+    ),
+    *(
+        Reliance("V2 runner: a batch", "v1/worker/gpu/input_batch.py", f"InputBatch.{field}")
+        for field in (
+            "req_ids",
+            "idx_mapping",
+            "idx_mapping_np",
+            "num_scheduled_tokens",
+            "num_computed_tokens_np",
+            "positions",
+        )
+    ),
+    Reliance(
+        "V2 runner: block tables of a group",
+        "v1/worker/gpu/block_table.py",
+        "BlockTables.__init__",
+        (),
+        ("block_tables", "StagedWriteTensor"),
+    ),
+    Reliance(
+        "V2 runner: rows on the device that the host writes",
+        "v1/worker/gpu/buffer_utils.py",
+        "StagedWriteTensor.__init__",
+        ("size", "dtype", "device"),
+        ("gpu",),
+    ),
+    Reliance(
+        "V2 runner: part of a row",
+        "v1/worker/gpu/buffer_utils.py",
+        "StagedWriteTensor.stage_write",
+        ("self", "index", "start", "x"),
+        exact=True,
+    ),
+    Reliance("V2 runner: all parts", "v1/worker/gpu/buffer_utils.py", "StagedWriteTensor.apply_write", ("self",)),
+    Reliance("V2 runner: numbers to the device", "utils/torch_utils.py", "async_tensor_h2d", ("data", "device")),
+    *(
+        Reliance("V2 runner: a request that comes", "v1/core/sched/output.py", f"NewRequestData.{field}")
+        for field in ("req_id", "sampling_params", "prompt_len")
+    ),
+    Reliance(
+        "scheduler: which runner",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.__init__",
+        ("vllm_config",),
+        ("use_v2_model_runner",),
+    ),
 )
 
 

@@ -89,6 +89,7 @@ def _install_engine_hooks() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
     from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.worker.gpu import model_states
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_packcache.engine.manager import RetentionManager, bounding_chunks, capping_hits
@@ -111,6 +112,7 @@ def _install_engine_hooks() -> None:
     _wrap(GPUModelRunner, "initialize_kv_cache", finding_keys)
     _wrap(GPUModelRunner, "_build_attention_metadata", publishing_step)
     _wrap(GPUModelRunner, "_preprocess", positioning)
+    _wrap(model_states, "resolve_model_state_cls", _choosing_model_state)
 
 
 def installed_hooks() -> list[str]:
@@ -122,6 +124,7 @@ def installed_hooks() -> list[str]:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.worker.gpu import model_states
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     owners = (
@@ -133,6 +136,7 @@ def installed_hooks() -> list[str]:
         StatLoggerManager,
         attention,
         GPUModelRunner,
+        model_states,
     )
     return [
         f"{owner.__name__}.{name}"
@@ -251,10 +255,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         )
     if config.positions == "rebase":
         _check_rebasing(vllm_config)
-    if vllm_config.use_v2_model_runner:
-        raise ConfigError(
-            f"{POLICY_FLAG} needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
-        )
 
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
@@ -542,6 +542,20 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
             # Here, before any weights are loaded.
             layout_of(backend.get_name())
         return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config)))
+
+    return wrapper
+
+
+def _choosing_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(resolve_model_state_cls)
+    def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        state = resolve_model_state_cls(vllm_config, *args, **kwargs)
+        if ServerConfig.from_additional_config(vllm_config.additional_config) is None:
+            return state
+        # It needs Triton, which is there when the V2 runner is.
+        from vllm_packcache.worker.runner_v2 import retaining_model_state
+
+        return retaining_model_state(state)
 
     return wrapper
 

@@ -7,19 +7,16 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.runner import use_triton_on_a_cpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    # vLLM takes Triton for unusable unless one driver is active; the interpreter needs none.
-    import triton.backends
-
-    driver = SimpleNamespace(is_active=lambda: True, get_active_torch_device=lambda: "cpu")
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    use_triton_on_a_cpu()
 
 from vllm_packcache.bench import gpu  # noqa: E402
 from vllm_packcache.bench.gpu_attention import PagedAttention  # noqa: E402
@@ -73,7 +70,20 @@ def test_everything_timed_is_right() -> None:
     names = " ".join(checks)
     assert all(word in names for word in ("triton, float32, frame", "vllm, triton", "decode, batch 1", "neighbours"))
     assert [(name, own) for name, own in checks.items() if not own.passed] == []
-    assert all(own.error > 0 for own in checks.values()), "compared with itself"
+    assert all(own.error > 0 for own in checks.values() if own.bound), "compared with itself"
+    assert checks["compaction, block size 16"].bound == 0
+
+
+def test_a_wrong_compaction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_packcache.worker import compaction_kernel
+
+    right = compaction_kernel.compact_rows
+
+    def wrong(block_table: torch.Tensor, seq_lens: torch.Tensor, *rest: Any) -> None:
+        right(block_table, seq_lens - 1, *rest)
+
+    monkeypatch.setattr(compaction_kernel, "compact_rows", wrong)
+    assert gpu._compaction_error(gpu.EXACT, DEVICE) > 0
 
 
 @pytest.mark.parametrize("fault", ["a block too early", "a key too few"])
@@ -152,6 +162,14 @@ def test_everything_is_measured(measured: dict[str, Any]) -> None:
     # Read and written, in 2 layers, blocks of 16 keys of 16 numbers of 4 bytes.
     assert rotation["bytes_read_and_written"] == 2 * 2 * rotation["blocks"] * 16 * 16 * 4
     assert set(rotation["share_of_attention_of_a_frame"]) == {"decoded", "in parallel"}
+    compaction = measured["compaction"]
+    assert set(compaction) == {"decode, batch 1", "decode, batch 2"}
+    blocks = compaction["decode, batch 1"]["blocks"]
+    assert blocks * 16 >= measured["attention"]["decode, batch 1"]["keys"]["packcache"] > (blocks - 1) * 16
+    assert compaction["decode, batch 2"]["blocks"] == 2 * blocks
+    ours = 27 * compaction["decode, batch 1"]["median"] + rotation["median"]
+    attention = measured["attention"]["decode, batch 1"]["kernels"]["triton"]["seconds"]["packcache"]
+    assert measured[gpu.SHARE] == pytest.approx(ours / (27 * sum(attention) / 2))
     judged = [target["ratio"] for target in measured["targets"]]
     assert "decode, batch 1, triton: full / packcache" in judged
     assert "decode, batch 2, triton: full / packcache" not in judged, "nothing is aimed at there"

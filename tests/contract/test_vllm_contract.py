@@ -24,9 +24,13 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.worker.gpu import model_states
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.contract.wheels import vllm_sources
+from tests.support import NEXT
 from vllm_packcache import contract, plugin
 from vllm_packcache.config import POLICY_KEY
 from vllm_packcache.contract import RELIANCES, Reliance, check_hooks
@@ -34,8 +38,7 @@ from vllm_packcache.engine.manager import RetentionManager, capping_hits
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.worker.attention import retaining_backend
 from vllm_packcache.worker.runner_v1 import publishing_step
-
-NEXT_VERSION = "0.33.0"
+from vllm_packcache.worker.runner_v2 import retaining_model_state
 
 each_reliance = pytest.mark.parametrize(
     "reliance", RELIANCES, ids=lambda reliance: f"{reliance.symbol.replace('.', '-')}: {reliance.name}"
@@ -58,18 +61,18 @@ def test_installed(reliance: Reliance) -> None:
 
 @pytest.fixture(scope="module")
 def next_vllm(request: pytest.FixtureRequest) -> Path:
-    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT_VERSION)
+    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT)
 
 
 @each_reliance
 def test_next_version(reliance: Reliance, next_vllm: Path) -> None:
     check = contract._check(reliance, next_vllm)
-    assert check.ok, f"vLLM {NEXT_VERSION}: {check.detail}"
+    assert check.ok, f"vLLM {NEXT}: {check.detail}"
 
 
 def test_both_versions_are_supported() -> None:
     supported = plugin.supported_vllm()
-    assert supported.contains(NEXT_VERSION)
+    assert supported.contains(NEXT)
     assert supported.contains(vllm.__version__.split("+")[0])
     assert plugin.version_error() is None
 
@@ -209,6 +212,7 @@ OWNERS: dict[str, type | ModuleType] = {
     "StatLoggerManager": StatLoggerManager,
     "attention": attention,
     "GPUModelRunner": GPUModelRunner,
+    "model_states": model_states,
 }
 
 
@@ -222,7 +226,8 @@ def original(owner: str, name: str) -> Any:
 def test_every_wrapper_has_a_reliance(owner: str, name: str) -> None:
     module = inspect.getmodule(OWNERS[owner])
     assert module is not None
-    file = module.__name__.removeprefix("vllm.").replace(".", "/") + ".py"
+    assert module.__file__ is not None
+    file = str(Path(module.__file__).relative_to(Path(vllm.__file__).parent))
     symbol = name if isinstance(OWNERS[owner], ModuleType) else f"{owner}.{name}"
     assert (file, symbol) in {(reliance.file, reliance.symbol) for reliance in RELIANCES}
 
@@ -245,6 +250,7 @@ def test_installed_hooks_are_the_wrappers() -> None:
             "Scheduler.make_stats",
             "StatLoggerManager.__init__",
             "vllm.model_executor.layers.attention.attention.get_attn_backend",
+            "vllm.v1.worker.gpu.model_states.resolve_model_state_cls",
         ]
     )
     assert len(plugin.installed_hooks()) == len(WRAPPED)
@@ -334,6 +340,7 @@ def overridden() -> Iterator[tuple[type, type, str]]:
         (RetentionSpec, FullAttentionSpec),
         (backend, AttentionBackend),
         (backend.get_builder_cls(), AttentionMetadataBuilder),
+        (retaining_model_state(DefaultModelState), ModelState),
     ]
     for ours, base in classes:
         for name, value in vars(ours).items():
@@ -348,15 +355,22 @@ OVERRIDDEN = list(overridden())
 
 def test_the_overrides_are_found() -> None:
     assert {name for *_, name in OVERRIDDEN} == {
+        "add_request",
         "build",
         "cache_blocks",
         "customize_spec",
         "get_builder_cls",
         "get_cudagraph_support",
         "get_num_blocks_to_allocate",
+        "initialize_kv_cache",
         "max_memory_usage_bytes",
         "merge",
         "pop_blocks_for_free",
+        "prepare_attn",
+        "prepare_dummy_inputs",
+        "prepare_inputs",
+        "preprocess_state",
+        "remove_request",
         "remove_skipped_blocks",
     }
 
@@ -365,10 +379,14 @@ def test_the_overrides_are_found() -> None:
     ("ours", "base", "name"), OVERRIDDEN, ids=[f"{ours.__name__}.{n}" for ours, _, n in OVERRIDDEN]
 )
 def test_an_override_takes_what_the_method_takes(ours: type, base: type, name: str) -> None:
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     shapes = []
     for owner in (ours, base):
-        parameters = inspect.signature(getattr(owner, name)).parameters.values()
-        shapes.append([(p.name, p.kind, p.default) for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD])
+        parameters = list(inspect.signature(getattr(owner, name)).parameters.values())
+        shapes.append([(p.name, p.kind, p.default) for p in parameters if p.kind not in variadic])
+    if any(p.kind is variadic[0] for p in inspect.signature(getattr(ours, name)).parameters.values()):
+        # What it does not look at it passes on.
+        shapes[1] = shapes[1][: len(shapes[0])]
     assert shapes[0] == shapes[1]
     symbols = {reliance.symbol for reliance in RELIANCES if reliance.exact and reliance.symbol.endswith(f".{name}")}
     assert symbols & {f"{owner.__name__}.{name}" for owner in base.__mro__}, "no reliance with these parameters"
@@ -437,3 +455,31 @@ def test_switched_on_the_layers_of_a_model_get_one_class() -> None:
         assert issubclass(backend, stock)
         chosen.add(backend)
     assert len(chosen) == 1
+
+
+# --------------------------------------------------------------------------- the state of a model
+
+
+def chosen_state(config: VllmConfig, state: type) -> tuple[type, type]:
+    """What vLLM chooses for a model that brings ``state``, and what the wrapper makes of it."""
+    model = SimpleNamespace(get_model_state_cls=lambda: state)
+    return (
+        original("model_states", "resolve_model_state_cls")(config, model),
+        model_states.resolve_model_state_cls(config, model),
+    )
+
+
+def test_switched_off_the_model_state_is_the_models_own() -> None:
+    assert chosen_state(VllmConfig(), DefaultModelState) == (DefaultModelState, DefaultModelState)
+
+
+def test_switched_on_any_model_state_becomes_one_with_a_policy() -> None:
+    class Own(DefaultModelState):
+        supports_prompt_embeds = False
+
+    config = VllmConfig(additional_config={POLICY_KEY: "packcache"})
+    stock, chosen = chosen_state(config, Own)
+    assert issubclass(chosen, stock)
+    assert chosen is not stock
+    assert chosen is chosen_state(config, Own)[1]
+    assert chosen.supports_prompt_embeds is False

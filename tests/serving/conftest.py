@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.runner import V2, shorter
+from vllm_packcache.config import ServerConfig
+
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""
@@ -46,3 +49,23 @@ def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
         vllm_config.scheduler_config.async_scheduling = wanted
 
     patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
+
+
+def check_video(llm: Any, ids: list[int], expected: list[int], **options: Any) -> None:
+    """A video whose condition is ``ids`` must be ``expected``; on V2 most of it is given and the end generated."""
+    given = shorter(0, max(0, len(expected) - 30))
+    options["condition_tokens"] = len(ids)
+    assert generate(llm, ids + expected[:given], len(expected) - given, **options) == expected[given:]
+
+
+def alone(
+    llm: Any, reference: Any, config: dict[str, Any], requests: Sequence[tuple[list[int], Any]]
+) -> list[list[int]]:
+    """What each request generates without company: the engine says, or on V2 the reference, which is faster there."""
+    if not V2:
+        return [run(llm, [ids], [params])[0] for ids, params in requests]
+    server = ServerConfig.parse("packcache", config)
+    return [
+        reference.generate(ids, params.max_tokens, server.plan(params.extra_args, len(ids)), 32).token_ids
+        for ids, params in requests
+    ]

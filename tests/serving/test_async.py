@@ -6,29 +6,34 @@ from typing import Any
 
 import pytest
 
-from tests.serving.conftest import prompt, run, sampling, schedule_asynchronously
+from tests.runner import shorter
+from tests.serving.conftest import alone, prompt, run, sampling, schedule_asynchronously
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 REQUESTS = [
-    (prompt(70, seed=5), sampling(400, tokens_per_frame=33)),
-    (prompt(130, seed=6), sampling(300)),
-    (prompt(20, seed=7), sampling(500, tokens_per_frame=57, window=1, history_frames=1)),
-    (prompt(420, seed=8), sampling(300, tokens_per_frame=40, condition_tokens=30)),
-    (prompt(70, seed=5), sampling(300, tokens_per_frame=67, policy="full")),
+    (prompt(70, seed=5), sampling(shorter(400, 60), tokens_per_frame=shorter(33, 10))),
+    (prompt(130, seed=6), sampling(shorter(300, 40))),
+    (prompt(20, seed=7), sampling(shorter(500, 60), tokens_per_frame=shorter(57, 15), window=1, history_frames=1)),
+    (prompt(420, seed=8), sampling(shorter(300, 45), tokens_per_frame=40, condition_tokens=30)),
+    (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
 ]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_gpu_blocks_override": 34, "max_model_len": 800}], ids=["room", "crowded"]
+    "options",
+    [{}, {"num_gpu_blocks_override": shorter(34, 22), "max_model_len": shorter(800, 600)}],
+    ids=["room", "crowded"],
 )
-def test_tokens_are_the_same(engine: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_same(
+    engine: Any, reference: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     schedule_asynchronously(monkeypatch, True)
     llm = engine("packcache", CONFIG, max_num_batched_tokens=128, variant="asynchronous", **options)
     core = llm.llm_engine.engine_core.engine_core
     assert type(core.scheduler) is AsyncScheduler
-    alone = [run(engine("packcache", CONFIG), [ids], [params])[0] for ids, params in REQUESTS]
-    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == alone
+    expected = alone(engine("packcache", CONFIG), reference, CONFIG, REQUESTS)
+    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == expected
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

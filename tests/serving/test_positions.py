@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.conftest import generate, prompt, run, sampling
+from tests.runner import V2, shorter
+from tests.serving.conftest import alone, check_video, generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.reference import LlamaReference, make_random_llama, positions
 from vllm_packcache.retention import Retention
@@ -49,8 +50,7 @@ def test_tokens_equal_the_reference(
     for mode in ("rebase", "absolute"):
         plan = plan_of({**config, "positions": mode}, condition, policy, tokens_per_frame=frame)
         tokens[mode] = reference.generate(ids, length, plan, BLOCK).token_ids
-    served = generate(engine(policy, config), ids, length, tokens_per_frame=frame)
-    assert served == tokens["rebase"]
+    check_video(engine(policy, config), ids, tokens["rebase"], tokens_per_frame=frame)
     # Until the window slides the two are the same, and afterwards they must not be.
     sliding = (config["window"] + 1) * frame
     assert tokens["rebase"][:sliding] == tokens["absolute"][:sliding]
@@ -60,10 +60,11 @@ def test_tokens_equal_the_reference(
 def test_absolute_positions_are_those_of_stock_vllm(engine: Any, reference: Any) -> None:
     config = {"window": 2, "history_frames": 1.5, "positions": "absolute"}
     ids = prompt(70, seed=3)
-    expected = reference.generate(ids, 700, plan_of(config, 70, tokens_per_frame=67), BLOCK).token_ids
-    assert generate(engine("packcache", config), ids, 700, tokens_per_frame=67) == expected
+    length, frame = shorter((700, 67), (60, 12))
+    expected = reference.generate(ids, length, plan_of(config, 70, tokens_per_frame=frame), BLOCK).token_ids
+    assert generate(engine("packcache", config), ids, length, tokens_per_frame=frame) == expected
     room = {"window": 20, "history_frames": 20, "positions": "absolute"}
-    assert generate(engine("packcache", room), ids, 700, tokens_per_frame=67) == generate(engine(), ids, 700)
+    assert generate(engine("packcache", room), ids, length, tokens_per_frame=frame) == generate(engine(), ids, length)
 
 
 # --------------------------------------------------------------------------- three axes
@@ -103,13 +104,14 @@ def test_three_axes_equal_the_reference(engine: Any, three_axes: Path, grid: str
     length = 10 * frame + 5
     reference = LlamaReference.load(three_axes)
     expected = reference.generate(ids, length, plan_of(config, len(ids), **options), BLOCK).token_ids
-    assert generate(llm, ids, length, **options) == expected
+    check_video(llm, ids, expected, **options)
     absolute = plan_of({**config, "positions": "absolute"}, len(ids), **options)
     assert reference.generate(ids, length, absolute, BLOCK).token_ids != expected
     # A prompt that holds the frames gives the same.
     given = 6 * frame + 11
+    count = shorter(length, given + 20)
     options["condition_tokens"] = len(ids)
-    assert generate(llm, ids + expected[:given], length - given, **options) == expected[given:]
+    assert generate(llm, ids + expected[:given], count - given, **options) == expected[given:count]
 
 
 def test_three_axes_without_rebasing_equal_the_reference(engine: Any, three_axes: Path) -> None:
@@ -119,10 +121,11 @@ def test_three_axes_without_rebasing_equal_the_reference(engine: Any, three_axes
     ids = prompt(40, seed=2)
     for options in ({"condition_image_tokens": 35}, {"condition_image_tokens": 0, "policy": "full"}):
         plan = plan_of(config, len(ids), **options)
-        expected = reference.generate(ids, 300, plan, BLOCK).token_ids
-        assert generate(llm, ids, 300, **options) == expected
+        length = shorter(300, 40)
+        expected = reference.generate(ids, length, plan, BLOCK).token_ids
+        assert generate(llm, ids, length, **options) == expected
     # Text has the model's own positions.
-    assert generate(llm, ids, 300) == reference.generate(ids, 300).token_ids
+    assert generate(llm, ids, length) == reference.generate(ids, length).token_ids
 
 
 def test_without_a_scale_all_axes_move_together(engine: Any, three_axes: Path) -> None:
@@ -131,7 +134,7 @@ def test_without_a_scale_all_axes_move_together(engine: Any, three_axes: Path) -
     ids = prompt(40, seed=3)
     plan = plan_of(config, len(ids), tokens_per_frame=35)
     expected = LlamaReference.load(three_axes).generate(ids, 400, plan, BLOCK).token_ids
-    assert generate(llm, ids, 400, tokens_per_frame=35) == expected
+    check_video(llm, ids, expected, tokens_per_frame=35)
 
 
 def test_a_picture_is_shared_only_with_who_positions_it_alike(engine: Any, three_axes: Path) -> None:
@@ -141,8 +144,9 @@ def test_a_picture_is_shared_only_with_who_positions_it_alike(engine: Any, three
     ids = prompt(40 + 108, seed=4)
     for options in ({}, {"condition_image_tokens": 54}, {"grid": [9, 6]}, {"condition_image_tokens": 108}):
         plan = plan_of({"layout": layout}, len(ids), **options) if options else None
-        expected = reference.generate(ids, 60, plan, BLOCK).token_ids
-        assert generate(llm, ids, 60, **options) == expected, options
+        length = shorter(60, 20)
+        expected = reference.generate(ids, length, plan, BLOCK).token_ids
+        assert generate(llm, ids, length, **options) == expected, options
 
 
 # --------------------------------------------------------------------------- keys
@@ -157,16 +161,16 @@ def logical_blocks(llm: Any) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("chunk", [512, 45])
-@pytest.mark.parametrize("given", [False, True], ids=["generated", "given"])
-def test_cached_keys_are_the_references(engine: Any, checkpoint: Path, chunk: int, given: bool) -> None:
-    condition, frame, frames = 50, 41, 14
+@pytest.mark.parametrize("given", shorter([0, 9], [9]))
+def test_cached_keys_are_the_references(engine: Any, checkpoint: Path, chunk: int, given: int) -> None:
+    condition, frame, frames = 50, 41, given + 5 if V2 else 14
     config = {"window": 3, "history_frames": 1.5}
     llm = engine("packcache", config, max_num_batched_tokens=chunk, max_num_seqs=2, enable_prefix_caching=False)
     reference = LlamaReference.load(checkpoint)
     ids = prompt(condition, seed=6)
     plan = plan_of(config, condition, tokens_per_frame=frame)
     whole = ids + reference.generate(ids, frames * frame, plan, BLOCK).token_ids
-    start = condition + 9 * frame if given else condition
+    start = condition + given * frame
     params = sampling(len(whole) - start, tokens_per_frame=frame, condition_tokens=condition)
     llm.llm_engine.add_request("video", {"prompt_token_ids": whole[:start]}, params)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -176,9 +180,10 @@ def test_cached_keys_are_the_references(engine: Any, checkpoint: Path, chunk: in
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
         # What the step has computed: it samples one token more, which is in nobody's cache.
-        computed = int(runner.input_batch.num_computed_tokens_cpu[0])
-        state = runner.requests.get(next(iter(runner.requests), ""))
-        if state is None or computed < condition + 5 * frame or (computed - condition) % frame not in (1, 30):
+        requests = runner.req_states.req_id_to_index if V2 else runner.requests
+        computed = runner.req_states.num_computed_tokens_np if V2 else runner.input_batch.num_computed_tokens_cpu
+        computed = int(computed[next(iter(requests.values())) if V2 else 0]) if requests else 0
+        if computed < condition + 5 * frame or (computed - condition) % frame not in (1, 30):
             continue
         current = plan.layout.frame_of(computed - 1)
         at = positions(plan, BLOCK, computed, current)
@@ -208,7 +213,7 @@ def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_500_frames_with_positions_for_16(engine: Any, short_table: Path) -> None:
-    condition, frame, frames = 20, 12, 500
+    condition, frame, frames = 20, 12, shorter(500, 18)
     config = {"window": 4, "layout": {"tokens_per_frame": frame}}
     llm = engine(
         "packcache",
@@ -229,7 +234,8 @@ def test_500_frames_with_positions_for_16(engine: Any, short_table: Path) -> Non
         for output in llm.llm_engine.step():
             tokens = list(output.outputs[0].token_ids)
         held = max(held, free - pool.get_num_free_blocks())
-        highest = max(highest, int(runner.positions[0]))
+        positions_of_step = runner.model_state._positions if V2 else runner.positions
+        highest = max(highest, int(positions_of_step[0]))
     assert len(tokens) == frames * frame
     assert highest == condition + 5 * frame - 1, "the last position of W + 1 frames"
     assert held <= -(-(condition + 5 * frame) // BLOCK) + 1
@@ -252,23 +258,28 @@ def test_what_is_not_rebased_ends_at_the_table(engine: Any, short_table: Path) -
     own = LlamaReference.load(short_table)
     for options in ({}, {"policy": "full", "condition_tokens": 20}):
         ids = prompt(20, seed=8)
-        assert generate(llm, ids, 3000, **options) == own.generate(ids, limit - 20).token_ids
+        given = shorter([], own.generate(ids, limit - 50).token_ids)
+        rest = generate(llm, ids + given, 3000, **options)
+        assert given + rest == own.generate(ids, limit - 20).token_ids
         with pytest.raises(VLLMValidationError, match=f"the prompt has {limit} tokens, and the model has {limit}"):
             generate(llm, prompt(limit), 5, **options)
     with pytest.raises(VLLMValidationError, match="this video needs 240 positions, and the model has 212: lower"):
         generate(llm, prompt(20), 3000, tokens_per_frame=44)
     # A short one of such frames fits.
-    assert len(generate(llm, prompt(20), 4 * 44, tokens_per_frame=44)) == 4 * 44
+    given = shorter(0, 4 * 44 - 10)
+    fits = generate(llm, prompt(20 + given), 4 * 44 - given, tokens_per_frame=44, condition_tokens=20)
+    assert len(fits) == 4 * 44 - given
 
 
-def test_company_of_other_windows_changes_nothing(engine: Any) -> None:
-    llm = engine("packcache", {"window": 3, "history_frames": 1.5}, max_num_batched_tokens=128)
+def test_company_of_other_windows_changes_nothing(engine: Any, reference: Any) -> None:
+    config = {"window": 3, "history_frames": 1.5}
+    llm = engine("packcache", config, max_num_batched_tokens=128)
     requests = [
-        (prompt(70, seed=5), sampling(500, tokens_per_frame=33)),
-        (prompt(130, seed=6), sampling(200)),
-        (prompt(20, seed=7), sampling(600, tokens_per_frame=57, window=1, history_frames=1)),
-        (prompt(420, seed=8), sampling(300, tokens_per_frame=40, condition_tokens=30)),
-        (prompt(70, seed=5), sampling(300, tokens_per_frame=67, policy="full")),
+        (prompt(70, seed=5), sampling(shorter(500, 50), tokens_per_frame=shorter(33, 9))),
+        (prompt(130, seed=6), sampling(shorter(200, 30))),
+        (prompt(20, seed=7), sampling(shorter(600, 50), tokens_per_frame=shorter(57, 15), window=1, history_frames=1)),
+        (prompt(420, seed=8), sampling(shorter(300, 30), tokens_per_frame=40, condition_tokens=30)),
+        (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
     ]
-    alone = [run(llm, [ids], [params])[0] for ids, params in requests]
-    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == alone
+    expected = alone(llm, reference, config, requests)
+    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == expected

@@ -204,11 +204,11 @@ def test_a_backend_of_unknown_layout_is_refused_before_weights_load(
         attention.get_attn_backend(**arguments)
 
 
-def test_v2_runner_is_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_either_runner_starts(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = start()
-    # On a GPU this is the default; without Triton vLLM itself would refuse to make such a configuration.
-    monkeypatch.setattr(type(config), "use_v2_model_runner", property(lambda config: True))
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+    for v2 in (False, True):
+        # On a GPU V2 is the default; without Triton vLLM itself would refuse to make such a configuration.
+        monkeypatch.setattr(type(config), "use_v2_model_runner", property(lambda config, v2=v2: v2))
         plugin.check_engine(config)
 
 

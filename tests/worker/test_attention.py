@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import SlidingWindow
 from vllm_packcache.retention import Retention
-from vllm_packcache.worker.attention import compact_metadata, retaining_backend, retaining_builder
+from vllm_packcache.worker.attention import HostCompaction, compact_metadata, retaining_backend, retaining_builder
 from vllm_packcache.worker.compaction import compact
-from vllm_packcache.worker.step import Row, Step, current_step, publish
+from vllm_packcache.worker.step import Row, Step, current_compaction, publish
 
 BLOCK = 4
 SPEC = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -122,6 +123,7 @@ def test_optional_fields_may_be_missing() -> None:
         "flash_attn.FlashAttentionBackend",
         "triton_attn.TritonAttentionBackend",
         "flashinfer.FlashInferBackend",
+        "flex_attention.FlexAttentionBackend",
     ]
 )
 def backend(request: pytest.FixtureRequest) -> type[AttentionBackend]:
@@ -217,7 +219,7 @@ class SmallBlockBackend(CPUAttentionBackend):
 
 def test_the_builder_compacts_what_the_current_step_publishes() -> None:
     builder = retaining_builder(RecordingBuilder)(SPEC, ["layer"], None, torch.device("cpu"))
-    with publish(make_step()):
+    with publish(HostCompaction(make_step())):
         prefix, built, fast, kwargs = builder.build(0, make_common(), True, extra=1)
     assert built.seq_lens.tolist() == [10, 18, 26, 26, 17]
     assert (prefix, fast, kwargs) == (0, True, {"extra": 1})
@@ -226,13 +228,23 @@ def test_the_builder_compacts_what_the_current_step_publishes() -> None:
 def test_without_a_step_the_builder_is_the_original() -> None:
     builder = retaining_builder(RecordingBuilder)(SPEC, ["layer"], None, torch.device("cpu"))
     common = make_common()
-    assert current_step() is None
+    assert current_compaction() is None
     assert builder.build(0, common)[1] is common
 
 
-def test_a_compacted_batch_is_never_replayed_from_a_graph() -> None:
+@pytest.mark.parametrize("support", AttentionCGSupport)
+def test_graph_support_is_the_backends_own_where_rows_are_requests(support: AttentionCGSupport) -> None:
+    class Supporting(RecordingBuilder):
+        _cudagraph_support = support
+
+    builder = retaining_builder(Supporting)
+    v1, v2 = (SimpleNamespace(use_v2_model_runner=v2) for v2 in (False, True))
+    assert builder.get_cudagraph_support(v2, SPEC) is support
+    assert builder.get_cudagraph_support(v1, SPEC) is AttentionCGSupport.NEVER
+
+
+def test_metadata_is_not_patched_with_another_block_table() -> None:
     builder = retaining_builder(RecordingBuilder)
-    assert builder.get_cudagraph_support(None, SPEC) is AttentionCGSupport.NEVER
     assert builder.supports_update_block_table is False
     assert RecordingBuilder.supports_update_block_table is True
 
@@ -248,7 +260,7 @@ def test_vllm_splits_blocks_for_a_kernel_as_we_do() -> None:
 
     stock = group.build_metadata(make_common())[1]
     text = Step([Row(None, 6, 24), Row(None, 16, 1)], make_step().block_table, BLOCK)
-    with publish(text):
+    with publish(HostCompaction(text)):
         ours = group.build_metadata(make_common())[1]
 
     # Nothing is dropped of text, so each row must read the very blocks that vLLM would have it read.

@@ -64,9 +64,8 @@ def test_the_cpu_backend_packs_keys_by_channel() -> None:
 
 
 TRITON = """
-import types, triton.backends
-driver = types.SimpleNamespace(is_active=lambda: True, get_active_torch_device=lambda: "cpu")
-triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+from tests.runner import use_triton_on_a_cpu
+use_triton_on_a_cpu()
 import torch
 # The kernel only asks to choose how many numbers a program writes.
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
@@ -95,7 +94,7 @@ def test_gpu_backends_as_vllms_triton_kernel_writes() -> None:
     """Under Triton's interpreter, which must be chosen before anything is imported."""
     outcome = subprocess.run(
         [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -169,7 +169,9 @@ def test_a_slide_turns_the_history_and_nothing_else() -> None:
     before = keys_in(cache).clone()
     table = np.random.default_rng(0).permutation(40)[:20].astype(np.int32)
     frame = 5
-    KeyRotation.of(rotary, [cache]).slide(retention, positions, retention.layout.frame_start(frame), table)
+    KeyRotation.of(rotary, [cache]).slide(
+        retention, positions, retention.layout.frame_start(frame), torch.from_numpy(table)
+    )
     turned = set(torch.nonzero((keys_in(cache) != before).flatten(1).any(1)).flatten().tolist())
     assert turned == set(table[retention.history_blocks(frame)].tolist())
     assert not turned & set(table[list(retention.blocks.condition_blocks)].tolist())
@@ -181,7 +183,7 @@ def test_layers_that_share_a_cache_are_turned_once() -> None:
     rotary = Rotary(np.array([0.3]), np.array([0]), np.array([0]), np.array([1]))
     keys = torch.randn(20, 8, 1, 2)
     once, shared = cache_of(keys, False), cache_of(keys, False)
-    table = np.arange(20, dtype=np.int32)
+    table = torch.arange(20, dtype=torch.int32)
     for layers in ([once], [shared, shared, CachedKeys(*shared)]):
         KeyRotation.of(rotary, layers).slide(retention, positions, retention.layout.frame_start(4), table)
     assert torch.equal(keys_in(once), keys_in(shared))

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_packcache.config import CONFIG_KEY, POLICY_KEY
 from vllm_packcache.worker.runner_v1 import positioning, publishing_step
-from vllm_packcache.worker.step import Step, current_step
+from vllm_packcache.worker.step import Step, current_compaction
 
 ON = {POLICY_KEY: "sliding_window", CONFIG_KEY: {"window": 1, "layout": {"tokens_per_frame": 8}}}
 VIDEO = {"packcache_condition_tokens": 10}
@@ -48,7 +48,8 @@ def runner(additional_config: dict[str, Any], *requests: CachedRequestState) -> 
 
 
 def build(runner: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], Step | None]:
-    return runner, args, kwargs, current_step()
+    compaction = current_compaction()
+    return runner, args, kwargs, None if compaction is None else compaction.step
 
 
 wrapped = publishing_step(build)
@@ -56,7 +57,7 @@ wrapped = publishing_step(build)
 
 def published(runner: Any, scheduled: dict[str, int] | None) -> Step | None:
     step = wrapped(runner, num_tokens=3, num_scheduled_tokens=scheduled)[3]
-    assert current_step() is None
+    assert current_compaction() is None
     return step
 
 
@@ -116,7 +117,7 @@ def test_a_failure_leaves_no_step_behind() -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         publishing_step(fail)(runner(ON, state("a", VIDEO)), num_scheduled_tokens={"a": 1})
-    assert current_step() is None
+    assert current_compaction() is None
 
 
 # --------------------------------------------------------------------------- positions

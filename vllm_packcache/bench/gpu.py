@@ -1,4 +1,4 @@
-"""What attention and key rotation take on a GPU, with and without packcache, at the lengths of the PackCache paper.
+"""What attention, compaction and key rotation take on a GPU, at the lengths of the PackCache paper.
 
 ::
 
@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import platform
 import shlex
 import sys
@@ -47,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_packcache.bench.files import claim
+from vllm_packcache.bench import files
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache, Policy, SlidingWindow
 from vllm_packcache.positions import Float64, Int64, Positions, slide_angles
@@ -65,6 +64,7 @@ RATIOS = {
     f"packcache / {SHORT}": ("packcache", SHORT),
 }
 FRAME_STEP = "frame"
+SHARE = "compaction and rotation / attention of a decoded frame"
 OWN_KERNEL = "triton"
 
 Work = Callable[[], Any]
@@ -228,6 +228,7 @@ def check(device: torch.device, plans: Sequence[Plan] = (EXACT, AS_TIMED)) -> di
         for interleaved in (False, True):
             error = _rotation_error(plan.geometry, interleaved, device)
             checks[f"rotation, {dtype}, {'neighbours' if interleaved else 'halves'}"] = Check(error, 1.0)
+        checks[f"compaction, block size {plan.geometry.block_size}"] = Check(_compaction_error(plan, device), 0.0)
     return checks
 
 
@@ -289,6 +290,51 @@ def _rotation_error(shape: Geometry, interleaved: bool, device: torch.device) ->
     )
 
 
+def _compaction_error(plan: Plan, device: torch.device) -> float:
+    """How many numbers of compacted rows are not those that the host's compaction makes."""
+    wrong = 0
+    for frame in range(plan.frames):
+        step = _compaction(plan, 3, plan.layout.frame_start(frame) + plan.tokens_per_frame // 2, device)
+        step.run()
+        for row, read in enumerate(step.reads):
+            table = step.out.block_table[row, : len(read.block_table)].cpu().numpy()
+            wrong += int((table != read.block_table).sum()) + int(step.out.seq_lens[row] != read.length)
+    return float(wrong)
+
+
+class Compaction(NamedTuple):
+    """A decode step's compaction on the device.
+
+    Attributes:
+        run: enqueues it.
+        out: what it writes to, a `vllm_packcache.worker.compaction_kernel.CompactedRows`.
+        reads: what each row should come to.
+    """
+
+    run: Work
+    out: Any
+    reads: list[Reads]
+
+
+def _compaction(plan: Plan, sequences: int, computed: int, device: torch.device) -> Compaction:
+    """The compaction of a decode step of packcache."""
+    from vllm_packcache.worker.compaction_kernel import CompactedRows, compact_rows
+
+    tables = np.random.default_rng(SEED).permutation(sequences * plan.blocks).astype(np.int32).reshape(sequences, -1)
+    retention, frame = plan.retention(PACKCACHE), plan.layout.frame_of(computed)
+    past = retention.past(frame)
+    kept = torch.tensor([len(past), retention.blocks.tail_start(frame), *past.tolist()], dtype=torch.int32)
+    kept = kept.repeat(sequences, 1).to(device)
+    table, slots = torch.from_numpy(tables).to(device), torch.arange(sequences, device=device)
+    seq_lens = torch.full((sequences,), computed + 1, dtype=torch.int32, device=device)
+    out = CompactedRows.empty(sequences, plan.blocks, device)
+
+    def run() -> None:
+        compact_rows(table, seq_lens, kept, slots, out, plan.geometry.block_size, 1)
+
+    return Compaction(run, out, [reads(plan, computed, 1, blocks)["packcache"] for blocks in tables])
+
+
 def kernels() -> dict[str, MakeAttention]:
     """The paged attention kernels at hand: our own, and vLLM's where it is installed."""
     from vllm_packcache.bench.gpu_attention import PagedAttention, UnifiedAttention
@@ -347,13 +393,24 @@ def measure(plan: Plan, device: torch.device, clock: Clock) -> dict[str, Any]:
     torch.manual_seed(SEED)
     attention = {step: _time_attention(plan, step, device, clock) for step in plan.steps()}
     rotation = _time_rotation(plan, device, clock)
+    compaction = {
+        step: _time_compaction(plan, sequences, computed, device, clock)
+        for step, (sequences, computed, scheduled) in plan.steps().items()
+        if scheduled == 1
+    }
     # A frame is a decode step for each of its tokens, or one step for all of them; both take longer than attention.
     frames = {
         "decoded": plan.tokens_per_frame * _median(attention, f"decode, batch {plan.batches[0]}"),
         "in parallel": _median(attention, FRAME_STEP),
     }
     rotation["share_of_attention_of_a_frame"] = {name: rotation["median"] / own for name, own in frames.items()}
-    return {"attention": attention, "rotation": rotation}
+    ours = plan.tokens_per_frame * compaction[f"decode, batch {plan.batches[0]}"]["median"] + rotation["median"]
+    return {
+        "attention": attention,
+        "rotation": rotation,
+        "compaction": compaction,
+        SHARE: ours / frames["decoded"],
+    }
 
 
 def _median(attention: Mapping[str, Any], step: str) -> float:
@@ -433,6 +490,15 @@ def _time_rotation(plan: Plan, device: torch.device, clock: Clock) -> dict[str, 
         "copy_bytes_per_second": 2 * turned / float(np.median(samples["copy"])),
         "bandwidth / copy bandwidth": summary(ratios),
     }
+
+
+def _time_compaction(plan: Plan, sequences: int, computed: int, device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Time the compaction of a decode step, which all layers share."""
+    step = _compaction(plan, sequences, computed, device)
+    samples = clock.seconds({"compaction": clock.captured(step.run)}, plan.rounds)["compaction"]
+    # A block is read out of the table, and where it is of the past out of what is kept, and written.
+    blocks = sum(len(read.block_table) for read in step.reads)
+    return {"blocks": blocks, "bytes": 3 * 4 * blocks, "seconds": samples, "median": float(np.median(samples))}
 
 
 def _angles(plan: Plan) -> Float64:
@@ -516,6 +582,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 if bound:
                     judged.append(_judged(f"{step}, {kernel}: {ratio}", own["ratios"][ratio]["median"], bound))
     name = "bandwidth / copy bandwidth"
+    judged.append(_judged(SHARE, result[SHARE], {"at_most": 0.01}))
     return [*judged, _judged(f"rotation: {name}", result["rotation"][name]["median"], {"at_least": 0.7})]
 
 
@@ -570,7 +637,7 @@ def run(json_path: Path | None) -> int:
     Returns:
         0; 1 if a kernel is wrong, and 2 if nothing can be measured here: then no times are written.
     """
-    claim(json_path)
+    files.claim(json_path)
     result = _about()
     reason = not_measurable()
     if reason is None:
@@ -583,7 +650,7 @@ def run(json_path: Path | None) -> int:
     if not result["measured"]:
         print(result["reason"], file=sys.stderr)
     if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        files.write(json_path, result)
     return status
 
 
@@ -623,6 +690,8 @@ def _print(result: Mapping[str, Any]) -> None:
     for name, share in rotation["share_of_attention_of_a_frame"].items():
         print(f", {share:.3%} of the attention of a frame {name}", end="")
     print()
+    for step, own in result["compaction"].items():
+        print(f"compaction, {step}: {own['median'] * 1e6:.1f} us a step")
     for target in result["targets"]:
         bound = f">= {target['at_least']}" if "at_least" in target else f"<= {target['at_most']}"
         print(f"{target['ratio']:<60} {target['value']:>7.3f}  {bound:<8} {'met' if target['met'] else 'MISSED'}")

@@ -281,7 +281,8 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
 
     A chunk of a video ends where its blocks would be more than the policy lets it hold: a video that is recomputed
     after a preemption takes no more room than it did before. It also ends where the window slides, because then cached
-    keys move, and a cache is in one state while a step runs.
+    keys move, and a cache is in one state while a step runs. With the V2 runner it ends with its frame: the rows of a
+    step are those of its requests, as captured graphs and the buffers of GPU backends have them.
     """
 
     @wraps(reserve_prefill_lookahead)
@@ -295,7 +296,10 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
         if manager is None or video is None:
             return num_new_tokens
         processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
-        ends = (video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed))
+        ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
+        if scheduler.use_v2_model_runner:
+            layout = video.retention.layout
+            ends.append(layout.frame_start(layout.frame_of(num_computed_tokens) + 1))
         room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)
         return max(0, min(num_new_tokens, room))
 

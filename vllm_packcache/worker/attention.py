@@ -6,7 +6,7 @@ A subclass is made for whatever backend vLLM has chosen, so there is nothing her
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_packcache.worker.compaction import compact
-from vllm_packcache.worker.step import Step, current_step
+from vllm_packcache.worker.step import Step, current_compaction
 
 
 @cache
@@ -47,12 +47,15 @@ def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMet
     """A subclass of the metadata builder ``base`` that compacts what it is given."""
 
     class RetainingBuilder(base):
-        # A compacted block table is a new tensor each step, and the rows of a step are more than its requests
-        # when a chunk spans frames: neither can be replayed from a captured graph.
+        # Metadata of another group of layers has another group's blocks: it is built anew, from compacted ones.
         supports_update_block_table = False
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            if vllm_config.use_v2_model_runner:
+                return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            # With the V1 runner a compacted block table is a new tensor each step, and the rows of a step are more
+            # than its requests when a chunk spans frames: neither can be replayed from a captured graph.
             return AttentionCGSupport.NEVER
 
         def build(
@@ -62,13 +65,26 @@ def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMet
             fast_build: bool = False,
             **kwargs: Any,
         ) -> Any:
-            step = current_step()
-            if step is not None:
-                common_attn_metadata = compact_metadata(common_attn_metadata, step, self.kv_cache_spec.block_size)
+            compaction = current_compaction()
+            if compaction is not None:
+                common_attn_metadata = compaction(common_attn_metadata, self)
             return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
 
     RetainingBuilder.__qualname__ = f"Retaining{base.__qualname__}"
     return RetainingBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class HostCompaction:
+    """Compacts a step with what is known on the host, rows that span frames included."""
+
+    step: Step
+
+    def __call__(
+        self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
+    ) -> CommonAttentionMetadata:
+        """See `vllm_packcache.worker.step.Compaction`."""
+        return compact_metadata(common, self.step, builder.kv_cache_spec.block_size)
 
 
 def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_size: int) -> CommonAttentionMetadata:

@@ -3,6 +3,8 @@
 Softmax attention does not depend on the order of its keys and RoPE is already in the cached ones, so a row's
 block table may list just the live blocks, with its length reduced to the live tokens. A row whose queries
 span several frames becomes one virtual row a frame, because each frame sees what was live while it was made.
+
+This is done on the host, for the V1 runner; `vllm_packcache.worker.compaction_kernel` is for the V2 runner.
 """
 
 from __future__ import annotations

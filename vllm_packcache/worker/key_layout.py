@@ -103,3 +103,6 @@ _LAYOUTS: dict[str, Callable[[Attention], CachedKeys]] = {
     "FLASHINFER": row_major_keys,
     "FLEX_ATTENTION": row_major_keys,
 }
+
+BACKENDS = tuple(_LAYOUTS)
+"""Attention backends whose cached keys can be found."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
@@ -32,7 +32,8 @@ from vllm_packcache.positions import (
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.key_layout import CachedKeys
 
-Int32 = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    from vllm_packcache.worker.rotation_kernel import RotationKernel
 
 NUMBERS_AT_ONCE = 2**18
 """Numbers of a cache that are turned in one go: as float32 they and what becomes of them stay in a core's cache."""
@@ -118,14 +119,14 @@ class KeyRotation:
         by_memory = {keys.memory.data_ptr(): keys for keys in layers}
         return cls(rotary, tuple(by_memory.values()))
 
-    def slide(self, retention: Retention, positions: Positions, token: int, block_table: Int32) -> None:
+    def slide(self, retention: Retention, positions: Positions, token: int, block_table: Tensor) -> None:
         """Move the history of one request by one frame: its window slides before ``token`` is computed.
 
         Args:
             retention: what of the request lives.
             positions: where its tokens are.
             token: the first token of the frame about to be made.
-            block_table: the request's blocks, [at least its logical blocks].
+            block_table: the request's blocks, [at least its logical blocks], on any device.
         """
         logical = retention.history_blocks(positions.layout.frame_of(token))
         if len(logical) == 0:
@@ -133,10 +134,22 @@ class KeyRotation:
         block_size = retention.block_size
         tokens = logical[:, None] * block_size + np.arange(block_size)
         kinds = torch.from_numpy(positions.slide_kinds(tokens))
-        blocks = torch.from_numpy(block_table[logical].astype(np.int64))
+        blocks = block_table[torch.from_numpy(logical).to(block_table.device)].long()
         angles = slide_angles(positions, self.rotary.frequencies, self.rotary.axis_of)
+        if self._kernel is not None:
+            self._kernel.rotate(blocks, kinds, angles, interleaved=bool(self.rotary.right[0] == 1))
+            return
         for keys in self.layers:
             rotate(keys, blocks, kinds, angles, self.rotary)
+
+    @cached_property
+    def _kernel(self) -> RotationKernel | None:
+        """One launch for all layers, on a GPU; None: they are turned one after another."""
+        if not all(keys.memory.is_cuda for keys in self.layers):
+            return None
+        from vllm_packcache.worker.rotation_kernel import RotationKernel
+
+        return RotationKernel(keys.memory for keys in self.layers)
 
 
 def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rotary: Rotary) -> None:
@@ -151,7 +164,8 @@ def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rot
     """
     memory, order = keys
     split = kinds.shape[1] // order.shape[0]
-    blocks = (blocks[:, None] * split + torch.arange(split)).flatten().to(memory.device, non_blocking=True)
+    parts = blocks[:, None] * split + torch.arange(split, device=blocks.device)
+    blocks = parts.flatten().to(memory.device, non_blocking=True)
     kinds = kinds.view(-1, order.shape[0]).to(memory.device, non_blocking=True)
     turn = _turn(order, angles, rotary)
     at_once = max(1, NUMBERS_AT_ONCE // memory[0].numel())

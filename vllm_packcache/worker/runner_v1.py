@@ -16,9 +16,10 @@ import torch
 from vllm_packcache.config import ServerConfig, config_of
 from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
+from vllm_packcache.worker.attention import HostCompaction
 from vllm_packcache.worker.key_layout import cached_keys
 from vllm_packcache.worker.rotation import KeyRotation, rotary_of
-from vllm_packcache.worker.step import Row, Step, publish
+from vllm_packcache.worker.step import Row, Step, position_shifts, publish
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -59,7 +60,7 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
         setattr(runner, _STEP, step)
         if step is None:
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
-        with publish(step):
+        with publish(HostCompaction(step)):
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
 
     return wrapper
@@ -80,8 +81,8 @@ def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
             return inputs
         for row, blocks in zip(step.rows, step.block_table, strict=False):
             if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
-                getattr(runner, _ROTATION).slide(row.retention, row.positions, row.computed, blocks)
-        shifts = step.position_shifts()
+                getattr(runner, _ROTATION).slide(row.retention, row.positions, row.computed, torch.from_numpy(blocks))
+        shifts = position_shifts(step.rows)
         if shifts is not None:
             positions = inputs[2]
             on_device = torch.from_numpy(shifts).to(positions.device, non_blocking=True)

@@ -1,22 +1,28 @@
 """What the rest of the worker side must know of the step being run, published by the runner's adapter.
 
 vLLM's metadata builders see block tables and lengths, not requests. The adapter of the model runner knows the
-requests; it publishes one row for each while it builds the attention metadata.
+requests; it publishes how to compact while it builds the attention metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_packcache.positions import Int64, Positions
 from vllm_packcache.retention import Retention
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+
+Compaction = Callable[["CommonAttentionMetadata", "AttentionMetadataBuilder[Any]"], "CommonAttentionMetadata"]
+"""What attention is to read in a step, for the builder that is about to build: metadata with live blocks only."""
 
 
 class Row(NamedTuple):
@@ -45,16 +51,17 @@ class Step:
     block_table: npt.NDArray[np.int32]
     block_size: int
 
-    def position_shifts(self) -> Int64 | None:
-        """By how much the step's tokens are positioned off their index, [axes, tokens]; None: none is."""
-        shifts = [_position_shift(row) for row in self.rows]
-        if all(isinstance(shift, int) for shift in shifts):
-            if not any(shifts):
-                return None
-            return np.repeat(np.array(shifts), [row.scheduled for row in self.rows])[None]
-        return np.concatenate(
-            [np.broadcast_to(shift, (3, row.scheduled)) for row, shift in zip(self.rows, shifts, strict=True)], axis=1
-        )
+
+def position_shifts(rows: Sequence[Row]) -> Int64 | None:
+    """By how much the tokens of ``rows`` are positioned off their index, [axes, tokens]; None: none is."""
+    shifts = [_position_shift(row) for row in rows]
+    if all(isinstance(shift, int) for shift in shifts):
+        if not any(shifts):
+            return None
+        return np.repeat(np.array(shifts), [row.scheduled for row in rows])[None]
+    return np.concatenate(
+        [np.broadcast_to(shift, (3, row.scheduled)) for row, shift in zip(rows, shifts, strict=True)], axis=1
+    )
 
 
 def _position_shift(row: Row) -> int | Int64:
@@ -81,18 +88,18 @@ def _check_chunk(row: Row, positions: Positions) -> None:
         )
 
 
-_current: ContextVar[Step | None] = ContextVar("packcache_step", default=None)
+_current: ContextVar[Compaction | None] = ContextVar("packcache_compaction", default=None)
 
 
-def current_step() -> Step | None:
-    """The step whose attention metadata is being built, if any of its requests is a video."""
+def current_compaction() -> Compaction | None:
+    """How to compact the step whose attention metadata is being built; None: it is read as it is."""
     return _current.get()
 
 
 @contextmanager
-def publish(step: Step) -> Iterator[None]:
-    """Make ``step`` the current one."""
-    token = _current.set(step)
+def publish(compaction: Compaction) -> Iterator[None]:
+    """Make ``compaction`` the current one."""
+    token = _current.set(compaction)
     try:
         yield
     finally:

@@ -1,0 +1,40 @@
+"""The README's support table is what `tests.support` says, and that names tests that there are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import vllm
+from packaging.version import Version
+
+from tests.support import INSTALLED, SUPPORT, Support, table
+from vllm_packcache.plugin import supported_vllm
+from vllm_packcache.worker.key_layout import BACKENDS
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_the_readme_shows_it() -> None:
+    assert table() in (TESTS.parent / "README.md").read_text(encoding="utf-8"), "see python -m tests.support"
+
+
+def test_versions_are_those_that_are_tested() -> None:
+    assert Version(vllm.__version__).public == INSTALLED
+    assert all(supported_vllm().contains(row.vllm) for row in SUPPORT)
+
+
+def test_every_backend_and_runner_is_in_it() -> None:
+    rows = [row for row in SUPPORT if row.vllm == INSTALLED]
+    assert {backend for row in rows for backend in row.backends.split(", ")} == set(BACKENDS)
+    assert {runner for row in rows for runner in row.runners.split(", ")} == {"V1", "V2"}
+
+
+@pytest.mark.parametrize("row", SUPPORT, ids=lambda row: f"{row.vllm} {row.runners} {row.backends}")
+def test_what_shows_it_exists(row: Support) -> None:
+    for name in row.shown_by:
+        file, _, test = name.partition("::")
+        tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+        tests = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "test_" in node.name]
+        assert test in tests if test else tests

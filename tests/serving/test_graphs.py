@@ -1,0 +1,156 @@
+"""Full CUDA graphs without a GPU: what is captured is run again in every decode step, with nothing but its own tensors.
+
+A captured graph reads the tensors that it was captured with, wherever the arguments of a later step point. On a CPU
+nothing can be captured; here the model is called instead, with the inputs and the metadata of the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runner import V2
+from tests.serving.conftest import prompt, run, sampling
+from vllm_packcache.config import ServerConfig
+
+pytestmark = pytest.mark.skipif(not V2, reason="the V1 runner leaves attention out of graphs")
+
+CONFIG = {"window": 2, "history_frames": 1.5}
+SIZES = (1, 2, 4)
+
+
+class Replaying:
+    """In place of a runner's ``ModelCudaGraphManager``, with a graph for decode steps of each of `SIZES` requests."""
+
+    def __init__(self, runner: Any) -> None:
+        from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+        self.runner = runner
+        self.replayed: list[tuple[int, int]] = []
+        self.graphs = {}
+        self.sizes = [size for size in SIZES if size <= runner.max_num_reqs]
+        for size in self.sizes:
+            inputs = {
+                "input_ids": runner.input_buffers.input_ids[:size],
+                "positions": runner.input_buffers.positions[:size],
+                "intermediate_tensors": None,
+                "inputs_embeds": None,
+                **runner.model_state.prepare_dummy_inputs(size, size),
+            }
+            state = prepare_inputs_to_capture(
+                size,
+                size,
+                runner.model_state,
+                runner.input_buffers,
+                runner.block_tables,
+                runner.attn_groups,
+                runner.kv_cache_config,
+                full_cudagraph=True,
+                max_query_len=1,
+            )
+            self.graphs[size] = inputs, state
+        self.of_step: dict[str, Any] = {}
+        prepare_attn = runner.model_state.prepare_attn
+
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            self.of_step = prepare_attn(*args, **kwargs)
+            return self.of_step
+
+        runner.model_state.prepare_attn = remembering
+
+    def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, **kwargs: Any) -> Any:
+        from vllm.config.compilation import CUDAGraphMode
+        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+        size = next((size for size in self.sizes if size >= num_reqs), None)
+        if uniform_token_count != 1 or size is None:
+            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+        self.replayed.append((size, num_reqs))
+        return BatchExecutionDescriptor(CUDAGraphMode.FULL, size, size, uniform_token_count)
+
+    def run_fullgraph(self, desc: Any) -> Any:
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+        inputs, state = self.graphs[desc.num_reqs]
+        metadata = dict(state.attn_metadata)
+        for name, now in self.of_step.items():
+            if isinstance(now, CPUAttentionMetadata):
+                # Its plan of work is the one thing that is not kept in place: why that backend supports no graphs.
+                metadata[name] = replace(metadata[name], scheduler_metadata=now.scheduler_metadata)
+            for field in ("block_table", "seq_lens", "query_start_loc", "slot_mapping"):
+                assert getattr(metadata[name], field).data_ptr() == getattr(now, field).data_ptr(), field
+        with set_forward_context(
+            metadata, self.runner.vllm_config, num_tokens=desc.num_tokens, slot_mapping=state.slot_mappings
+        ):
+            return self.runner.model(**inputs)
+
+
+@pytest.mark.parametrize("mode", ["rebase", "absolute"])
+def test_what_was_captured_serves_every_decode_step(engine: Any, reference: Any, mode: str) -> None:
+    config = {**CONFIG, "positions": mode}
+    llm = engine("packcache", config, variant="graphs", max_num_seqs=4)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    graphs = Replaying(runner)
+    runner.cudagraph_manager = graphs
+    server = ServerConfig.parse("packcache", config)
+    requests = [
+        (prompt(50, seed=1), 60, {"tokens_per_frame": 11}),
+        (prompt(40, seed=2), 45, {}),
+        (prompt(80 + 4 * 40, seed=3), 30, {"tokens_per_frame": 40, "condition_tokens": 80}),
+    ]
+    answers = run(llm, [ids for ids, _, _ in requests], [sampling(count, **options) for _, count, options in requests])
+    for (ids, count, options), tokens in zip(requests, answers, strict=True):
+        plan = server.plan({f"packcache_{name}": value for name, value in options.items()}, len(ids))
+        assert tokens == reference.generate(ids, count, plan, 32).token_ids
+    assert {(4, 3), (2, 2), (1, 1)} <= set(graphs.replayed)
+
+
+@pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A GPU's backend that can be interpreted; engines that are made meanwhile have it."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+
+    path = AttentionBackendEnum[request.param].get_path()
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
+    # The kernel that writes to the cache asks, to choose how many numbers a program writes.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    # The same in C++ is not in CPU builds.
+    monkeypatch.setattr(
+        torch.ops._C_cache_ops, "reshape_and_cache_flash", triton_reshape_and_cache_flash, raising=False
+    )
+    selector._cached_get_attn_backend.cache_clear()
+    yield request.param
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, backend: str) -> None:
+    """Keys in rows, and metadata builders that support every graph."""
+    condition, frame, block_size = 20, 40, 16
+    llm = engine(
+        "packcache", CONFIG, variant=backend, block_size=block_size, max_model_len=256, max_num_batched_tokens=64,
+        max_num_seqs=2, num_gpu_blocks_override=40,
+    )  # fmt: skip
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert runner.attn_groups[0][0].backend.get_name() == backend
+    graphs = Replaying(runner)
+    runner.cudagraph_manager = graphs
+    options = {"tokens_per_frame": frame, "condition_tokens": condition}
+    ids = prompt(condition, seed=1)
+    plan = ServerConfig.parse("packcache", CONFIG).plan({f"packcache_{k}": v for k, v in options.items()}, condition)
+    length = 4 * frame + 5
+    expected = reference.generate(ids, length, plan, block_size).token_ids
+    assert expected != reference.generate(ids, length).token_ids
+    given = length - 10
+    text = prompt(30, seed=2)
+    video, rest = run(llm, [ids + expected[:given], text], [sampling(10, **options), sampling(9)])
+    assert video == expected[given:]
+    assert rest == reference.generate(text, 9).token_ids
+    assert {(2, 2), (1, 1)} <= set(graphs.replayed)

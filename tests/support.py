@@ -1,0 +1,78 @@
+"""Where the plugin has been shown to work. ``python -m tests.support`` prints the README's table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INSTALLED = "0.32.0"
+"""The version of vLLM that the tests run on."""
+
+NEXT = "0.33.0"
+"""The version whose source the tests read."""
+
+
+class Support(NamedTuple):
+    """A row.
+
+    Args:
+        vllm: version.
+        runners: of vLLM's model runners.
+        backends: attention backends.
+        tested: how.
+        shown_by: the tests that show it, ``file`` or ``file::test``, relative to this folder.
+    """
+
+    vllm: str
+    runners: str
+    backends: str
+    tested: str
+    shown_by: tuple[str, ...]
+
+
+SUPPORT = (
+    Support(
+        INSTALLED,
+        "V1",
+        "CPU_ATTN",
+        "on a CPU: tokens against a PyTorch reference, serving, soak",
+        ("serving/test_tokens.py", "serving/test_positions.py", "serving/test_schedules.py", "serving/test_soak.py"),
+    ),
+    Support(
+        INSTALLED,
+        "V2",
+        "CPU_ATTN",
+        "on a CPU, Triton interpreted: the same tests of tokens, also from what full CUDA graphs capture",
+        ("serving/test_v2.py", "serving/test_graphs.py::test_what_was_captured_serves_every_decode_step"),
+    ),
+    Support(
+        INSTALLED,
+        "V2",
+        "TRITON_ATTN",
+        "the same on one video",
+        ("serving/test_graphs.py::test_a_gpu_backend_equals_the_reference",),
+    ),
+    Support(
+        INSTALLED,
+        "V1, V2",
+        "FLASH_ATTN, FLASHINFER, FLEX_ATTENTION",
+        "not run: wrapped like the others, their source says that keys lie as Triton's",
+        ("contract/test_vllm_contract.py", "worker/test_key_layout.py"),
+    ),
+    Support(
+        NEXT,
+        "V1, V2",
+        "all of these",
+        "not run: everything that the plugin relies on is in its source",
+        ("contract/test_vllm_contract.py",),
+    ),
+)
+
+
+def table() -> str:
+    """`SUPPORT` as Markdown."""
+    rows = [("vLLM", "runner", "attention backend", "tested"), ("---",) * 4, *(row[:4] for row in SUPPORT)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
