@@ -22,8 +22,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +39,7 @@ from rich.table import Table
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings
-from vllm_packcache.bench.machine import cpu_model, versions
+from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
@@ -217,17 +215,9 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
     files.claim(json_path)
     plan = QUICK if quick else FULL
     result: dict[str, Any] = {
-        "benchmark": "decode",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **about("decode", threads_per_engine=THREADS),
         "quick": quick,
         "seed": SEED,
-        "versions": versions(),
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads_per_engine": THREADS,
-            "load_average_before": os.getloadavg(),
-        },
         "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
         "engine": {"block_size": BLOCK_SIZE, "max_num_batched_tokens": plan.chunk, "enforce_eager": True},
         "policy": {"name": POLICY.name} | dataclasses.asdict(POLICY),

@@ -11,10 +11,8 @@ engine on the same held-out worlds, float32 and greedy, and is asked two questio
 
 from __future__ import annotations
 
-import datetime
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +33,7 @@ from rich.table import Table
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment
-from vllm_packcache.bench.machine import cpu_model, versions
+from vllm_packcache.bench.machine import about
 from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
 from vllm_packcache.demo.tokenizer import (
@@ -234,14 +232,10 @@ def run(
     """
     console = console or Console()
     files.claim(json_path, plot_path)
+    result: dict[str, Any] = about("long-video", processes=PROCESSES, threads_per_engine=1)
     start = time.monotonic()
     answers = _ask_all(plan, console)
-    result: dict[str, Any] = {
-        "benchmark": "long-video",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "processes": PROCESSES, "threads_per_engine": 1},
+    result |= {
         "seconds": round(time.monotonic() - start),
         "model": "the bundled one",
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],

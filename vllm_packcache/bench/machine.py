@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import platform
+import shlex
+import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+
+def about(benchmark: str, **machine: Any) -> dict[str, Any]:
+    """What is needed to repeat a measurement, and what it is made on; to be called before it is made.
+
+    Args:
+        benchmark: its name.
+        machine: what is used of the machine.
+    """
+    return {
+        "benchmark": benchmark,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), **machine, "load_average_before": os.getloadavg()},
+    }
 
 
 def versions() -> dict[str, str]:

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import json
 import os
 import shlex
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -44,7 +42,7 @@ from rich.table import Table
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment, engine_environment
-from vllm_packcache.bench.machine import cpu_model, versions
+from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.config import REQUEST_PREFIX
 from vllm_packcache.demo.server import ServerError, last_lines, serving
@@ -256,17 +254,8 @@ def run(json_path: Path | None, *, plan: Plan, console: Console | None = None) -
     console = console or Console()
     files.claim(json_path)
     result: dict[str, Any] = {
-        "benchmark": "serve",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **about("serve", threads_per_engine=THREADS),
         "seed": SEED,
-        "versions": versions(),
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads_per_engine": THREADS,
-            "load_average_before": os.getloadavg(),
-        },
         "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
         "policy": {"name": POLICIES[PACKCACHE].name} | dataclasses.asdict(POLICIES[PACKCACHE]),
         "video": {
