@@ -53,7 +53,7 @@ def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
 
 def check_video(llm: Any, ids: list[int], expected: list[int], **options: Any) -> None:
     """A video whose condition is ``ids`` must be ``expected``; on V2 most of it is given and the end generated."""
-    given = shorter(0, max(0, len(expected) - 30))
+    given = shorter(0, max(0, len(expected) - 20))
     options["condition_tokens"] = len(ids)
     assert generate(llm, ids + expected[:given], len(expected) - given, **options) == expected[given:]
 
