@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     use_triton_on_a_cpu()
 
-from vllm_packcache.bench import gpu  # noqa: E402
+from vllm_packcache.bench import gpu, gpu_engine  # noqa: E402
 from vllm_packcache.bench.gpu_attention import PagedAttention  # noqa: E402
 
 
@@ -138,9 +138,13 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         monkeypatch.setattr(gpu, "not_measurable", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch, "device", lambda *_: DEVICE)
+    # Engines have a test of their own: none fits.
+    monkeypatch.setattr(gpu_engine.Plan, "bytes_needed", lambda *_: 2**60)
     path = tmp_path / "new" / "gpu.json"
     assert gpu.main(["--json", str(path)]) == 0
-    assert "rotation: bandwidth / copy bandwidth" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rotation: bandwidth / copy bandwidth" in printed
+    assert "whole steps, 13 frames, batch 16: not measured: it needs about" in printed
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -174,5 +178,8 @@ def test_everything_is_measured(measured: dict[str, Any]) -> None:
     assert "decode, batch 1, triton: full / packcache" in judged
     assert "decode, batch 2, triton: full / packcache" not in judged, "nothing is aimed at there"
     assert judged[-1] == "rotation: bandwidth / copy bandwidth"
+    engine = measured["engine"]
+    assert engine["copy_bytes_per_second"] == rotation["copy_bytes_per_second"]
+    assert {name for name, run in engine["runs"].items() if not run["measured"]} == set(gpu_engine.LUMOS.runs)
     assert measured["versions"]["torch"]
     assert measured["date"].startswith("20")

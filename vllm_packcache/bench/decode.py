@@ -38,7 +38,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_packcache.bench import files
-from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings
+from vllm_packcache.bench.engine_process import Burst, EngineProcess, EngineSettings, interleave
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.layout import FrameLayout, VideoLayout
@@ -431,23 +431,15 @@ class _Bench:
         """Prefill all at once. Requests by engine: prompt length and options."""
         for name, (length, options) in requests.items():
             max_tokens = self._plan.max_model_len - length
-            self._engines[name].ask("begin", self._tokens[:length], max_tokens, options)
+            self._engines[name].ask("begin", [self._tokens[:length]], max_tokens, options)
         return {name: self._engines[name].answer() for name in requests}
 
     def _end(self, names: Iterable[str]) -> None:
         for name in names:
-            left = self._engines[name].call("end")
-            if left:
-                raise RuntimeError(f"engine {name!r} holds {left} blocks after its only request has ended")
+            self._engines[name].end()
 
     def _interleave(self, names: Sequence[str], rounds: int) -> dict[str, list[Burst]]:
-        """Rounds of one burst an engine, one computing at a time, each round in another order."""
-        bursts: dict[str, list[Burst]] = {name: [] for name in names}
-        for number in range(rounds):
-            turn = number % len(names)
-            for name in (*names[turn:], *names[:turn]):
-                bursts[name].append(self._engines[name].call("decode", self._plan.burst))
-        return bursts
+        return interleave({name: self._engines[name] for name in names}, rounds, self._plan.burst)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
+
+Device = Literal["cpu", "cuda"]
 
 LOG_TAIL = 4000
 """Characters of an engine's output that are shown when it fails."""
@@ -40,6 +42,9 @@ class EngineSettings:
         max_num_batched_tokens: longest prefill chunk.
         threads: OpenMP threads.
         additional_config: what switches the plugin on. Without it no plugin is loaded at all.
+        max_num_seqs: requests of a step.
+        load_format: ``dummy`` makes weights up and needs no more than a ``config.json``.
+        device: on a GPU the model runner and the CUDA graphs are those that vLLM chooses.
     """
 
     model: str
@@ -50,9 +55,14 @@ class EngineSettings:
     max_num_batched_tokens: int
     threads: int
     additional_config: Mapping[str, Any]
+    max_num_seqs: int = 1
+    load_format: str = "auto"
+    device: Device = "cpu"
 
     def engine_args(self) -> dict[str, Any]:
         """Arguments of ``vllm.EngineArgs``."""
+        # Engines share the GPU: this much of it must be free when one starts; the cache's size is given in bytes.
+        of_device = {"enforce_eager": True} if self.device == "cpu" else {"gpu_memory_utilization": 0.01}
         return {
             "model": self.model,
             "skip_tokenizer_init": True,
@@ -62,24 +72,26 @@ class EngineSettings:
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.max_num_batched_tokens,
-            "max_num_seqs": 1,
-            "enforce_eager": True,
+            "max_num_seqs": self.max_num_seqs,
+            "load_format": self.load_format,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "additional_config": dict(self.additional_config),
+            **of_device,
         }
 
     def environment(self) -> dict[str, str | None]:
         """Environment variables of the process, None: unset."""
-        return engine_environment(self.threads, plugin=bool(self.additional_config))
+        return engine_environment(self.threads, plugin=bool(self.additional_config), device=self.device)
 
 
-def engine_environment(threads: int, *, plugin: bool) -> dict[str, str | None]:
+def engine_environment(threads: int, *, plugin: bool, device: Device = "cpu") -> dict[str, str | None]:
     """Environment variables of an engine that is compared with others, None: unset. Read while vLLM and OpenMP load.
 
     Args:
         threads: OpenMP threads.
         plugin: whether vLLM loads the plugin.
+        device: on a CPU the V1 model runner, on a GPU the one that vLLM chooses.
     """
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -91,7 +103,7 @@ def engine_environment(threads: int, *, plugin: bool) -> dict[str, str | None]:
         # No process between the caller and the model; of a server, none between its engine and the model, which on
         # a CPU vLLM allows only with this.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0" if device == "cpu" else None,
         "VLLM_PLUGINS": "packcache" if plugin else "",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -103,12 +115,12 @@ def engine_environment(threads: int, *, plugin: bool) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Burst:
-    """Some steps of one request.
+    """Some steps of an engine.
 
     Args:
         cpu_seconds: processor time of each step, all threads together.
-        wall_seconds: duration of each step.
-        tokens: what was sampled.
+        wall_seconds: duration of each step; with the last one all work of the burst is done, on a GPU too.
+        tokens: what was sampled, of all requests in the order in which it came.
         used_blocks: KV-cache blocks in use after each step.
     """
 
@@ -119,7 +131,7 @@ class Burst:
 
 
 class EngineFailed(RuntimeError):
-    """An engine's process raised or died. The message holds its traceback or the end of its output."""
+    """An engine's process raised or died, or leaks. The message holds its traceback or the end of its output."""
 
 
 class EngineProcess:
@@ -165,6 +177,16 @@ class EngineProcess:
         self.ask(order, *arguments)
         return self.answer()
 
+    def end(self) -> None:
+        """End the requests.
+
+        Raises:
+            EngineFailed: the engine holds blocks after it.
+        """
+        left = self.call("end")
+        if left:
+            raise EngineFailed(f"engine {self.name!r} holds {left} blocks after all its requests have ended")
+
     def close(self) -> None:
         """End the process."""
         self._connection.close()
@@ -172,6 +194,17 @@ class EngineProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def interleave(engines: Mapping[str, EngineProcess], rounds: int, steps: int) -> dict[str, list[Burst]]:
+    """Rounds of one burst of ``steps`` an engine, one computing at a time, each round in another order."""
+    names = list(engines)
+    bursts: dict[str, list[Burst]] = {name: [] for name in names}
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in (*names[turn:], *names[:turn]):
+            bursts[name].append(engines[name].call("decode", steps))
+    return bursts
 
 
 @contextmanager
@@ -212,24 +245,41 @@ def _serve(connection: Connection, settings: EngineSettings, log: str) -> None:
 
 
 class _Engine:
-    """What the process obeys: one request at a time."""
+    """What the process obeys: some requests at a time, which begin and end together."""
 
     def __init__(self, settings: EngineSettings) -> None:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._engine: LLMEngine = LLMEngine.from_engine_args(EngineArgs(**settings.engine_args()))
-        self._pool = self._engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        self._core = self._engine.engine_core.engine_core
+        self._pool = self._core.scheduler.kv_cache_manager.block_pool
         self._free_at_rest = self._pool.get_num_free_blocks()
+        self._on_gpu = settings.device == "cuda"
         self._requests = 0
-        self._request = ""
-        self._sampled = 0
+        self._running: list[str] = []
+        self._sampled: dict[str, int] = {}
         # What was made so far stays: a full collection in the middle of a burst would walk all of it.
         gc.collect()
         gc.freeze()
 
-    def begin(self, prompt: Sequence[int], max_tokens: int, extra_args: dict[str, Any]) -> Burst:
-        """Start a request and prefill its prompt; ends with the step that samples its first token."""
+    def about(self) -> dict[str, Any]:
+        """What vLLM has chosen."""
+        config = self._engine.vllm_config
+        layers = config.compilation_config.static_forward_context.values()
+        return {
+            "runner": "V2" if config.use_v2_model_runner else "V1",
+            "attention": sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}),
+            "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "kv_cache_blocks": config.cache_config.num_gpu_blocks,
+        }
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_tokens: int, extra_args: dict[str, Any]) -> Burst:
+        """Start a request for each of ``prompts`` and prefill them; ends when each has sampled its first token.
+
+        Those that are prefilled first decode while the others are.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -239,18 +289,24 @@ class _Engine:
             detokenize=False,
             extra_args=extra_args or None,
         )
-        self._requests += 1
-        self._request = self._engine.add_request(str(self._requests), {"prompt_token_ids": list(prompt)}, params)
-        self._sampled = 0
+        self._running, self._sampled = [], {}
+        for prompt in prompts:
+            self._requests += 1
+            request = str(self._requests)
+            self._running.append(self._engine.add_request(request, {"prompt_token_ids": list(prompt)}, params))
+            self._sampled[request] = 0
         return self._run(1)
 
     def decode(self, steps: int) -> Burst:
-        """Decode ``steps`` tokens of the request."""
+        """Decode ``steps`` tokens of each request."""
         return self._run(steps)
 
     def end(self) -> int:
-        """Abort the request; returns the blocks that are still in use: 0 unless there is a leak."""
-        self._engine.abort_request([self._request], internal=True)
+        """Abort the requests; returns the blocks that are still in use: 0 unless there is a leak."""
+        self._engine.abort_request(self._running, internal=True)
+        # With async scheduling a step of theirs is in flight.
+        while self._core.batch_queue:
+            self._engine.step()
         return self._used_blocks()
 
     def huge_page_kib(self) -> int | None:
@@ -264,7 +320,10 @@ class _Engine:
 
     def _run(self, tokens: int) -> Burst:
         burst = Burst([], [], [], [])
-        while len(burst.tokens) < tokens:
+        goal = {request: sampled + tokens for request, sampled in self._sampled.items()}
+        while any(self._sampled[request] < goal[request] for request in goal):
+            if not self._engine.has_unfinished_requests():
+                raise RuntimeError(f"the requests ended before {tokens} more tokens of each: max_tokens is too small")
             wall, cpu = time.perf_counter(), time.process_time()
             outputs = self._engine.step()
             burst.cpu_seconds.append(time.process_time() - cpu)
@@ -272,9 +331,23 @@ class _Engine:
             burst.used_blocks.append(self._used_blocks())
             for output in outputs:
                 sampled = output.outputs[0].token_ids
-                burst.tokens.extend(sampled[self._sampled :])
-                self._sampled = len(sampled)
+                burst.tokens.extend(sampled[self._sampled[output.request_id] :])
+                self._sampled[output.request_id] = len(sampled)
+        if self._on_gpu:
+            burst.wall_seconds[-1] += self._seconds_until_idle()
         return burst
+
+    @staticmethod
+    def _seconds_until_idle() -> float:
+        """Wait for the step that async scheduling has begun: it is of this burst, as the next one's first is not.
+
+        A burst finds one step in flight, or done, and leaves one: the GPU does as many as the burst has tokens.
+        """
+        import torch
+
+        start = time.perf_counter()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def _used_blocks(self) -> int:
         return self._free_at_rest - self._pool.get_num_free_blocks()

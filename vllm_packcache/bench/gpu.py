@@ -4,8 +4,9 @@
 
     python -m vllm_packcache.bench.gpu --json FILE
 
-runs in a checkout on a machine that has torch, Triton and numpy, and no more. First it checks what it is about to time
-against PyTorch in float64; a wrong kernel is not timed. Times are those of CUDA events around a step's work in all
+runs in a checkout on a machine that has torch, Triton and numpy, and no more. Where vLLM is installed it also times
+whole steps: see `vllm_packcache.bench.gpu_engine`. First it checks what it is about to time against PyTorch in
+float64; a wrong kernel is not timed. Times are those of CUDA events around a step's work in all
 layers, in a CUDA graph as in a server, with the L2 cache full of something else. What is reported are ratios of
 samples taken right after one another, in another order each round.
 
@@ -575,18 +576,19 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every ratio with the bound that it should keep, and whether it does."""
     bounds: dict[str, dict[str, float]] = {"decode, batch 1": {"at_least": 2.5}, "decode, batch 16": {"at_least": 4.0}}
     bounds[FRAME_STEP] = {"at_least": 3.7}
-    judged = []
+    found = []
     for step, timed in result["attention"].items():
         for kernel, own in timed["kernels"].items():
             for ratio, bound in (("full / packcache", bounds.get(step)), (f"packcache / {SHORT}", {"at_most": 1.02})):
                 if bound:
-                    judged.append(_judged(f"{step}, {kernel}: {ratio}", own["ratios"][ratio]["median"], bound))
+                    found.append(judged(f"{step}, {kernel}: {ratio}", own["ratios"][ratio]["median"], bound))
     name = "bandwidth / copy bandwidth"
-    judged.append(_judged(SHARE, result[SHARE], {"at_most": 0.01}))
-    return [*judged, _judged(f"rotation: {name}", result["rotation"][name]["median"], {"at_least": 0.7})]
+    found.append(judged(SHARE, result[SHARE], {"at_most": 0.01}))
+    return [*found, judged(f"rotation: {name}", result["rotation"][name]["median"], {"at_least": 0.7})]
 
 
-def _judged(ratio: str, value: float, bound: dict[str, float]) -> dict[str, Any]:
+def judged(ratio: str, value: float, bound: dict[str, float]) -> dict[str, Any]:
+    """A ratio, its bound (``at_least`` or ``at_most``), and whether it keeps it."""
     met = bound.get("at_least", -np.inf) <= value <= bound.get("at_most", np.inf)
     return {"ratio": ratio, "value": value, **bound, "met": bool(met)}
 
@@ -635,7 +637,8 @@ def run(json_path: Path | None) -> int:
     """Check, time, print, and write to ``json_path``, if there is one.
 
     Returns:
-        0; 1 if a kernel is wrong, and 2 if nothing can be measured here: then no times are written.
+        0; 1 if a kernel is wrong, and 2 if nothing can be measured here: then no times are written. 1 also if an
+        engine failed: then its times are missing.
     """
     files.claim(json_path)
     result = _about()
@@ -671,10 +674,27 @@ def _measure_if_right(result: dict[str, Any], plan: Plan, device: torch.device) 
     }
     result["plan"]["geometry"]["dtype"] = str(plan.geometry.dtype)
     result |= measure(plan, device, Clock(device))
-    result["targets"] = targets(result)
+    result["engine"], judged_steps = _measure_engines(result["rotation"]["copy_bytes_per_second"], device)
+    result["targets"] = targets(result) + judged_steps
     result["seconds"] = time.monotonic() - start
     _print(result)
-    return 0
+    failed = [own["failed"] for own in result["engine"].get("runs", {}).values() if "failed" in own]
+    print(*failed, sep="\n", end="", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure_engines(copy_bandwidth: float, device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Whole steps of vLLM, where it is installed, and their ratios with bounds."""
+    if find_spec("vllm") is None:
+        return {"measured": False, "reason": "not measured: vLLM is not installed here"}, []
+    if _version("vllm-packcache") is None:
+        # vLLM finds plugins by what is installed; a checkout on the path is none.
+        remedy = "run `pip install --no-deps -e .` in the checkout"
+        return {"measured": False, "reason": f"not measured: vllm-packcache is not installed here: {remedy}"}, []
+    from vllm_packcache.bench import gpu_engine
+
+    section = gpu_engine.measure(gpu_engine.LUMOS, copy_bandwidth, _free_bytes(device))
+    return section, gpu_engine.targets(section)
 
 
 def _print(result: Mapping[str, Any]) -> None:
@@ -692,6 +712,12 @@ def _print(result: Mapping[str, Any]) -> None:
     print()
     for step, own in result["compaction"].items():
         print(f"compaction, {step}: {own['median'] * 1e6:.1f} us a step")
+    if result["engine"]["measured"]:
+        from vllm_packcache.bench import gpu_engine
+
+        print(*gpu_engine.lines(result["engine"]), sep="\n")
+    else:
+        print(f"whole steps: {result['engine']['reason']}")
     for target in result["targets"]:
         bound = f">= {target['at_least']}" if "at_least" in target else f"<= {target['at_most']}"
         print(f"{target['ratio']:<60} {target['value']:>7.3f}  {bound:<8} {'met' if target['met'] else 'MISSED'}")
