@@ -60,7 +60,7 @@ demo: $(STAMP)  ## a picture becomes a video, with and without packcache; IMAGE=
 		$(BIN)/vllm-packcache demo "$$@"
 
 test: lint  ## lint, then the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long'
 
 test-long: $(STAMP)  ## soaks and full-size runs
 	$(BIN)/python -m pytest -m long
