@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import shlex
 import tempfile
@@ -45,7 +44,7 @@ from vllm_packcache.bench.engine_process import child_environment, engine_enviro
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.model import ModelShape, write_model
 from vllm_packcache.config import REQUEST_PREFIX
-from vllm_packcache.demo.server import ServerError, last_lines, serving
+from vllm_packcache.demo.server import ServerError, last_lines, serving, tokens_in
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import Full, PackCache, Policy
 from vllm_packcache.retention import Retention
@@ -488,13 +487,7 @@ async def _generate(
         if response.status_code != httpx.codes.OK:
             raise ServerError(f"the server refused a video: {(await response.aread()).decode()}")
         async for line in response.aiter_lines():
-            data = line.removeprefix("data: ")
-            if not data or data == "[DONE]":
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                raise ServerError(f"the server gave up on a video: {event['error']}")
-            received = sum(len(choice.get("token_ids") or ()) for choice in event["choices"])
+            received = len(tokens_in(line))
             if received:
                 video.arrivals.append(time.monotonic() - start)
                 video.sizes.append(received)

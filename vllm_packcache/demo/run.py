@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.server import serving
+from vllm_packcache.demo.server import serving, tokens_in
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, GRID, MODEL_DIR, VideoTokenizer
 from vllm_packcache.policies import Full
 from vllm_packcache.retention import Retention
@@ -157,14 +156,7 @@ def _generate(client: httpx.Client, ids: list[int], policy: str, progress: Progr
         if response.status_code != 200:
             raise OSError(f"the server refused the request: {response.read().decode()}")
         for line in response.iter_lines():
-            data = line.removeprefix("data: ")
-            if not data or data == "[DONE]":
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                raise OSError(f"the server gave up on the request: {event['error']}")
-            for choice in event["choices"]:
-                video.token_ids += choice.get("token_ids") or []
+            video.token_ids += tokens_in(line)
             frame = min(len(video.token_ids) // FRAME_TOKENS, FRAMES - 1)
             progress.update(task, completed=len(video.token_ids), note=f"frame {frame}")
     video.seconds = time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,22 @@ import httpx
 
 
 class ServerError(ChildProcessError):
-    """The server did not come up; the message ends with the last lines of its log."""
+    """The server did not come up, and the message ends with the last lines of its log; or it failed a request."""
+
+
+def tokens_in(line: str) -> list[int]:
+    """Token ids in a line of a streamed completion, which was asked for with ``return_token_ids``; often none.
+
+    Raises:
+        ServerError: the server gave up on the request.
+    """
+    data = line.removeprefix("data: ")
+    if not data or data == "[DONE]":
+        return []
+    event = json.loads(data)
+    if "error" in event:
+        raise ServerError(f"the server gave up on the request: {event['error']}")
+    return [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
 
 
 def free_port() -> int:

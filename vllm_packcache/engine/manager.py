@@ -292,8 +292,7 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
         if request.num_tokens - num_computed_tokens <= 1:
             return num_new_tokens
         manager = retention_manager(scheduler.kv_cache_manager)
-        video = None if manager is None else manager.video(request)
-        if manager is None or video is None:
+        if manager is None or (video := manager.video(request)) is None:
             return num_new_tokens
         processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
         ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
