@@ -123,7 +123,8 @@ class Explanation:
     def options(self) -> str:
         """The policy's options and the mode of positions in a line."""
         policy = self.retention.policy
-        pairs = [f"{field.name} {getattr(policy, field.name):g}" for field in dataclasses.fields(policy)]
+        values = dataclasses.asdict(policy).items()
+        pairs = [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values]
         mode = "absolute" if self.positions.window is None else "rebase"
         return ", ".join([*pairs, f"positions {mode}"])
 

@@ -26,6 +26,7 @@ def packcaches(gammas: st.SearchStrategy[float] = fractions) -> st.SearchStrateg
         decay=st.floats(0.05, 1),
         gamma_text=gammas,
         gamma_condition=gammas,
+        selection=st.sampled_from(["spatial", "tail", "random"]),
     )
 
 

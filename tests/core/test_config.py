@@ -20,7 +20,7 @@ from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.positions import Positions
 
-PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition"
+PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
 )
@@ -569,6 +569,7 @@ REQUEST_OPTIONS = ", ".join(
         "gamma_condition",
         "gamma_text",
         "history_frames",
+        "selection",
         "window",
     )
 )

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
-from vllm_packcache.policies.base import spread, spread_order
 from vllm_packcache.policies.packcache import allotment, shares
 from vllm_packcache.retention import Retention
 
@@ -83,32 +82,6 @@ def test_allotment_spends_the_budget_and_no_more(policy, tokens_per_frame, frame
         # Older frames get no more than newer ones, so no surplus is left over at the oldest.
         assert sorted(given_tokens, reverse=True) == list(given_tokens)
         assert sum(given_tokens) > min(budget, history * tokens_per_frame) - history - 1e-3
-
-
-@quick
-@given(count=st.integers(0, 400))
-def test_spread_order_is_a_permutation_in_bit_reversed_order(count):
-    bits = max(1, (count - 1).bit_length())
-    reversed_numbers = [int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits)]
-
-    assert spread_order(count).tolist() == [number for number in reversed_numbers if number < count]
-
-
-@quick
-@given(start=st.integers(0, 1000), count=st.integers(1, 200), keep=st.integers(0, 250))
-def test_spread_is_nested_and_even(start, count, keep):
-    blocks = range(start, start + count)
-    kept = spread(blocks, keep).tolist()
-
-    assert len(kept) == min(keep, count)
-    assert kept == sorted(kept)
-    assert set(kept) <= set(spread(blocks, keep + 1).tolist()) <= set(blocks)
-    if 0 < keep <= count:
-        assert kept[0] == start
-        # 2^n kept blocks lie one in each of 2^n equal parts, so no gap exceeds two parts.
-        part = 2 ** ((count - 1).bit_length() - (keep.bit_length() - 1)) if count > 1 else 1
-        gaps = [b - a for a, b in zip(kept, [*kept[1:], start + count], strict=True)]
-        assert max(gaps) <= max(1, 2 * part)
 
 
 @quick

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
@@ -317,6 +317,8 @@ def test_no_frame_holds_more_than_most_blocks(name, data, ahead):
 @given(retention=retentions(packcaches(st.just(1.0))))
 def test_most_blocks_is_no_more_than_rounding_above_what_is_held(retention):
     policy = retention.policy
+    # Of shorter frames some end no block: how many do depends on where the condition ends.
+    assume(retention.layout.tokens_per_frame >= retention.block_size)
     frames = 2 * policy.window + retention.block_size
 
     assert retention.most_blocks() <= max(held(retention, frame, 0) for frame in range(CONDITION, frames)) + 2

@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
-
-import numpy as np
 
 from vllm_packcache.layout import FrameLayout
 from vllm_packcache.retention import BlockIndices, BlockMap
@@ -66,38 +63,6 @@ class Policy(ABC):
             ValueError: they cannot work together; the message names the option and the remedy.
         """
         del frame
-
-
-@lru_cache(maxsize=256)
-def spread_order(count: int) -> BlockIndices:
-    """The numbers 0 .. count - 1 in van der Corput (bit-reversed) order.
-
-    Every prefix is spread evenly over the range, and every longer prefix contains the shorter ones: a frame
-    can shrink by cutting the end and still covers the whole picture.
-
-    Source: van der Corput sequence in base 2, ranked among ``count`` items.
-    """
-    bits = max(1, (count - 1).bit_length())
-    numbers = np.arange(1 << bits)
-    reversed_numbers = np.zeros_like(numbers)
-    for bit in range(bits):
-        reversed_numbers |= ((numbers >> bit) & 1) << (bits - 1 - bit)
-    order = reversed_numbers[reversed_numbers < count].astype(np.int64)
-    order.flags.writeable = False
-    return order
-
-
-def spread(blocks: range, keep: int) -> BlockIndices:
-    """The first ``keep`` of ``blocks`` in `spread_order`, ascending. Nested: more contains less."""
-    if keep >= len(blocks):
-        return np.arange(blocks.start, blocks.stop)
-    return np.sort(blocks.start + spread_order(len(blocks))[:keep])
-
-
-def keep_fraction(blocks: range, fraction: float) -> BlockIndices:
-    """``fraction`` of ``blocks``, rounded up to whole blocks, spread evenly, ascending."""
-    # Floating-point dust must not keep a whole block more: 0.7 * 10 is 7.000000000000001 on some paths.
-    return spread(blocks, int(np.ceil(fraction * len(blocks) - 1e-9)))
 
 
 def check_range(option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False) -> None:

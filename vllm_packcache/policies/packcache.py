@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from vllm_packcache.layout import FrameLayout
-from vllm_packcache.policies.base import Policy, check_range, keep_fraction, spread
+from vllm_packcache.policies.base import Policy, check_range
+from vllm_packcache.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
 from vllm_packcache.retention import BlockIndices, BlockMap
 
 MAX_WINDOW = 256
@@ -29,6 +30,7 @@ class PackCache(Policy):
         decay: rho, the factor by which attention falls from one temporal distance to the next.
         gamma_text: fraction of the text's blocks kept once the history no longer fits.
         gamma_condition: the same for the conditioning image.
+        selection: which blocks of a frame are kept, when not all are; see `Selection`.
 
     Raises:
         ValueError: a number is impossible; the message names it.
@@ -41,6 +43,7 @@ class PackCache(Policy):
     decay: float = 0.5
     gamma_text: float = 1.0
     gamma_condition: float = 1.0
+    selection: Selection = "spatial"
 
     def __post_init__(self) -> None:
         check_range("history_frames", self.history_frames, 0, open_low=True)
@@ -50,7 +53,9 @@ class PackCache(Policy):
         check_range("gamma_condition", self.gamma_condition, 0, 1)
 
     def check(self, frame: FrameLayout) -> None:
-        """Refuse a budget that leaves the oldest frame of the window nothing."""
+        """Refuse a budget that leaves the oldest frame of the window nothing, and rows without a grid."""
+        if self.selection in NEEDS_GRID and frame.grid is None:
+            raise ValueError(f"selection = {self.selection} needs grid in the layout, not tokens_per_frame alone")
         if allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
             raise ValueError(
                 f"history_frames = {self.history_frames:g} leaves nothing for the oldest of window = {self.window} "
@@ -77,7 +82,7 @@ class PackCache(Policy):
         )
 
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
-        """Condition blocks, and of each of the last W frames its share of blocks in `spread` order."""
+        """Condition blocks, and of each of the last W frames its share of blocks, as ``selection`` says."""
         end = blocks.tail_start(frame)
         tokens_per_frame = blocks.layout.tokens_per_frame
         if frame <= min(self.window, self.history_frames):
@@ -88,10 +93,8 @@ class PackCache(Policy):
         ]
         kept = self.kept_tokens(tokens_per_frame, frame)
         for distance in range(len(kept), 0, -1):
-            tagged = blocks.frame_blocks(frame - distance)
-            tokens = kept[distance - 1]
-            whole = tokens >= tokens_per_frame
-            parts.append(spread(tagged, len(tagged) if whole else -(-tokens // blocks.block_size)))
+            keep = -(-kept[distance - 1] // blocks.block_size)
+            parts.append(select(self.selection, blocks, frame - distance, keep))
         past = np.concatenate(parts)
         # A block that the condition shares with the frame being made belongs to the tail.
         return past[past < end]
@@ -157,8 +160,11 @@ def _most_history_blocks(policy: PackCache, tokens_per_frame: int, block_size: i
     def blocks(tokens: int) -> int:
         return -(-tokens // block_size)
 
-    # Frames in a row share blocks: there are never more than those of all their tokens.
+    # Frames in a row share blocks: the newest i of them never end more than those of all their tokens.
     return max(
-        min(sum(blocks(kept) for kept in row), blocks(len(row) * tokens_per_frame))
+        min(
+            blocks(newest * tokens_per_frame) + sum(blocks(kept) for kept in row[newest:])
+            for newest in range(len(row) + 1)
+        )
         for row in _kept_tokens(policy, tokens_per_frame)
     )
