@@ -170,6 +170,20 @@ def bench_serve(
         )
 
 
+@bench.command("quality")
+def bench_quality(
+    out: Annotated[
+        Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
+    ] = Path("out/bench/quality"),
+    videos: Annotated[int, typer.Option(min=2, help="Held-out videos that every policy makes.")] = 200,
+) -> None:
+    """Measure the videos that the bundled model makes under every policy, at equal live tokens."""
+    from vllm_packcache.bench.quality.run import Plan, run
+
+    with _one_sentence():
+        run(out, plan=Plan(videos=videos))
+
+
 @bench.command("long-video")
 def bench_long_video(
     json_path: Annotated[

@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from vllm_packcache.bench import long_video
-from vllm_packcache.bench.long_video import COPY, FORCED, FULL, GENERATED, REFERENCES, TRUTH, Answers, Count, Plan
+from vllm_packcache.bench.long_video import COPY, FORCED, FULL, GENERATED, REFERENCES, TRUTH, Answers, Plan
+from vllm_packcache.bench.statistics import Count
 from vllm_packcache.demo.evaluate import true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world

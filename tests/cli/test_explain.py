@@ -23,7 +23,8 @@ from vllm_packcache.positions import TIME
 TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
 TINY_TEXT = """\
-JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial, positions\x20
+JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial, \
+positions\x20
 rebase)
 condition 8 tokens, 6 frames of 16 tokens, 13 blocks of 8
 C condition   # frame being made   1 previous frame   2 the one before that, and so on   · dropped

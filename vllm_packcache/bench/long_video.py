@@ -34,6 +34,7 @@ from rich.table import Table
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment
 from vllm_packcache.bench.machine import about
+from vllm_packcache.bench.statistics import Count
 from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
 from vllm_packcache.demo.tokenizer import (
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 Int64 = npt.NDArray[np.int64]
-Float64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 PRESET = "demo"
@@ -73,9 +73,6 @@ TRUTH, COPY = REFERENCES = ("the true video", "a copy of the first picture")
 """What generated videos are compared with: the best that can be, and what is had without a model."""
 
 FORCED, GENERATED = MEASUREMENTS = ("teacher_forced", "generated")
-
-NORMAL_95 = 1.96
-"""Standard errors on either side of a mean that make a 95 % confidence interval."""
 
 
 @dataclass(frozen=True)
@@ -172,45 +169,6 @@ class Answers(NamedTuple):
 
     likeliest: Bools
     generated: Int64 | None
-
-
-class Count(NamedTuple):
-    """A quantity of each frame of each video, as a sum and what to divide it by.
-
-    Args:
-        total: [V, T].
-        of: [V, T].
-    """
-
-    total: Float64
-    of: Float64
-
-    def summary(self, spans: Mapping[str, slice]) -> dict[str, Any]:
-        """The mean by frame, and by span with the half-width of its 95 % confidence interval over videos.
-
-        None: there was nothing to divide by.
-        """
-        return {
-            "by_frame": [round(x, 4) if x == x else None for x in _ratio(self.total.sum(0), self.of.sum(0)).tolist()],
-            "spans": {
-                name: _mean_of_videos(_ratio(self.total[:, span].sum(1), self.of[:, span].sum(1)))
-                for name, span in spans.items()
-            },
-        }
-
-
-def _ratio(total: Float64, of: Float64) -> Float64:
-    """NaN where there is nothing to divide by."""
-    return np.divide(total, of, out=np.full(total.shape, np.nan), where=of > 0)
-
-
-def _mean_of_videos(values: Float64) -> dict[str, float] | None:
-    """Of those that have a value; None: fewer than two do."""
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return None
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return {"mean": round(float(values.mean()), 4), "ci95": round(float(NORMAL_95 * error), 4)}
 
 
 def run(

@@ -57,7 +57,8 @@ def rotary_frequencies(size: LlamaSize) -> Tensor:
     return size.rope_theta ** (-torch.arange(0, size.head_dim, 2).float() / size.head_dim)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [..., T, head_dim] by the angles of a `rotary_table`."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -69,6 +70,11 @@ class KeyValueCache:
         shape = (size.num_hidden_layers, 1, size.num_attention_heads, capacity, size.head_dim)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
         self.length = 0
+
+    @property
+    def next_position(self) -> int:
+        """Position of the token that comes next."""
+        return self.length
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [1, heads, n, head_dim] after the kept positions; all keys and values of the layer."""
@@ -98,14 +104,15 @@ class Attention(nn.Module):
             return y.view(batch, length, -1, self.head_dim).transpose(1, 2)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.write(layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             k, v = cache.write(layer, k, v)
-            mask = torch.ones(length, k.shape[2], dtype=torch.bool).tril(k.shape[2] - length)
+            # Faster than a boolean one.
+            mask = torch.full((length, k.shape[2]), float("-inf")).triu(k.shape[2] - length + 1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
@@ -163,7 +170,7 @@ class Llama(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Final hidden states [B, T, hidden] of ids [B, T]; with a cache, ids follow what it holds."""
-        start = cache.length if cache else 0
+        start = cache.next_position if cache else 0
         cos, sin = rotary_table(self.size, start, ids.shape[1])
         x = self.model.embed_tokens(ids)
         for number, layer in enumerate(self.layers):

@@ -1,0 +1,321 @@
+"""Quality of the bundled model's videos: the decoder against the reference, the measures, and the whole command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from vllm_packcache.bench.quality.decoder import VideoCache, generate
+from vllm_packcache.bench.quality.measures import MEASURES, measure, recognises
+from vllm_packcache.bench.quality.run import COPY, TRUTH, Plan, run
+from vllm_packcache.bench.quality.show import SUFFIXES
+from vllm_packcache.bench.quality.variants import (
+    BLOCK_SIZE,
+    BUDGETS,
+    COMPARED,
+    DEFAULT_BUDGET,
+    FRONTIER,
+    FULL,
+    SELECTIONS,
+    Variant,
+)
+from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_frames
+from vllm_packcache.demo.llama import Llama, load_pretrained
+from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
+from vllm_packcache.demo.world import make_world
+from vllm_packcache.reference import LlamaReference
+
+TINY = Plan(videos=3, frames=4, short_frames=2, frontier_videos=2, trained_frames=2)
+VARIANTS = (FULL, *COMPARED, *SELECTIONS)
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return load_pretrained(MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VideoTokenizer:
+    return VideoTokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def test_a_budget_is_the_same_number_of_live_tokens_for_everyone():
+    by_budget: dict[float | None, set[int]] = {}
+    for variant in (*COMPARED, *SELECTIONS, *FRONTIER):
+        # Late: when a budget of 8 frames has long been used up.
+        by_budget.setdefault(variant.budget, set()).add(variant.live_tokens(63))
+
+    assert set(by_budget) == set(BUDGETS)
+    assert len(by_budget[DEFAULT_BUDGET]) == 1
+    for live in by_budget.values():
+        # A policy may round each of many frames up to a block.
+        assert max(live) - min(live) <= 8 * BLOCK_SIZE
+    assert FULL.live_tokens(63) == 288 + 63 * 257
+
+
+def test_every_policy_of_the_comparison_is_a_configuration_of_its_own():
+    assert len({json.dumps([v.policy, v.server.as_mapping()]) for v in VARIANTS}) == len(VARIANTS)
+    assert {v.policy for v in VARIANTS} == {"full", "packcache", "sliding_window", "attention_sink"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[n] for n in (0, 1, 2, 3, 5, 7, 9, 10)], ids=lambda variant: variant.name)
+def test_generates_what_the_reference_finds_likeliest(model, tokenizer, variant: Variant):
+    frames = 6
+    world = make_world(FIRST_HELD_OUT_SEED + 3)
+    prompt = world_prompt(tokenizer, world)
+    cache = VideoCache(model.size, variant.plan, BLOCK_SIZE, frames)
+
+    ids = generate(model, cache, prompt, frames, lambda made: made[-1] if len(made) else np.zeros(FRAME_TOKENS, int))
+
+    logits = LlamaReference.load(MODEL_DIR).logits([*prompt, *ids.reshape(-1).tolist()[:-1]], variant.plan, BLOCK_SIZE)
+    assert logits[len(prompt) - 1 :].argmax(-1).tolist() == ids.reshape(-1).tolist()
+
+
+def test_the_guess_decides_nothing(model, tokenizer):
+    world = make_world(FIRST_HELD_OUT_SEED + 1)
+    prompt = world_prompt(tokenizer, world)
+    truth = sequence(tokenizer, true_frames(tokenizer, world, 3)[1:]).reshape(3, FRAME_TOKENS)
+    generator = np.random.default_rng(0)
+    guesses = (
+        lambda made: truth[len(made)],
+        lambda made: generator.integers(tokenizer.vocab_size, size=FRAME_TOKENS),
+    )
+
+    made = [
+        generate(model, VideoCache(model.size, COMPARED[0].plan, BLOCK_SIZE, 3), prompt, 3, guess) for guess in guesses
+    ]
+
+    assert made[0].tolist() == made[1].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures
+
+
+def measured(world, frames, truth, tokenizer) -> dict[str, Any]:
+    ids = sequence(tokenizer, frames).reshape(len(frames), FRAME_TOKENS)
+    return {name: (c.total[0], c.of[0]) for name, c in measure(world, ids, truth, tokenizer).items()}
+
+
+def test_the_true_video_is_perfect(tokenizer):
+    for seed in range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 5):
+        world = make_world(seed)
+        truth = true_frames(tokenizer, world, 20)
+        found = measured(world, truth[1:], truth, tokenizer)
+
+        assert set(found) == set(MEASURES)
+        for name in ("tokens_right", "identity", "identity_after_occlusion", "ssim"):
+            assert (found[name][0] == found[name][1]).all(), name
+        assert (found["psnr_db"][0] == 60).all()
+        assert not found["flicker"][0].any()
+        assert (found["flicker"][1] > 0).all()
+
+
+def occluded_world():
+    """A world whose first object is behind the pillar at some frame, and that frame."""
+    for seed in range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 100):
+        world = make_world(seed)
+        hidden = [k for k in range(1, 20) if world.hidden(0, k)]
+        if hidden and len(world.objects) == 1:
+            return world, hidden
+    raise AssertionError("no such world")
+
+
+def test_an_object_counts_where_it_can_be_seen_and_after_it_was_hidden(tokenizer):
+    world, hidden = occluded_world()
+    truth = true_frames(tokenizer, world, 20)
+    found = measured(world, truth[1:], truth, tokenizer)
+
+    seen, after = found["identity"][1], found["identity_after_occlusion"][1]
+    assert all(seen[k - 1] == 0 for k in hidden)
+    assert not after[: hidden[0]].any()
+    assert (after[hidden[0] :] == seen[hidden[0] :]).all()
+    assert after.sum() > 0
+
+
+def test_an_object_may_be_elsewhere_but_not_another(tokenizer):
+    world, _ = occluded_world()
+    shown = world.frame_ids(0)
+    assert recognises(world, 0, shown)
+    # Of another time, so at another place.
+    assert recognises(world, 0, world.frame_ids(2))
+    cells = world.object_cells(0, 0)
+    for row, column, _ in cells.tolist():
+        spoilt = shown.copy()
+        spoilt[row, column] = world.background[row, column]
+        assert not recognises(world, 0, spoilt)
+    assert not recognises(world, 0, world.background)
+
+
+def test_pictures_are_compared_by_scikit_image_and_flicker_is_change_where_nothing_moves(tokenizer):
+    world = make_world(FIRST_HELD_OUT_SEED)
+    truth = true_frames(tokenizer, world, 3)
+    frames = truth[1:].copy()
+    still = np.argwhere((truth == truth[0]).all(0))[0]
+    # One cell shows another patch in the second frame only.
+    frames[1][tuple(still)] = tokenizer.visual_offset
+    found = measured(world, frames, truth, tokenizer)
+
+    true, shown = tokenizer.decode_frames(truth), tokenizer.decode_frames(frames)
+    assert found["psnr_db"][0][1] == pytest.approx(peak_signal_noise_ratio(true[2], shown[1]))
+    assert found["ssim"][0][1] == pytest.approx(structural_similarity(true[2], shown[1], channel_axis=2))
+    assert found["tokens_right"][0].tolist() == [256, 255, 256]
+    change = np.abs(shown[1].astype(int) - true[2]).sum()
+    # It comes and it goes.
+    assert found["flicker"][0].tolist() == [0, change, change]
+    moving = [(true[k + 1] != true[k]).any(-1).sum() for k in range(3)]
+    assert found["flicker"][1].tolist() == [3 * (64 * 64 - n) for n in moving]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A folder with everything, what `run` returned and what it printed."""
+    folder = tmp_path_factory.mktemp("quality") / "new"
+    console = Console(file=io.StringIO(), width=80)
+    result = run(folder, plan=TINY, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return folder, result, console.file.getvalue()
+
+
+def test_everything_is_written(done):
+    folder, result, printed = done
+    assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(result))
+    for name in ("frontier", "by_frame", "videos"):
+        assert {path.suffix for path in folder.glob(f"{name}.*")} == set(SUFFIXES)
+        with Image.open(folder / f"{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(2**24)) > 100
+    for variant in VARIANTS:
+        assert variant.name in printed
+    assert "…" not in printed
+
+
+def test_scores_have_every_variant_and_the_lengths_it_reaches(done):
+    _, result, _ = done
+    assert result["spans"] == ["frames 1-2", "frames 3-4"]
+    assert list(result["scores"]) == [*(variant.name for variant in VARIANTS), TRUTH, COPY]
+    for variant in VARIANTS:
+        reached = 2 if variant in COMPARED else 1
+        for score in result["scores"][variant.name].values():
+            assert list(score["spans"]) == result["spans"][:reached]
+    assert result["scores"][TRUTH]["tokens_right"]["spans"]["frames 3-4"] == {"mean": 1, "ci95": 0}
+    assert [point["budget"] for point in result["frontier"]] == [None, *(variant.budget for variant in FRONTIER)]
+
+
+def test_differences_are_of_the_same_videos(done):
+    folder, result, _ = done
+
+    def tokens_right(name: str) -> np.ndarray:
+        parts = [np.load(path) for path in sorted(folder.glob(f"parts/{name}-1*.npz"))]
+        # Of what is compared, not the frontier's part, which has fewer videos.
+        (part,) = (part for part in parts if len(part["tokens_right_total"]) == TINY.videos)
+        return part["tokens_right_total"][:, 2:4].sum(1) / part["tokens_right_of"][:, 2:4].sum(1)
+
+    by_video = tokens_right("packcache") - tokens_right("last-frame")
+    found = result["differences"]["packcache - last frame"]["tokens_right"]["frames 3-4"]
+    assert found["mean"] == pytest.approx(by_video.mean(), abs=1e-4)
+    assert found["ci95"] == pytest.approx(1.96 * by_video.std(ddof=1) / 3**0.5, abs=1e-4)
+
+
+def test_goals_follow_from_the_differences(done):
+    _, result, _ = done
+    assert {(t["goal"], t["span"]) for t in result["targets"]} == {
+        ("not worse than full cache", "frames 1-2"),
+        ("better than last frame", "frames 3-4"),
+        ("better than last frame, absolute", "frames 3-4"),
+    }
+    for target in result["targets"]:
+        mean = target["mean"] if target["measure"] != "flicker" else -target["mean"]
+        expected = mean + target["ci95"] >= 0 if "not worse" in target["goal"] else mean - target["ci95"] > 0
+        assert target["met"] == expected
+
+
+def test_csv_has_every_mean(done):
+    folder, result, _ = done
+    with (folder / "quality.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = {(r["name"], r["measure"], r["span"]): r["mean"] for r in rows if r["table"] == "scores"}
+    for name, measures in result["scores"].items():
+        for label, score in measures.items():
+            for span, found in score["spans"].items():
+                assert scores[name, label, span] == ("" if found is None else str(found["mean"]))
+    assert sum(row["table"] == "frontier" for row in rows) == len(result["frontier"]) * len(MEASURES)
+
+
+def test_what_is_done_is_not_done_again(done):
+    folder, result, _ = done
+    parts = sorted((folder / "parts").iterdir())
+    parts[0].unlink()
+    before = {path: path.stat().st_mtime_ns for path in parts[1:]}
+
+    again = run(folder, plan=TINY, console=Console(file=io.StringIO()))
+
+    assert sorted((folder / "parts").iterdir()) == parts
+    assert {path: path.stat().st_mtime_ns for path in parts[1:]} == before
+    for key in ("scores", "differences", "frontier", "targets"):
+        assert again[key] == result[key]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from vllm_packcache.bench.quality.run import Plan, run
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), plan=Plan(videos=24, frames=4, short_frames=2, trained_frames=2))
+"""
+
+
+def test_an_interrupted_run_keeps_what_is_done(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    folder = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("parts/packcache-*.npz")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+
+    assert process.returncode != 0
+    assert "the same command goes on from there" in " ".join(printed.split())
+    assert not (folder / "quality.json").exists()
+    # Whole parts only; some 150 were planned.
+    parts = sorted((folder / "parts").glob("*.npz"))
+    assert 1 <= len(parts) <= 12
+    for path in parts:
+        with np.load(path) as part:
+            assert len(part["ids"]) == 4
