@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.calibrate import report
-from vllm_packcache.bench.calibrate.attention import NEAREST, SEGMENTS, Float64, Mass, Video, load, measure
+from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER, SEGMENTS, Float64, Mass, Video, load, measure
 from vllm_packcache.bench.calibrate.decay import (
     BOOTSTRAP_SEED,
     PAPER_DECAY,
@@ -160,7 +160,7 @@ def run(
         most = 100 * result["most_kept"]
         raise ConfigError(
             f"--target {target:g} cannot be reached: all of the {distances} frames whose attention was told apart hold "
-            f"{most:.2f} % with condition and own frame; ask for less than that, or measure more --frames"
+            f"{most:.2f} % with condition and own frame; ask for less than that"
         )
     out.write_text(report.as_yaml(result), encoding="utf-8")
     console.print(f"wrote {out}: --kv-cache-policy packcache --kv-cache-policy-config {out}", soft_wrap=True)
@@ -223,7 +223,7 @@ def analyse(
         "compared": [
             described(policy) for policy in dict.fromkeys(compared) if policy != best and allowed(policy, frame)
         ],
-        "most_kept": float(mean.sum() - mean[SEGMENTS.index("older frames")]),
+        "most_kept": float(mean.sum() - mean[OLDER]),
         "curves": {str(window): _curve(window, fitted.decay, mean, frame) for window in windows},
     }
 
