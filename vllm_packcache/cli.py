@@ -104,6 +104,46 @@ def explain(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="YAML file for the configuration, for --kv-cache-policy-config.")],
+    model: Annotated[str, typer.Argument(help="demo, the bundled model, or the folder of a causal LM.")] = "demo",
+    config: Annotated[
+        str | None, typer.Option(help="Preset, YAML or JSON file, or JSON text with the layout of the MODEL's videos.")
+    ] = None,
+    sequences: Annotated[
+        Path | None,
+        typer.Option(help='Videos for MODEL, a line each: {"token_ids": [...], "condition_tokens": n}.'),
+    ] = None,
+    videos: Annotated[int | None, typer.Option(min=1, help="How many videos; 20, or all of the file.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=6, help="Frames of a video; as trained, or as the file's shortest has.")
+    ] = None,
+    target: Annotated[float, typer.Option(help="Share of all attention that is to be kept.")] = 0.95,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a picture as PNG or SVG.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers and what is needed to repeat them.")
+    ] = None,
+) -> None:
+    """Measure how a model's attention decays over time, and suggest options that keep a share of it."""
+    from vllm_packcache.bench.calibrate.command import run
+
+    with _one_sentence():
+        run(
+            model,
+            config,
+            sequences,
+            out=out,
+            videos=videos,
+            frames=frames,
+            target=target,
+            block_size=block_size,
+            plot_path=plot_path,
+            json_path=json_path,
+        )
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

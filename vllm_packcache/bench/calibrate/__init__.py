@@ -1,0 +1,1 @@
+"""How a model spends its attention over time, and the PackCache options that follow from it."""

@@ -1,0 +1,335 @@
+"""The command: videos in; a configuration, a table, a plot and all numbers out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_packcache.bench import files
+from vllm_packcache.bench.calibrate import report
+from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER, SEGMENTS, Float64, Mass, Video, load, measure
+from vllm_packcache.bench.calibrate.decay import (
+    BOOTSTRAP_SEED,
+    PAPER_DECAY,
+    RESAMPLES,
+    allowed,
+    budgets,
+    fit,
+    kept,
+    lines,
+    measured,
+    percentiles,
+    resampled_means,
+    scale_at,
+    suggest,
+)
+from vllm_packcache.bench.machine import about
+from vllm_packcache.config import REQUEST_PREFIX, ConfigError, ServerConfig
+from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED
+from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, MODEL_DIR, VideoTokenizer
+from vllm_packcache.demo.train import STAGES, video_ids
+from vllm_packcache.demo.world import make_world
+from vllm_packcache.layout import FrameLayout
+from vllm_packcache.policies.packcache import MAX_WINDOW, PackCache
+
+DEMO = "demo"
+"""Names the bundled model, and the preset of its layout."""
+
+DEMO_VIDEOS = 20
+TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
+
+LEAST_FRAMES = 6
+"""Of a video: a line through fewer than three distances says nothing."""
+
+PICTURES = (".png", ".svg")
+
+
+class _Line(BaseModel):
+    """A line of ``--sequences``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    token_ids: list[int]
+    condition_tokens: Annotated[int, Field(ge=0)]
+
+
+def run(
+    model: str = DEMO,
+    config: str | None = None,
+    sequences: Path | None = None,
+    *,
+    out: Path,
+    videos: int | None = None,
+    frames: int | None = None,
+    target: float = 0.95,
+    block_size: int = 16,
+    plot_path: Path | None = None,
+    json_path: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure, print tables and write the suggested configuration.
+
+    Args:
+        model: `DEMO`, or the folder of a causal LM.
+        config: whose layout the videos have; None with the bundled model only.
+        sequences: JSON lines with the videos; None with the bundled model only.
+        out: YAML file for the configuration.
+        videos: how many; None: all of ``sequences``, or `DEMO_VIDEOS`.
+        frames: T, of each; None: as many as the shortest of ``sequences`` has, or `TRAINED_FRAMES`.
+        target: share of all attention mass that is to be kept.
+        block_size: tokens of a KV-cache block, for the mass on what is really kept.
+        plot_path: PNG or SVG file; None: none.
+        json_path: file for all numbers and what is needed to repeat them; None: none.
+        console: where progress and tables go.
+
+    Returns:
+        What is written to ``json_path``.
+
+    Raises:
+        ConfigError: an option is wrong, the model cannot be measured, or the target cannot be reached; for the last,
+            all but the configuration is written.
+        OSError: a file cannot be written.
+    """
+    console = console or Console(highlight=False)
+    if not 0 < target < 1:
+        raise ConfigError(f"--target must lie between 0 and 1, not {target:g}: it is a share of all attention mass")
+    if plot_path is not None and plot_path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot: {str(plot_path)!r} must end in {' or '.join(PICTURES)}")
+    server = _server(model, config, sequences)
+    chosen = _demo_videos(videos, frames) if sequences is None else _read(sequences, server, videos, frames)
+    files.claim(plot_path, json_path, out)
+    if out.stat().st_size == 0:
+        # Should this be interrupted, nobody is to start a server with an empty configuration.
+        out.unlink()
+    assert server.layout is not None
+    result: dict[str, Any] = about("calibrate", threads=torch.get_num_threads())
+    result["versions"]["transformers"] = version("transformers")
+    length = _frames(chosen[0])
+    distances = length // 2
+    seeds = _held_out(len(chosen))
+    start = time.monotonic()
+    masses = _measure(MODEL_DIR if model == DEMO else Path(model), chosen, distances, block_size, console)
+    result |= {
+        "seconds": round(time.monotonic() - start),
+        "model": model,
+        "videos": len(chosen),
+        "frames": length,
+        "trained_frames": TRAINED_FRAMES if model == DEMO else None,
+        "seeds": {"videos": None if sequences is not None else [seeds[0], seeds[-1]], "bootstrap": BOOTSTRAP_SEED},
+        "sequences": None if sequences is None else str(sequences),
+        "layout": server.layout.model_dump(mode="json", exclude_none=True),
+        "condition_tokens": [video.layout.condition_tokens for video in chosen],
+        "largest_distance": distances,
+        "query_frames": [distances + 1, length],
+        "block_size": block_size,
+        "dtype": "float32",
+        "target": target,
+        "notes": [
+            "shares of a query's attention with the full cache, averaged over queries, heads, layers and videos",
+            "every distance is averaged over the same queries: of the frames query_frames (counted from 1), which have "
+            "at least largest_distance frames before them",
+            f"ci95 are percentiles of {RESAMPLES} bootstrap samples over videos",
+            "the fit is least squares on the logarithm of the mean mass",
+            "kept: a frame's mass taken as even over its tokens; kept_measured: mass on the blocks that live",
+        ],
+        **analyse(masses, chosen, server.layout.frame_layout(), target, block_size),
+    }
+    suggestion = result["suggestion"]
+    if suggestion is not None:
+        options = {"history_frames", "window", "decay"}
+        result["config"] = ServerConfig.parse(
+            PackCache.name,
+            {"layout": result["layout"], **{k: suggestion[k] for k in options}, "positions": "rebase"},
+        ).as_mapping()
+    if json_path is not None:
+        files.write(json_path, result)
+    if plot_path is not None:
+        report.draw(result, plot_path)
+    report.print_tables(result, console)
+    if suggestion is None:
+        most = 100 * result["most_kept"]
+        raise ConfigError(
+            f"--target {target:g} cannot be reached: all of the {distances} frames whose attention was told apart hold "
+            f"{most:.2f} % with condition and own frame; ask for less than that"
+        )
+    out.write_text(report.as_yaml(result), encoding="utf-8")
+    console.print(f"wrote {out}: --kv-cache-policy packcache --kv-cache-policy-config {out}", soft_wrap=True)
+    return result
+
+
+def analyse(
+    masses: Sequence[Mass], videos: Sequence[Video], frame: FrameLayout, target: float, block_size: int
+) -> dict[str, Any]:
+    """Means, fit and suggestion of measured videos, as plain data.
+
+    Args:
+        masses: of V videos.
+        videos: the same.
+        frame: the shape of a frame.
+        target: share to be kept.
+        block_size: tokens of a block, as measured with.
+    """
+    by_head = np.stack([mass.by_segment for mass in masses])
+    by_video = by_head.mean((1, 2))
+    mean = by_video.mean(0)
+    by_layer = by_head.mean((0, 2))
+    distances = len(mean) - NEAREST
+    intervals = [list(percentiles(column)) for column in resampled_means(by_video).T] if len(masses) > 1 else None
+    fitted = fit(by_video[:, NEAREST:])
+    best = suggest(mean, fitted.decay, frame, target)
+
+    def described(policy: PackCache) -> dict[str, Any]:
+        layers = measured(policy, [video.layout for video in videos], masses, block_size)
+        return {
+            "history_frames": policy.history_frames,
+            "window": policy.window,
+            "decay": policy.decay,
+            "kept_tokens": policy.kept_tokens(frame.tokens_per_frame, 2 * policy.window),
+            "kept": kept(policy, mean, frame),
+            "kept_measured": float(layers.mean()),
+            "kept_measured_by_layer": layers.tolist(),
+        }
+
+    # The paper's rho at the same budget and window; where nothing is suggested, both at the defaults.
+    usual = PackCache(window=min(PackCache.window, distances))
+    base = best or replace(usual, decay=fitted.decay)
+    compared = [base, replace(base, decay=PAPER_DECAY), usual]
+    windows = sorted({n for n in (1, 2, 4, best.window if best else 1, distances) if n <= min(distances, MAX_WINDOW)})
+    return {
+        "segments": [*SEGMENTS, *(f"distance {d}" for d in range(1, distances + 1))],
+        "mass": mean.tolist(),
+        "mass_ci95": intervals,
+        "mass_by_video": by_video.tolist(),
+        "mass_by_layer": by_layer.tolist(),
+        "mass_by_head": by_head.mean(0).tolist(),
+        "fit": {
+            **asdict(fitted),
+            "decay": fitted.decay,
+            "half_in_interval": fitted.holds_half,
+            "rho_by_layer": np.exp(lines(by_layer[:, NEAREST:].T)[0]).tolist(),
+            "scale_at_half": scale_at(mean[NEAREST:], PAPER_DECAY),
+        },
+        "suggestion": None if best is None else described(best),
+        "compared": [
+            described(policy) for policy in dict.fromkeys(compared) if policy != best and allowed(policy, frame)
+        ],
+        "most_kept": float(mean.sum() - mean[OLDER]),
+        "curves": {str(window): _curve(window, fitted.decay, mean, frame) for window in windows},
+    }
+
+
+def _curve(window: int, decay: float, mean: Float64, frame: FrameLayout) -> list[list[float]]:
+    """Pairs of H and the share kept, for one W."""
+    policies = (
+        PackCache(history_frames=history, window=window, decay=decay) for history in budgets(len(mean) - NEAREST)
+    )
+    return [[policy.history_frames, kept(policy, mean, frame)] for policy in policies if allowed(policy, frame)]
+
+
+def _measure(folder: Path, videos: Sequence[Video], distances: int, block_size: int, console: Console) -> list[Mass]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("videos"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        model = load(folder)
+        return [
+            measure(model, video, distances, block_size) for video in progress.track(videos, description="attention")
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+def _server(model: str, config: str | None, sequences: Path | None) -> ServerConfig:
+    """The configuration whose layout the videos have."""
+    if model == DEMO:
+        for option, given in (("--config", config), ("--sequences", sequences)):
+            if given is not None:
+                raise ConfigError(f"{option}: the bundled model has its own: leave it out, or give another MODEL")
+    elif config is None:
+        raise ConfigError("--config is needed: the layout of the videos of this MODEL, as a preset, a file or JSON")
+    elif sequences is None:
+        raise ConfigError("--sequences is needed: a file of videos of this MODEL, one JSON object a line")
+    server = ServerConfig.parse(PackCache.name, DEMO if config is None else config)
+    if server.layout is None:
+        raise ConfigError(f"--config: {config!r} has no layout: without it nobody can tell frames apart")
+    if server.layout.axis_scale is not None:
+        raise ConfigError(
+            "--config: models whose positions have three axes (axis_scale) cannot be measured: they would be given the "
+            "index of a token on every axis"
+        )
+    return server
+
+
+def _held_out(videos: int) -> range:
+    return range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + videos)
+
+
+def _demo_videos(videos: int | None, frames: int | None) -> list[Video]:
+    """True videos of held-out worlds."""
+    server = ServerConfig.parse(PackCache.name, DEMO)
+    tokenizer = VideoTokenizer()
+    length = TRAINED_FRAMES if frames is None else frames
+    return [
+        _video(video_ids(tokenizer, make_world(seed), length).tolist(), CONDITION_TOKENS, server)
+        for seed in _held_out(DEMO_VIDEOS if videos is None else videos)
+    ]
+
+
+def _read(path: Path, server: ServerConfig, videos: int | None, frames: int | None) -> list[Video]:
+    """The first videos of a file, all cut to the same number of frames."""
+    read: list[Video] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"--sequences: {path} is not text: it must have one JSON object a line") from None
+    for number, text in enumerate(lines, 1):
+        if len(read) == videos:
+            break
+        try:
+            line = _Line.model_validate_json(text)
+            read.append(_video(line.token_ids, line.condition_tokens, server))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "it"
+            raise ConfigError(f"--sequences: line {number} of {path}: {where}: {first['msg']}") from None
+        except ConfigError as error:
+            raise ConfigError(f"--sequences: line {number} of {path}: {error}") from None
+    if not read or (videos is not None and len(read) < videos):
+        raise ConfigError(f"--sequences: {path} has {len(read)} videos, not {videos or 'any'}")
+    shortest = min(map(_frames, read))
+    length = shortest if frames is None else frames
+    if shortest < length:
+        raise ConfigError(f"--frames {length}: the shortest video of --sequences has {shortest} frames: ask for fewer")
+    if length < LEAST_FRAMES:
+        raise ConfigError(
+            f"--sequences: the shortest video has {length} whole frames: to fit a decay it takes {LEAST_FRAMES}"
+        )
+    return [Video(video.token_ids[: video.layout.frame_start(length)], video.layout) for video in read]
+
+
+def _video(token_ids: list[int], condition_tokens: int, server: ServerConfig) -> Video:
+    plan = server.plan({f"{REQUEST_PREFIX}condition_tokens": condition_tokens}, len(token_ids))
+    assert plan is not None
+    return Video(token_ids, plan.layout)
+
+
+def _frames(video: Video) -> int:
+    """Whole frames of a video."""
+    return (len(video.token_ids) - video.layout.condition_tokens) // video.layout.tokens_per_frame
