@@ -65,17 +65,20 @@ class Plan:
 
     Args:
         videos: V, worlds that every variant gets.
-        frames: T, of the variants that are compared; in doublings of ``trained_frames``.
-        short_frames: of the full cache, which costs the more the longer a video is, and of other selections.
         frontier_videos: of the points of the frontier, which have ``trained_frames``; no more than ``videos``.
         trained_frames: of the longest videos that the model was trained on.
+        lengths: as many of those the longest videos have at most; see `Variant.lengths`.
     """
 
     videos: int = 200
-    frames: int = 64
-    short_frames: int = 32
-    frontier_videos: int = 100
+    frontier_videos: int = 50
     trained_frames: int = max(clips.frames for stage in STAGES for clips in stage.turns)
+    lengths: int = 4
+
+    @property
+    def frames(self) -> int:
+        """Of the longest videos."""
+        return self.lengths * self.trained_frames
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frontier_videos", min(self.videos, self.frontier_videos))
@@ -92,13 +95,11 @@ class Plan:
     def works(self) -> dict[str, _Work]:
         """What is generated, by variant's key: the frontier shares what is compared."""
         works: dict[str, _Work] = {}
-        for variants, frames, videos in (
-            (COMPARED, self.frames, self.videos),
-            ((FULL, *SELECTIONS), self.short_frames, self.videos),
-            (FRONTIER, self.trained_frames, self.frontier_videos),
-        ):
-            for variant in variants:
-                works.setdefault(_key(variant), _Work(variant, frames, videos))
+        for variant in (FULL, *COMPARED, *SELECTIONS):
+            frames = min(variant.lengths, self.lengths) * self.trained_frames
+            works[_key(variant)] = _Work(variant, frames, self.videos)
+        for variant in FRONTIER:
+            works.setdefault(_key(variant), _Work(variant, self.trained_frames, self.frontier_videos))
         return works
 
 
@@ -113,6 +114,13 @@ class _Work(NamedTuple):
         for first in range(0, self.videos, VIDEOS_OF_A_PART):
             last = min(self.videos, first + VIDEOS_OF_A_PART)
             yield range(FIRST_HELD_OUT_SEED + first, FIRST_HELD_OUT_SEED + last)
+
+
+class _Part(NamedTuple):
+    variant: Variant
+    frames: int
+    seeds: range
+    path: Path
 
 
 class Videos(NamedTuple):
@@ -175,10 +183,10 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
 def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
     """The videos of every variant by key, as far as they are not in ``folder`` already from new processes."""
     missing = [
-        (work.variant, work.frames, seeds, path)
+        _Part(work.variant, work.frames, seeds, path)
         for work in plan.works.values()
         for seeds in work.parts
-        if not (path := _part(folder, work, seeds)).is_file()
+        if not (path := _path(folder, work, seeds)).is_file()
     ]
     columns = (
         TextColumn("{task.description}"),
@@ -189,7 +197,9 @@ def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) ->
         TimeRemainingColumn(),
     )
     total = sum(work.frames * work.videos for work in plan.works.values())
-    done = total - sum(frames * len(seeds) for _, frames, seeds, _ in missing)
+    done = total - sum(part.frames * len(part.seeds) for part in missing)
+    # What is short first, and the same worlds of all variants: then an interrupted run has something to compare.
+    missing.sort(key=lambda part: (part.frames, part.seeds.start))
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, console=console, transient=True) as progress,
@@ -201,15 +211,15 @@ def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) ->
         try:
             for future in as_completed(futures):
                 future.result()
-                variant, frames, seeds, _ = futures[future]
-                progress.update(bar, advance=frames * len(seeds), description=variant.name)
+                part = futures[future]
+                progress.update(bar, advance=part.frames * len(part.seeds), description=part.variant.name)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 console.print("interrupted: the videos in hand are finished; the same command goes on from there")
             pool.shutdown(cancel_futures=True)
             raise
     return {
-        key: _joined([_load(_part(folder, work, seeds)) for seeds in work.parts]) for key, work in plan.works.items()
+        key: _joined([_load(_path(folder, work, seeds)) for seeds in work.parts]) for key, work in plan.works.items()
     }
 
 
@@ -273,7 +283,7 @@ def _key(variant: Variant) -> str:
     return json.dumps([variant.policy, variant.server.as_mapping()], sort_keys=True)
 
 
-def _part(folder: Path, work: _Work, seeds: range) -> Path:
+def _path(folder: Path, work: _Work, seeds: range) -> Path:
     """Where a part is kept. Another model, configuration or length has another name."""
     decides = json.dumps([_key(work.variant), _model_hash(), BLOCK_SIZE, work.frames, seeds.start, seeds.stop])
     name = work.variant.name.replace(" ", "-").replace(",", "")

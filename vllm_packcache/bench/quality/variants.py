@@ -41,6 +41,7 @@ class Variant:
         options: of the policy, and ``positions``.
         family: the curve of the frontier that it is a point of; None: of none.
         budget: H, frames of history that it may keep; None: all.
+        lengths: how long the videos are that it is compared by, in lengths of those that the model was trained on.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Variant:
     options: Mapping[str, Any]
     family: str | None = None
     budget: float | None = DEFAULT_BUDGET
+    lengths: int = 4
 
     @property
     def server(self) -> ServerConfig:
@@ -105,17 +107,17 @@ def attention_sink(budget: float) -> Variant:
 
 def random_blocks(budget: float) -> Variant:
     """The same number of blocks of every frame of the window, drawn by lot."""
-    return Variant(
-        "random blocks", "packcache", _packcache(budget, decay=1, selection="random"), "random blocks", budget
-    )
+    options = _packcache(budget, decay=1, selection="random")
+    return Variant("random blocks", "packcache", options, "random blocks", budget, lengths=2)
 
 
 def strided_blocks(budget: float) -> Variant:
     """The same number of blocks of every frame of the window, evenly spread."""
-    return Variant("strided blocks", "packcache", _packcache(budget, decay=1), "strided blocks", budget)
+    return Variant("strided blocks", "packcache", _packcache(budget, decay=1), "strided blocks", budget, lengths=2)
 
 
-FULL = Variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
+# A frame of the full cache costs the more the later it is.
+FULL = Variant(FULL_CACHE, "full", {}, FULL_CACHE, None, lengths=1)
 
 COMPARED = (
     packcache(DEFAULT_BUDGET),
@@ -140,7 +142,7 @@ COMPARED = (
 """Policies and ablations; the full cache comes besides."""
 
 SELECTIONS = tuple(
-    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection))
+    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection), lengths=2)
     for selection in ("rows", "tail", "random")
 )
 """Other blocks of each frame; ``spatial`` is packcache itself."""
