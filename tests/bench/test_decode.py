@@ -13,6 +13,9 @@ import pytest
 from rich.console import Console
 
 from vllm_packcache.bench import decode
+from vllm_packcache.bench.decode import plan as plans
+from vllm_packcache.bench.decode import report
+from vllm_packcache.bench.decode.samples import CLOCKS
 from vllm_packcache.bench.engine_process import EngineFailed, EngineProcess, EngineSettings
 from vllm_packcache.bench.model import write_model
 
@@ -44,7 +47,7 @@ def test_json_says_how_to_repeat_it(measured):
     assert set(written["versions"]) == {"python", "torch", "vllm", "vllm_packcache"}
     assert all(written["versions"].values())
     assert written["machine"]["cpu"]
-    assert written["machine"]["threads_per_engine"] == decode.THREADS
+    assert written["machine"]["threads_per_engine"] == plans.THREADS
     assert written["model"]["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
     assert written["policy"] == {
         "name": "packcache",
@@ -66,28 +69,28 @@ def test_every_target_is_there(measured):
 
 
 def test_full_run_judges_times(measured):
-    targets = decode._targets(measured[1] | {"quick": False})
+    targets = report.targets(measured[1] | {"quick": False})
     assert all(isinstance(target["met"], bool) for target in targets)
-    assert not decode._target("x", 3.6, at_least=3.7)["met"]
-    assert decode._target("x", 3.7, at_least=3.7)["met"]
-    assert decode._target("x", 1.05, at_most=1.05)["met"]
-    assert not decode._target("x", 1.06, at_most=1.05)["met"]
+    assert not report._target("x", 3.6, at_least=3.7)["met"]
+    assert report._target("x", 3.7, at_least=3.7)["met"]
+    assert report._target("x", 1.05, at_most=1.05)["met"]
+    assert not report._target("x", 1.06, at_most=1.05)["met"]
 
 
 def test_ratios_are_those_of_the_samples(measured):
     last = measured[1]["last_frame"]
-    for place, clock in itertools.product(last["places"].values(), decode.CLOCKS):
+    for place, clock in itertools.product(last["places"].values(), CLOCKS):
         samples = place[clock]
         assert set(samples) == ENGINES
-        assert all(len(own) == decode.QUICK.rounds and min(own) > 0 for own in samples.values())
-        for name, (above, below) in decode.RATIOS.items():
+        assert all(len(own) == plans.QUICK.rounds and min(own) > 0 for own in samples.values())
+        for name, (above, below) in plans.RATIOS.items():
             summary = place["ratios"][name][clock]
             pairs = zip(samples[above], samples[below], strict=True)
             assert summary["samples"] == [a / b for a, b in pairs]
             assert 0 < summary["min"] <= summary["quartiles"][0] <= summary["median"]
             assert summary["median"] <= summary["quartiles"][1] <= summary["max"] < math.inf
-    for ratio, clock in itertools.product(last["ratios"].values(), decode.CLOCKS):
-        assert len(ratio[clock]["samples"]) == decode.QUICK.rounds
+    for ratio, clock in itertools.product(last["ratios"].values(), CLOCKS):
+        assert len(ratio[clock]["samples"]) == plans.QUICK.rounds
     late_by_early = measured[1]["early_and_late_frame"]["ratios"]["late / early"]
     assert len(late_by_early["cpu_seconds"]["samples"]) == 2 * (131 // 32 - 1)
 
@@ -103,7 +106,7 @@ def test_blocks_in_use_are_those_that_retention_decides(measured):
 def test_short_is_as_long_as_what_packcache_reads(measured):
     # A budget of 2 x 197 tokens at 1/2, 1/4, 1/8, 1/8: frames of 197, 98, 49 and 49 tokens, in blocks of 32;
     # the 197 of the last one reach into seven blocks.
-    plan = decode.QUICK
+    plan = plans.QUICK
     for place in measured[1]["last_frame"]["places"].values():
         blocks = place["blocks_at_the_end"]
         assert blocks["packcache"] == blocks["short"] == math.ceil((place["live_tokens"] + plan.span) / 32)
@@ -118,7 +121,7 @@ def test_short_is_as_long_as_what_packcache_reads(measured):
 def test_the_frame_that_slides_is_whole(measured):
     sliding = measured[1]["sliding_frame"]
     assert sliding["prompt_tokens"] == 70 + 12 * 197
-    for clock in decode.CLOCKS:
+    for clock in CLOCKS:
         times = sliding[clock]
         assert times["rebase / absolute"] == times["frame"]["packcache"] / times["frame"]["absolute"]
         assert 0 < times["slide"] < times["frame"]["packcache"]
@@ -142,18 +145,18 @@ def test_table_shows_every_ratio_and_check(measured):
     assert "MISSED" not in printed
 
 
-@pytest.mark.parametrize("plan", [decode.FULL, decode.QUICK])
+@pytest.mark.parametrize("plan", [plans.FULL, plans.QUICK])
 def test_places_lie_in_the_last_frame(plan):
     starts = list(plan.places.values())
     assert starts[0] == 0
     assert starts[-1] + plan.span == plan.tokens_per_frame
     assert all(earlier < later for earlier, later in itertools.pairwise(starts))
-    assert plan.tokens_per_frame % decode.BLOCK_SIZE != 0
+    assert plan.tokens_per_frame % plans.BLOCK_SIZE != 0
     assert plan.rounds % 2 == 0, "with an odd number of rounds one order comes more often than the other"
 
 
 def test_full_geometry_is_the_papers():
-    plan = decode.FULL
+    plan = plans.FULL
     assert (plan.condition_tokens, plan.tokens_per_frame, plan.frames) == (272, 4084, 13)
     assert plan.retention(4084).layout.frame_start(13) - plan.condition_tokens == 53_092
 
@@ -169,7 +172,7 @@ def test_failure_of_an_engine_is_told(tmp_path):
         threads=1,
         additional_config={},
     )
-    write_model(tmp_path / "model", decode.QUICK.model, 64, seed=0)
+    write_model(tmp_path / "model", plans.QUICK.model, 64, seed=0)
     engine = EngineProcess("small", settings, tmp_path / "log")
     with pytest.raises(EngineFailed, match=r"engine 'small' failed(?s:.)*Error"):
         engine.answer()
