@@ -15,19 +15,28 @@ from rich.console import Console
 from vllm_packcache.bench import decode
 from vllm_packcache.bench.decode import plan as plans
 from vllm_packcache.bench.decode import report
+from vllm_packcache.bench.decode.runs import Request, Run
 from vllm_packcache.bench.decode.samples import CLOCKS
-from vllm_packcache.bench.engine_process import EngineFailed, EngineProcess, EngineSettings
+from vllm_packcache.bench.engine_process import Burst, EngineFailed, EngineProcess, EngineSettings
 from vllm_packcache.bench.model import write_model
 
 ENGINES = {"full", "short", "packcache", "opt_out"}
-TIMED = ["full / packcache", "packcache / short", "opt_out / full", "rebase / absolute", "frame 30 / frame 10"]
+TIMED = [
+    "full / packcache",
+    "packcache / short",
+    "opt_out / full",
+    "rebase / absolute",
+    "frame 30 / frame 10",
+    "end to end: full / packcache",
+]
 COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What `run` returns, what it writes and what it prints."""
-    path = tmp_path_factory.mktemp("bench") / "new" / "decode.json"
+    folder = tmp_path_factory.mktemp("bench") / "new"
+    path = folder / "decode.json"
     environment = dict(os.environ)
     console = Console(file=io.StringIO(), width=80)
     result = decode.run(path, quick=True, console=console)
@@ -128,6 +137,68 @@ def test_the_frame_that_slides_is_whole(measured):
         assert times["share_of_slide"] < 1
 
 
+def test_every_frame_is_timed_with_every_policy(measured):
+    plan, frames = plans.QUICK, measured[1]["frames"]
+    half = (197 - 3 * 32) // 2
+    assert [frame["frame"] for frame in frames["frames"]] == list(range(13))
+    assert list(frames["policies"]) == list(plan.policies)
+    assert frames["policies"]["attention sink"] == {
+        "name": "attention_sink",
+        "sink_tokens": 32,
+        "recent_tokens": 70 + 2 * 197 - 32,
+    }
+    for number, frame in enumerate(frames["frames"]):
+        assert frame["blocks_as_decided"] is True
+        assert frame["prompt_tokens"] == 70 + number * 197 + half
+        for clock in CLOCKS:
+            assert set(frame[clock]) == set(plan.policies)
+            assert all(len(own) == plan.frame_rounds and min(own) > 0 for own in frame[clock].values())
+        assert set(frame["ratios"]) == {f"full / {name}" for name in plan.policies if name != "full"}
+
+
+def test_policies_keep_equally_many_tokens(measured):
+    history = {"packcache": 2, "last 2 frames": 2, "attention sink": 2, "last frame": 1}
+    # What is kept of a frame is rounded up to blocks, and so is the condition; packcache keeps something of four.
+    most_blocks = {"packcache": 5} | dict.fromkeys(("last 2 frames", "attention sink", "last frame"), 2)
+    for frame in measured[1]["frames"]["frames"]:
+        live = frame["live_tokens"]
+        assert live["full"] == frame["prompt_tokens"]
+        for name, frames in history.items():
+            dropped = max(0, frame["frame"] - frames) * 197
+            rounding = most_blocks[name] * 32 if dropped else 0
+            assert 0 <= live[name] - (frame["prompt_tokens"] - dropped) <= rounding
+
+
+def test_end_to_end_is_the_sum_of_the_frames(measured):
+    frames = measured[1]["frames"]
+    whole = frames["end_to_end"]
+    for clock, name in itertools.product(CLOCKS, plans.QUICK.policies):
+        by_round = zip(*(frame[clock][name] for frame in frames["frames"]), strict=True)
+        assert whole[clock][name] == pytest.approx([197 * sum(steps) for steps in by_round], rel=1e-12)
+    for name, (above, below) in plans.FRAME_RATIOS.items():
+        for clock in CLOCKS:
+            pairs = zip(whole[clock][above], whole[clock][below], strict=True)
+            assert whole["ratios"][name][clock]["samples"] == [a / b for a, b in pairs]
+    assert frames["last"]["ratios"] == frames["frames"][-1]["ratios"]
+    judged = {target["ratio"]: target["value"] for target in measured[1]["targets"]}
+    assert judged["end to end: full / packcache"] == whole["ratios"]["full / packcache"]["cpu_seconds"]["median"]
+
+
+def test_blocks_decided_are_those_of_the_live_set():
+    retention = plans.QUICK.retention(197)
+    # Within the condition; then at the start of frame 12, its first block shared with the frame before it.
+    assert Request(30, retention).blocks_decided(4) == [1, 1, 2, 2]
+    assert (70 + 12 * 197) % 32 == 2
+    condition, history = 3, 7 + 4 + 2 + 2
+    blocks = [condition + history + 1] * 30 + [condition + history + 2]
+    assert Request(70 + 12 * 197, retention).blocks_decided(31) == blocks
+    used = Burst([], [], [], blocks)
+    requests = {"a": Request(70 + 12 * 197, retention)}
+    assert Run(requests, {}, {"a": [used]}, {"a": Burst([], [], [], [])}).blocks_as_decided
+    one_more = Burst([], [], [], [*blocks[:-1], blocks[-1] + 1])
+    assert not Run(requests, {}, {"a": [one_more]}, {"a": Burst([], [], [], [])}).blocks_as_decided
+
+
 def test_peak_blocks_do_not_grow(measured):
     growth, generated = measured[1]["early_and_late_frame"], measured[1]["generated"]
     for run in (growth, generated):
@@ -139,7 +210,7 @@ def test_peak_blocks_do_not_grow(measured):
 
 def test_table_shows_every_ratio_and_check(measured):
     result, _, printed = measured
-    for name in TIMED + COUNTED + list(result["checks"]):
+    for name in TIMED + COUNTED + list(plans.FRAME_RATIOS) + list(result["checks"]):
         assert name in printed
     assert printed.count("n/a") == len(TIMED)
     assert "MISSED" not in printed

@@ -14,7 +14,19 @@ engine          what it runs
 ``packcache``   vLLM with the plugin, packcache switched on
 ``opt_out``     the same, on a request that keeps its whole cache (``packcache_policy=full``)
 ``absolute``    packcache with absolute positions: no key is ever rotated
+``last 2 ...``  sliding window over as many frames as packcache's budget
+``attention``   attention sink: the first block and as many of the last tokens
+``last frame``  sliding window over one frame, the baseline of the paper
 ==============  ==============================================================================================
+
+**Frame by frame and end to end.** Frame k of a video is timed without generating k frames: they and half of frame k
+are the prompt. A step's time is linear in the number of tokens that it reads, so a step in the middle of a frame
+stands for the mean over the frame, and the time of all frames is the sum, over frames, of tokens per frame x seconds
+of a step in the middle, round by round. Prefill of the condition is left out, and so is the slide of the window, which
+is in the first step of a frame (`sliding_frame` times it).
+
+Prompts of consecutive frames begin alike. Stock vLLM has prefix caching on, which is its default, and prefills what is
+new only; engines with a policy share no more than the condition: a frame's keys depend on what its tokens could see.
 """
 
 from __future__ import annotations
@@ -30,8 +42,19 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.decode import report
-from vllm_packcache.bench.decode.plan import BLOCK_SIZE, FULL, POLICY, QUICK, SEED, THREADS
-from vllm_packcache.bench.decode.runs import Bench, engines
+from vllm_packcache.bench.decode.plan import (
+    BESIDE_FRAMES,
+    BESIDE_LAST_FRAME,
+    BLOCK_SIZE,
+    FULL,
+    LASTING,
+    POLICY,
+    QUICK,
+    SEED,
+    THREADS,
+    described,
+)
+from vllm_packcache.bench.decode.runs import Bench
 from vllm_packcache.bench.machine import about
 
 __all__ = ["run"]
@@ -60,20 +83,25 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         "seed": SEED,
         "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
         "engine": {"block_size": BLOCK_SIZE, "max_num_batched_tokens": plan.chunk, "enforce_eager": True},
-        "policy": {"name": POLICY.name} | dataclasses.asdict(POLICY),
+        "policy": described(POLICY),
         "steps_per_burst": plan.burst,
     }
     start = time.monotonic()
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, engines(plan) as started:
-        bench = Bench(plan, started, progress)
-        bench.start_engines()
-        result["last_frame"] = bench.last_frame()
-        result["machine"]["huge_page_kib"] = bench.huge_page_kib()
-        result["control"] = bench.control()
-        result["sliding_frame"] = bench.sliding_frame()
-        result["early_and_late_frame"] = bench.early_and_late_frame()
-        result["generated"] = bench.generated()
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        Bench.in_temporary_folder(plan, progress) as bench,
+        bench.engines("that stay", LASTING),
+    ):
+        with bench.engines("for the last frame", BESIDE_LAST_FRAME):
+            result["last_frame"] = bench.last_frame()
+            result["machine"]["huge_page_kib"] = bench.huge_page_kib()
+            result["control"] = bench.control()
+            result["sliding_frame"] = bench.sliding_frame()
+            result["early_and_late_frame"] = bench.early_and_late_frame()
+            result["generated"] = bench.generated()
+        with bench.engines("of other policies", BESIDE_FRAMES):
+            result["frames"] = bench.frames()
     result["seconds"] = time.monotonic() - start
     result["machine"]["load_average_after"] = os.getloadavg()
     result["share_of_reading"] = report.share_of_reading(result)

@@ -36,6 +36,14 @@ def ratios_of(
     }
 
 
+def summed(parts: Sequence[Mapping[str, Any]], scale: float = 1) -> dict[str, dict[str, list[float]]]:
+    """``scale`` times the sum of the seconds of `step_times`, round by round, by clock and name."""
+    return {
+        clock: {name: (scale * np.sum([part[clock][name] for part in parts], axis=0)).tolist() for name in own}
+        for clock, own in ((clock, parts[0][clock]) for clock in CLOCKS)
+    }
+
+
 def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One summary, by clock, of the samples of several."""
     return {clock: summary([sample for own in summaries for sample in own[clock]["samples"]]) for clock in CLOCKS}
