@@ -14,11 +14,12 @@ from rich.console import Console
 
 from vllm_packcache.bench import decode
 from vllm_packcache.bench.decode import plan as plans
-from vllm_packcache.bench.decode import report
+from vllm_packcache.bench.decode import plot, report
 from vllm_packcache.bench.decode.runs import Request, Run
 from vllm_packcache.bench.decode.samples import CLOCKS
 from vllm_packcache.bench.engine_process import Burst, EngineFailed, EngineProcess, EngineSettings
 from vllm_packcache.bench.model import write_model
+from vllm_packcache.config import ConfigError
 
 ENGINES = {"full", "short", "packcache", "opt_out"}
 TIMED = [
@@ -36,10 +37,11 @@ COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What `run` returns, what it writes and what it prints."""
     folder = tmp_path_factory.mktemp("bench") / "new"
-    path = folder / "decode.json"
+    path, picture = folder / "decode.json", folder / "decode.png"
     environment = dict(os.environ)
     console = Console(file=io.StringIO(), width=80)
-    result = decode.run(path, quick=True, console=console)
+    result = decode.run(path, picture, quick=True, console=console)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert os.environ == environment
     assert isinstance(console.file, io.StringIO)
     return result, json.loads(path.read_text(encoding="utf-8")), console.file.getvalue()
@@ -182,6 +184,22 @@ def test_end_to_end_is_the_sum_of_the_frames(measured):
     assert frames["last"]["ratios"] == frames["frames"][-1]["ratios"]
     judged = {target["ratio"]: target["value"] for target in measured[1]["targets"]}
     assert judged["end to end: full / packcache"] == whole["ratios"]["full / packcache"]["cpu_seconds"]["median"]
+
+
+def test_picture_tells_the_ratios(measured, tmp_path):
+    plot.draw(measured[1], tmp_path / "decode.svg")
+    drawn = (tmp_path / "decode.svg").read_text(encoding="utf-8")
+    assert "<svg" in drawn
+    frames = measured[1]["frames"]
+    for name in plans.QUICK.policies:
+        if name != "full":
+            whole, last = (frames[part]["ratios"][f"full / {name}"]["cpu_seconds"] for part in ("end_to_end", "last"))
+            assert f"{name}: {whole['median']:.2f} x as fast end to end, {last['median']:.2f} x" in drawn
+
+
+def test_picture_of_another_kind_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"--plot .* \.png or \.svg, not 'decode.gif'"):
+        decode.run(None, tmp_path / "decode.gif", quick=True)
 
 
 def test_blocks_decided_are_those_of_the_live_set():

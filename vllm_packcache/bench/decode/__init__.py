@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_packcache.bench import files
-from vllm_packcache.bench.decode import report
+from vllm_packcache.bench.decode import plot, report
 from vllm_packcache.bench.decode.plan import (
     BESIDE_FRAMES,
     BESIDE_LAST_FRAME,
@@ -60,11 +60,14 @@ from vllm_packcache.bench.machine import about
 __all__ = ["run"]
 
 
-def run(json_path: Path | None, *, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table and write everything measured to ``json_path``.
+def run(
+    json_path: Path | None, plot_path: Path | None = None, *, quick: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Measure, print a table, write everything measured to ``json_path`` and a picture to ``plot_path``.
 
     Args:
         json_path: file for the samples and all that is needed to repeat them; None: only the table.
+        plot_path: PNG or SVG, by its suffix; None: no picture.
         quick: a small geometry that shows in a minute that everything works; its times say nothing.
         console: where progress and table go.
 
@@ -72,10 +75,12 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
         What is written to ``json_path``.
 
     Raises:
+        ConfigError: ``plot_path`` has another suffix.
         EngineFailed: an engine raised or died.
     """
     console = console or Console()
-    files.claim(json_path)
+    plot.check_suffix(plot_path)
+    files.claim(json_path, plot_path)
     plan = QUICK if quick else FULL
     result: dict[str, Any] = {
         **about("decode", threads_per_engine=THREADS),
@@ -109,5 +114,7 @@ def run(json_path: Path | None, *, quick: bool = False, console: Console | None 
     result["targets"] = report.targets(result)
     if json_path is not None:
         files.write(json_path, result)
+    if plot_path is not None:
+        plot.draw(result, plot_path)
     report.print_table(result, console)
     return result
