@@ -174,6 +174,7 @@ def test_policies_keep_equally_many_tokens(measured):
 def test_end_to_end_is_the_sum_of_the_frames(measured):
     frames = measured[1]["frames"]
     whole = frames["end_to_end"]
+    assert "Without the prefill of the condition" in whole["is"]
     for clock, name in itertools.product(CLOCKS, plans.QUICK.policies):
         by_round = zip(*(frame[clock][name] for frame in frames["frames"]), strict=True)
         assert whole[clock][name] == pytest.approx([197 * sum(steps) for steps in by_round], rel=1e-12)

@@ -39,6 +39,13 @@ RATIOS = {
 }
 """Ratios of step times on the last frame: name, and the engines that it divides."""
 
+END_TO_END = (
+    "sum over all frames of tokens per frame x seconds of a step in the middle of the frame, round by round: a step's "
+    "time is linear in the number of tokens that it reads. Without the prefill of the condition, and without the "
+    "slides of the window, which are in the first step of a frame (see sliding_frame)"
+)
+"""What the time of all frames is, for those who read the result."""
+
 FRAME_RATIOS = {f"full / {name}": ("full", name) for name in ("packcache", *BESIDE_FRAMES)}
 """Ratios of step times frame by frame."""
 
