@@ -71,8 +71,8 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## time decode steps with and without packcache; samples go to out/bench/decode.json
-	$(BIN)/vllm-packcache bench decode --json out/bench/decode.json
+bench: $(STAMP)  ## time decode steps with and without packcache; samples and a picture go to out/bench/
+	$(BIN)/vllm-packcache bench decode --json out/bench/decode.json --plot out/bench/decode.png
 
 clean:  ## remove outputs and caches; .venv stays
 	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -169,16 +169,19 @@ def bench_decode(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
     ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the time of a step by frame and policy, as a PNG or SVG.")
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
     ] = False,
 ) -> None:
-    """Time decode steps with and without packcache, as ratios of runs side by side."""
+    """Time decode steps with and without packcache and with other policies, as ratios of runs side by side."""
     from vllm_packcache.bench.decode import run
 
     with _one_sentence():
-        run(json_path, quick=quick)
+        run(json_path, plot_path, quick=quick)
 
 
 @bench.command("serve")
