@@ -118,7 +118,7 @@ def calibrate(
     frames: Annotated[
         int | None, typer.Option(min=6, help="Frames of a video; as trained, or as the file's shortest has.")
     ] = None,
-    target: Annotated[float, typer.Option(help="Share of all attention that is to be kept.")] = 0.95,
+    target: Annotated[float, typer.Option(help="Share of all attention that is to be kept.")] = 0.8,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a picture as PNG or SVG.")] = None,
     json_path: Annotated[

@@ -20,9 +20,11 @@ def test_version() -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "explain", "doctor", "bench"):
+    for command in ("demo", "explain", "doctor", "bench", "calibrate"):
         assert command in result.stdout
-    assert "decode" in CliRunner().invoke(app, ["bench", "--help"]).stdout
+    benchmarks = CliRunner().invoke(app, ["bench", "--help"]).stdout
+    for benchmark in ("decode", "serve", "quality", "long-video"):
+        assert benchmark in benchmarks
 
 
 @pytest.mark.parametrize(

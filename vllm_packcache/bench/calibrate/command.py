@@ -71,7 +71,7 @@ def run(
     out: Path,
     videos: int | None = None,
     frames: int | None = None,
-    target: float = 0.95,
+    target: float = 0.8,
     block_size: int = 16,
     plot_path: Path | None = None,
     json_path: Path | None = None,
