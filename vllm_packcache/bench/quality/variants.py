@@ -143,7 +143,7 @@ COMPARED = (
 """Policies and ablations; the full cache comes besides."""
 
 SELECTIONS = tuple(
-    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection))
+    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection), lengths=1)
     for selection in ("rows", "tail", "random")
 )
 """Other blocks of each frame; ``spatial`` is packcache itself."""
