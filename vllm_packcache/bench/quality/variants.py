@@ -41,8 +41,8 @@ class Variant:
         options: of the policy, and ``positions``.
         family: the curve of the frontier that it is a point of; None: of none.
         budget: H, frames of history that it may keep; None: all.
-        lengths: how long its videos are, in lengths of those that the model was trained on. Hours are spent where they
-            tell something: the policies that last get the longest videos, those that fall apart at once the shortest.
+        lengths: how long its videos are, in lengths of those that the model was trained on: a long video takes hours on
+            a CPU, so only those that the goals are about have them.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Variant:
     options: Mapping[str, Any]
     family: str | None = None
     budget: float | None = DEFAULT_BUDGET
-    lengths: int = 2
+    lengths: int = 1
 
     @property
     def server(self) -> ServerConfig:
@@ -96,7 +96,8 @@ def packcache(budget: float) -> Variant:
 def last_frames(budget: int) -> Variant:
     """The paper's other baseline: as many whole frames, positions re-based."""
     name = LAST_FRAME if budget == 1 else f"last {budget} frames"
-    return Variant(name, "sliding_window", {"window": budget, "positions": "rebase"}, "last frames", budget, lengths=4)
+    options = {"window": budget, "positions": "rebase"}
+    return Variant(name, "sliding_window", options, "last frames", budget, lengths=4 if budget == 1 else 2)
 
 
 def attention_sink(budget: float) -> Variant:
@@ -109,16 +110,15 @@ def attention_sink(budget: float) -> Variant:
 def random_blocks(budget: float) -> Variant:
     """The same number of blocks of every frame of the window, drawn by lot."""
     options = _packcache(budget, decay=1, selection="random")
-    return Variant("random blocks", "packcache", options, "random blocks", budget, lengths=1)
+    return Variant("random blocks", "packcache", options, "random blocks", budget)
 
 
 def strided_blocks(budget: float) -> Variant:
     """The same number of blocks of every frame of the window, evenly spread."""
-    return Variant("strided blocks", "packcache", _packcache(budget, decay=1), "strided blocks", budget, lengths=1)
+    return Variant("strided blocks", "packcache", _packcache(budget, decay=1), "strided blocks", budget)
 
 
-# A frame of the full cache costs the more the later it is.
-FULL = Variant(FULL_CACHE, "full", {}, FULL_CACHE, None, lengths=1)
+FULL = Variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
 
 COMPARED = (
     packcache(DEFAULT_BUDGET),
@@ -143,7 +143,7 @@ COMPARED = (
 """Policies and ablations; the full cache comes besides."""
 
 SELECTIONS = tuple(
-    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection), lengths=1)
+    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection))
     for selection in ("rows", "tail", "random")
 )
 """Other blocks of each frame; ``spatial`` is packcache itself."""
