@@ -239,3 +239,19 @@ def bench_long_video(
 
     with _one_sentence():
         run(json_path, plot_path)
+
+
+@bench.command("report")
+def bench_report(
+    folder: Annotated[Path, typer.Argument(help="Folder with the JSON of benchmarks, as bench all writes it.")],
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Text whose part between <!-- results: begin --> and <!-- results: end --> is replaced."),
+    ] = None,
+) -> None:
+    """Write results.csv and report.md anew from the results of a folder."""
+    from vllm_packcache.bench.report import report
+
+    with _one_sentence():
+        for path in report(folder, readme):
+            typer.echo(f"wrote {path}")
