@@ -279,6 +279,7 @@ def test_sizes_are_those_of_the_commands():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_whole_command(tmp_path: Path):
     console = Console(file=io.StringIO(), width=100)
     assert everything.run(tmp_path, quick=True, console=console) == {}

@@ -175,7 +175,7 @@ def test_losses_are_as_plain_as_wins(folder: Path):
     goals = [goal for part in PARTS for goal in part.goals(part.read(folder) or {})]
     met = [goal for goal in goals if goal.verdict.startswith("met")]
     assert len(goals) > len(met) > 0
-    assert f"{len(met)} of the {len(goals)} goals that were judged are met." in text
+    assert f"{len(met)} of the {len(goals)} goals that were judged are met. " in text
 
 
 def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: Path):
@@ -316,7 +316,9 @@ def test_a_quick_run_is_not_judged(copy: Path):
     for name in ("decode.json", "serve.json", "quality.json", "calibrate.json"):
         result = json.loads((copy / name).read_text(encoding="utf-8"))
         files.write(copy / name, result | {"quick": True})
-    text = texts_of(copy)[REPORT]
+    written = texts_of(copy)
+    assert written["README.md"].count("**A quick run: ") == 4
+    text = written[REPORT]
     goals = text[: text.index("## Decoding")].splitlines()
     lines = [line for line in goals if line.startswith(("| decode |", "| serve |", "| quality |", "| calibrate |"))]
     assert lines

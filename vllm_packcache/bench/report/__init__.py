@@ -127,7 +127,10 @@ def _goal_table(results: Mapping[Part, Result | None]) -> Iterator[str]:
     verdicts = [goal.verdict for _, goal in goals]
     judged = [verdict for verdict in verdicts if verdict.startswith((MET, "**"))]
     met = [verdict for verdict in judged if verdict.startswith(MET)]
-    yield f"{len(met)} of the {len(judged)} goals that were judged are met."
+    yield (
+        f"{len(met)} of the {len(judged)} goals that were judged are met. In brackets: quartiles; within the spread: "
+        "the bound lies between them."
+    )
     yield table(
         ("", "goal", "measured", "aim", "verdict"),
         [(part.benchmark, *goal) for part, goal in goals],
@@ -137,6 +140,11 @@ def _goal_table(results: Mapping[Part, Result | None]) -> Iterator[str]:
 
 def _missing(part: Part) -> str:
     return f"Not measured: `{part.file}` is not there, or not finished."
+
+
+def _quick(result: Result) -> Iterator[str]:
+    if result.get("quick"):
+        yield "**A quick run: its sizes show that everything works, its numbers say nothing.**"
 
 
 def _long(results: Mapping[Part, Result | None], files: Files) -> Iterator[str]:
@@ -157,8 +165,7 @@ def _long(results: Mapping[Part, Result | None], files: Files) -> Iterator[str]:
         if result is None:
             yield _missing(part)
             continue
-        if result.get("quick"):
-            yield "**A quick run: its sizes show that everything works, its numbers say nothing.**"
+        yield from _quick(result)
         yield from part.long(result, files)
 
 
@@ -170,6 +177,7 @@ def _short(results: Mapping[Part, Result | None], files: Files) -> Iterator[str]
     yield from _goal_table(results)
     for part, result in results.items():
         if result is not None:
+            yield from _quick(result)
             yield from part.short(result, files)
         elif part.required:
             yield f"**{part.title}**: {_missing(part)[0].lower()}{_missing(part)[1:]}"

@@ -9,7 +9,7 @@ from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
 from vllm_packcache.bench.calibrate.report import sentences
 from vllm_packcache.bench.report.markdown import Files, number, percent, table
-from vllm_packcache.bench.report.parts import Goal, Part, Result, Row, provenance, verdict
+from vllm_packcache.bench.report.parts import Goal, Part, Result, Row, notes, provenance, verdict
 
 
 def goals(result: Result) -> list[Goal]:
@@ -128,7 +128,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     """The section of the report."""
     yield f"Calibration: {_measured(result)}"
     yield provenance(result)
-    yield "\n".join(f"- {note}" for note in result["notes"])
+    yield from notes(result)
     yield _mass_table(result)
     yield "\n".join(sentences(result))
     yield table(

@@ -49,17 +49,15 @@ NO_FRAMES = "All frames one by one, end to end, and other policies: not measured
 
 def goals(result: Result) -> list[Goal]:
     """All that have a bound; what was not measured is named."""
-    growth = result["early_and_late_frame"]
+    growth, frames, late = result["early_and_late_frame"], result.get("frames"), _late(result)
     summaries = {name: own[CPU] for name, own in result["last_frame"]["ratios"].items()}
-    summaries[_late(result)] = growth["ratios"]["late / early"][CPU]
-    frames = result.get("frames")
+    summaries[late] = growth["ratios"]["late / early"][CPU]
+    names = NAMES | {late: f"packcache at {late}, the same live length"}
     if frames is None:
-        return [*goals_of_ratios(result, NAMES, summaries), Goal("full / packcache, end to end", NOT_MEASURED, "", "")]
-    summaries |= {f"{END_TO_END}{name}": own[CPU] for name, own in frames["end_to_end"]["ratios"].items()}
-    names = NAMES | {
-        f"{END_TO_END}{name}": f"{name}, end to end over {len(frames['frames'])} frames"
-        for name in frames["end_to_end"]["ratios"]
-    }
+        return [*goals_of_ratios(result, names, summaries), Goal("full / packcache, end to end", NOT_MEASURED, "", "")]
+    for name, own in frames["end_to_end"]["ratios"].items():
+        summaries[f"{END_TO_END}{name}"] = own[CPU]
+        names[f"{END_TO_END}{name}"] = f"{name}, end to end over {len(frames['frames'])} frames"
     return goals_of_ratios(result, names, summaries)
 
 
@@ -138,8 +136,9 @@ def _measured(result: Result) -> str:
     return (
         f"a video of {last['condition_tokens']:,} condition tokens and {last['frames']} frames of "
         f"{last['tokens_per_frame']:,} tokens; stock vLLM against packcache and other policies, with a small random "
-        f"model ({model['dtype']}, {model['layers']} layers of {model['heads']} heads) whose step is dominated by "
-        f"reading the cache, on a CPU ({machine['cpu']}, {machine['cores']} cores, {machine['threads_per_engine']} "
+        f"model ({model['dtype']}, {model['layers']} layers of {model['heads']} heads) that spends "
+        f"{percent(result['share_of_reading']['full'], 0)} of a step of the last frame on the full cache, on a "
+        f"CPU ({machine['cpu']}, {machine['cores']} cores, {machine['threads_per_engine']} "
         "thread an engine). Ratios are of interleaved bursts of decode steps, by processor time: median (quartiles)."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_packcache.bench.long_video import COPY, FORCED, GENERATED, SHOWN, TRUTH
 from vllm_packcache.bench.report.markdown import Files, number, table
-from vllm_packcache.bench.report.parts import NOT_MEASURED, Goal, Part, Result, Row, provenance, rows_of_count
+from vllm_packcache.bench.report.parts import NOT_MEASURED, Goal, Part, Result, Row, notes, provenance, rows_of_count
 
 HELD, LOST = "packcache, rebase", "packcache, absolute"
 
@@ -43,7 +43,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     """The section of the report."""
     yield f"Long videos: {_measured(result)}"
     yield provenance(result)
-    yield "\n".join(f"- {note}" for note in result["notes"])
+    yield from notes(result)
     yield table(
         ("variant", "tokens read, last frame", "positions"),
         [(name, f"{own['live_tokens']:,}", f"{own['positions']:,}") for name, own in result["variants"].items()],

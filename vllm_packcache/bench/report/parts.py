@@ -208,6 +208,12 @@ def provenance(result: Result) -> str:
     return "\n".join(f"- {heading}: {fact or 'not recorded'}" for heading, fact in facts_of.items())
 
 
+def notes(result: Result) -> Iterator[str]:
+    """What a benchmark says about its own numbers."""
+    yield "How to read it:"
+    yield "\n".join(f"- {note}" for note in result["notes"])
+
+
 def _words(value: Any) -> str:
     """Data as words."""
     if value is None:

@@ -15,6 +15,7 @@ from vllm_packcache.bench.report.parts import (
     Part,
     Result,
     Row,
+    notes,
     provenance,
     row_of_mean,
     rows_of_count,
@@ -125,7 +126,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     spans = result["spans"]
     yield f"Quality: {_measured(result)}"
     yield provenance(result)
-    yield "\n".join(f"- {note}" for note in result["notes"])
+    yield from notes(result)
     yield f"**Variants.** Live tokens: what is read of the past when frame {result['trained_frames']} begins."
     yield table(
         ("variant", "policy", "options", "live tokens"),
