@@ -26,7 +26,7 @@ export DEMO_OUT := $(value OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test test-long lint bench clean
+.PHONY: help .venv demo test test-long lint bench results clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 
 bench: $(STAMP)  ## time decode steps with and without packcache; samples and a picture go to out/bench/
 	$(BIN)/vllm-packcache bench decode --json out/bench/decode.json --plot out/bench/decode.png
+
+results: $(STAMP)  ## write docs/results/report.md and the README's results anew from docs/results/*.json
+	$(BIN)/vllm-packcache bench report docs/results --readme README.md
 
 clean:  ## remove outputs and caches; .venv stays
 	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -239,3 +239,40 @@ def bench_long_video(
 
     with _one_sentence():
         run(json_path, plot_path)
+
+
+@bench.command("all")
+def bench_all(
+    out: Annotated[
+        Path, typer.Option(help="Folder for all results and the report; a run goes on with what is there.")
+    ] = Path("out/bench"),
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="The smallest sizes: shows that everything works, numbers say nothing."),
+    ] = False,
+    videos: Annotated[int | None, typer.Option(min=2, help="Held-out videos that bench quality makes; 200.")] = None,
+) -> None:
+    """Run decode, serve, quality and calibrate one after another, and write their report."""
+    from vllm_packcache.bench.everything import run
+
+    with _one_sentence():
+        failed = run(out, quick=quick, videos=videos)
+    if failed:
+        typer.echo(f"vllm-packcache: failed: {', '.join(failed)}; the same command tries them again", err=True)
+        raise typer.Exit(1)
+
+
+@bench.command("report")
+def bench_report(
+    folder: Annotated[Path, typer.Argument(help="Folder with the JSON of benchmarks, as bench all writes it.")],
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Text whose part between <!-- results: begin --> and <!-- results: end --> is replaced."),
+    ] = None,
+) -> None:
+    """Write results.csv and report.md anew from the results of a folder."""
+    from vllm_packcache.bench.report import report
+
+    with _one_sentence():
+        for path in report(folder, readme):
+            typer.echo(f"wrote {path}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = {".venv", "demo", "test", "test-long", "lint", "bench", "clean", "help"}
+TARGETS = {".venv", "demo", "test", "test-long", "lint", "bench", "results", "clean", "help"}
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
