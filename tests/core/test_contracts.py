@@ -47,7 +47,8 @@ def test_the_import_contracts_hold():
 def test_the_core_loads_neither_vllm_nor_torch():
     result = python(
         "import json, sys\n"
-        "import vllm_packcache.layout, vllm_packcache.policies, vllm_packcache.positions, vllm_packcache.retention\n"
+        "import vllm_packcache.layout, vllm_packcache.masked, vllm_packcache.policies, vllm_packcache.positions\n"
+        "import vllm_packcache.retention\n"
         "vllm_packcache.policies.available()\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )

@@ -1,7 +1,21 @@
 """The whole method in plain PyTorch: slow, obvious, and what every fast path is compared with."""
 
 from vllm_packcache.reference.llama import Generation, LlamaReference
-from vllm_packcache.reference.models import make_random_llama
-from vllm_packcache.reference.visibility import positions, visibility
+from vllm_packcache.reference.lumos import LumosReference
+from vllm_packcache.reference.masked_video import MaskedGeneration, MaskedVideo, generate_masked
+from vllm_packcache.reference.models import make_random_llama, make_random_lumos
+from vllm_packcache.reference.visibility import frame_visibility, positions, visibility
 
-__all__ = ["Generation", "LlamaReference", "make_random_llama", "positions", "visibility"]
+__all__ = [
+    "Generation",
+    "LlamaReference",
+    "LumosReference",
+    "MaskedGeneration",
+    "MaskedVideo",
+    "frame_visibility",
+    "generate_masked",
+    "make_random_llama",
+    "make_random_lumos",
+    "positions",
+    "visibility",
+]

@@ -8,47 +8,31 @@ then; later evictions do not change them, exactly as in a cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from vllm_packcache.config import VideoPlan
 from vllm_packcache.layout import CONDITION, Segment
+from vllm_packcache.reference.decoder import Decoder, DecoderConfig, read_config, read_weights, require, rope_of
 from vllm_packcache.reference.visibility import positions, visibility
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(DecoderConfig):
     """The part of a checkpoint's ``config.json`` that the computation needs.
 
     Args:
-        layers: number of decoder layers.
-        heads: H, query heads.
-        kv_heads: G, key-value heads; divides H.
-        head_dim: D, numbers of a head.
-        rope_theta: base of the rotary frequencies.
         rope_sections: how many of the D/2 frequencies turn with each axis of a position; empty: there is one axis.
         rope_interleaved: the axes take turns, the first taking what is left over; otherwise each has a run.
-        norm_eps: epsilon of RMSNorm.
-        tied: the output layer is the token embedding.
     """
 
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float
     rope_sections: tuple[int, ...]
     rope_interleaved: bool
-    norm_eps: float
-    tied: bool
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -57,24 +41,22 @@ class LlamaConfig:
         Raises:
             ValueError: the checkpoint is no plain Llama.
         """
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        required = {
-            "model_type": (config.get("model_type"), "llama"),
-            "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (config.get("attention_bias", False), False),
-            "mlp_bias": (config.get("mlp_bias", False), False),
-            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        }
-        for name, (value, supported) in required.items():
-            if value != supported:
-                raise ValueError(f"the reference supports {name} = {supported!r} only, not {value!r}")
+        require(
+            {
+                "model_type": (config.get("model_type"), "llama"),
+                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+                "attention_bias": (config.get("attention_bias", False), False),
+                "mlp_bias": (config.get("mlp_bias", False), False),
+            }
+        )
+        rope = rope_of(config)
         heads = config["num_attention_heads"]
         return cls(
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            rope_theta=rope["rope_theta"],
             rope_sections=tuple(rope.get("mrope_section", ())),
             rope_interleaved=rope.get("mrope_interleaved", False),
             norm_eps=config.get("rms_norm_eps", 1e-6),
@@ -101,7 +83,7 @@ class Generation:
         return best[:, 0] - best[:, 1]
 
 
-class LlamaReference:
+class LlamaReference(Decoder):
     """The oracle: a Llama checkpoint, computed plainly.
 
     Args:
@@ -109,24 +91,20 @@ class LlamaReference:
         weights: its tensors by their Hugging Face names; they are converted to float32.
     """
 
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
-        self.config = config
-        self._weights = {name: tensor.float() for name, tensor in weights.items()}
-        halves = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-        self._frequencies = config.rope_theta ** (-halves / config.head_dim)
-        self._axis_of = _axis_of(config)
+        super().__init__(config, weights, _axis_of(config))
 
     @classmethod
     def load(cls, path: str | Path) -> LlamaReference:
-        """Read a folder with ``config.json`` and ``model.safetensors``.
+        """Read a folder with ``config.json`` and ``*.safetensors``.
 
         Raises:
             FileNotFoundError: one of the two is missing.
             ValueError: the checkpoint is no plain Llama.
         """
-        folder = Path(path)
-        config = LlamaConfig.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        return cls(config, load_file(folder / "model.safetensors"))
+        return cls(LlamaConfig.from_json(read_config(path)), read_weights(path))
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], plan: VideoPlan | None = None, block_size: int = 32) -> Tensor:
@@ -146,7 +124,7 @@ class LlamaReference:
         if not token_ids:
             raise ValueError("token_ids must hold at least one token")
         mask = visibility(plan, block_size, len(token_ids))
-        return self._forward(token_ids, 0, self._new_cache(len(token_ids)), mask, plan, block_size)
+        return self._forward(token_ids, 0, self.new_cache(len(token_ids)), mask, plan, block_size)
 
     @torch.inference_mode()
     def generate(
@@ -172,7 +150,7 @@ class LlamaReference:
         # The last generated token is never read.
         length = len(prompt_ids) + max_tokens - 1
         mask = visibility(plan, block_size, length)
-        cache = self._new_cache(length)
+        cache = self.new_cache(length)
         tokens = list(prompt_ids)
         logits = []
         for index in range(length):
@@ -189,15 +167,10 @@ class LlamaReference:
         Returns:
             float32, [layers, T, G, D].
         """
-        cache = self._new_cache(len(token_ids))
+        cache = self.new_cache(len(token_ids))
         mask = visibility(plan, block_size, len(token_ids))
         self._forward(token_ids, 0, cache, mask, plan, block_size)
         return cache[:, 0]
-
-    def _new_cache(self, length: int) -> Tensor:
-        """Un-rotated keys and values, [layers, 2, T, G, D]."""
-        config = self.config
-        return torch.zeros(config.layers, 2, length, config.kv_heads, config.head_dim)
 
     def _forward(
         self,
@@ -213,83 +186,29 @@ class LlamaReference:
         Returns:
             float32, [n, vocabulary].
         """
-        config, weights = self.config, self._weights
         stop = start + len(token_ids)
         segments = [Segment(CONDITION, start, stop)]
         if plan is not None:
             segments = list(plan.layout.segments(start, stop))
-        hidden = weights["model.embed_tokens.weight"][torch.tensor(token_ids)]
-        for layer in range(config.layers):
-            prefix = f"model.layers.{layer}"
-            normed = self._norm(hidden, f"{prefix}.input_layernorm")
-            queries, keys, values = (
-                linear(normed, weights[f"{prefix}.self_attn.{name}_proj.weight"]).unflatten(-1, (-1, config.head_dim))
-                for name in ("q", "k", "v")
-            )
-            cache[layer, 0, start:stop] = keys
-            cache[layer, 1, start:stop] = values
+
+        def attend(queries: Tensor, cached: Tensor) -> Tensor:
             # The frame decides about positions: one attention for the queries of each.
-            attended = torch.cat(
-                [
-                    self._attend(
+            read = []
+            for frame, first, last in segments:
+                at = positions(plan, block_size, len(mask), frame)
+                # Nothing later than the last query is visible, or computed yet.
+                read.append(
+                    self.attention(
                         queries[first - start : last - start],
-                        first,
-                        positions(plan, block_size, len(mask), frame),
-                        cache[layer],
-                        mask,
+                        at[:, first:last],
+                        cached[:, :last],
+                        at[:, :last],
+                        mask[first:last, :last],
                     )
-                    for frame, first, last in segments
-                ]
-            )
-            hidden = hidden + linear(attended.flatten(1), weights[f"{prefix}.self_attn.o_proj.weight"])
-            normed = self._norm(hidden, f"{prefix}.post_attention_layernorm")
-            gate = silu(linear(normed, weights[f"{prefix}.mlp.gate_proj.weight"]))
-            up = linear(normed, weights[f"{prefix}.mlp.up_proj.weight"])
-            hidden = hidden + linear(gate * up, weights[f"{prefix}.mlp.down_proj.weight"])
-        output = "model.embed_tokens" if config.tied else "lm_head"
-        return linear(self._norm(hidden, "model.norm"), weights[f"{output}.weight"])
+                )
+            return torch.cat(read)
 
-    def _attend(self, queries: Tensor, first: int, at: Tensor, cached: Tensor, mask: Tensor) -> Tensor:
-        """Masked softmax attention of the queries ``[first, first + n)`` of one frame.
-
-        Args:
-            queries: [n, H, D], un-rotated.
-            first: index of the first query's token.
-            at: [axes, T], positions while that frame is made.
-            cached: [2, T, G, D]: un-rotated keys, and values.
-            mask: bool, [T, T]: which key each query sees.
-
-        Returns:
-            [n, H, D].
-        """
-        # Nothing later than the last query is visible, or computed yet.
-        keys, values = cached[:, : first + len(queries)]
-        query_tokens = torch.arange(first, first + len(queries))
-        key_tokens = torch.arange(len(keys))
-        queries = self.rotate(queries, at[:, query_tokens])
-        keys = self.rotate(keys, at[:, key_tokens])
-        # Query head h reads key-value head h // (H / G).
-        queries = queries.unflatten(1, (self.config.kv_heads, -1))
-        scores = torch.einsum("ngrd,mgd->grnm", queries, keys) * self.config.head_dim**-0.5
-        scores = scores.masked_fill(~mask[query_tokens][:, key_tokens], float("-inf"))
-        return torch.einsum("grnm,mgd->ngrd", scores.softmax(-1), values).flatten(1, 2)
-
-    def rotate(self, heads: Tensor, at: Tensor) -> Tensor:
-        """Rotary embedding of ``heads`` [n, heads, D] at the positions ``at`` [axes, n]; i paired with i + D/2.
-
-        A position on one axis is the same on all.
-        Source: RoFormer, arXiv 2104.09864, in the pairing of GPT-NeoX.
-        """
-        axes = at.expand(int(self._axis_of.max()) + 1, -1)
-        angles = (axes[self._axis_of].T.float() * self._frequencies)[:, None, :]
-        cos, sin = angles.cos(), angles.sin()
-        left, right = heads.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-    def _norm(self, hidden: Tensor, name: str) -> Tensor:
-        """RMSNorm over the last dimension. Source: arXiv 1910.07467."""
-        scale = (hidden.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
-        return hidden * scale * self._weights[f"{name}.weight"]
+        return self.output(self.hidden_states(token_ids, start, cache, attend))
 
 
 def _axis_of(config: LlamaConfig) -> Tensor:

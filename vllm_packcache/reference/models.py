@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_packcache.masked import VISUAL_BEGIN
+from vllm_packcache.reference.lumos import ARCHITECTURES
+
 SCORE_STD = 2.0
 """Standard deviation of an attention score."""
 
@@ -59,8 +62,6 @@ def make_random_llama(
     Returns:
         The folder.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     intermediate = 2 * hidden
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -83,33 +84,121 @@ def make_random_llama(
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(outputs: int, inputs: int, gain: float = 1.0) -> Tensor:
-        return torch.randn(outputs, inputs, generator=generator) * gain / math.sqrt(inputs)
-
     # A score is q . k / sqrt(D), whose deviation is the product of the deviations of the elements of q and k.
-    score_gain = math.sqrt(SCORE_STD)
-    weights = {
-        "model.embed_tokens.weight": torch.randn(vocab, hidden, generator=generator),
-        "model.norm.weight": torch.ones(hidden),
+    weights = _Weights(seed).decoder(vocab, hidden, layers, heads, kv_heads, head_dim, math.sqrt(SCORE_STD), tied)
+    return _write(path, config, weights)
+
+
+def make_random_lumos(
+    path: str | Path,
+    *,
+    architecture: str = ARCHITECTURES[0],
+    visual_codes: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    model_parallel_size: int = 2,
+    max_positions: int = 8192,
+    seed: int = 0,
+    rope_theta: float = 10000.0,
+    swin_norm: bool = False,
+    tied: bool = False,
+) -> Path:
+    """Write a Lumos-1 checkpoint with random float32 weights and no tokenizers, names as published.
+
+    Scales as of `make_random_llama`; the norms of queries and keys give scores their deviation.
+
+    Args:
+        path: folder to write ``config.json`` and ``model.safetensors`` to; it is created.
+        architecture: name of the class in ``config.json``.
+        visual_codes: V; the ids below the visual ones are as many as published.
+        layers: number of decoder layers.
+        heads: query heads; together they are as wide as the residual stream.
+        kv_heads: key-value heads; divides ``heads``.
+        head_dim: numbers of a head, a multiple of 32.
+        model_parallel_size: weights of the norms of queries and keys; divides ``kv_heads``.
+        max_positions: longest sequence.
+        seed: of the random numbers.
+        rope_theta: base of the rotary frequencies.
+        swin_norm: norms after attention and MLP instead of before.
+        tied: the output layer is the token embedding.
+
+    Returns:
+        The folder.
+    """
+    hidden = heads * head_dim
+    config = {
+        "architectures": [architecture],
+        "model_type": "chameleon",
+        "torch_dtype": "float32",
+        "vocab_size": VISUAL_BEGIN + visual_codes,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "model_parallel_size": model_parallel_size,
+        "swin_norm": swin_norm,
+        "mm_rope": True,
+        "tie_word_embeddings": tied,
     }
+    random = _Weights(seed)
+    weights = random.decoder(VISUAL_BEGIN + visual_codes, hidden, layers, heads, kv_heads, head_dim, 1.0, tied)
     for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        weights |= {
-            f"{prefix}.input_layernorm.weight": torch.ones(hidden),
-            f"{prefix}.self_attn.q_proj.weight": matrix(heads * head_dim, hidden, score_gain),
-            f"{prefix}.self_attn.k_proj.weight": matrix(kv_heads * head_dim, hidden, score_gain),
-            f"{prefix}.self_attn.v_proj.weight": matrix(kv_heads * head_dim, hidden, VALUE_STD),
-            f"{prefix}.self_attn.o_proj.weight": matrix(hidden, heads * head_dim),
-            f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
-            f"{prefix}.mlp.gate_proj.weight": matrix(intermediate, hidden),
-            f"{prefix}.mlp.up_proj.weight": matrix(intermediate, hidden),
-            f"{prefix}.mlp.down_proj.weight": matrix(hidden, intermediate),
-        }
-    if not tied:
-        weights["lm_head.weight"] = matrix(vocab, hidden)
+        for name in ("q_norm", "k_norm"):
+            prefix, shape = f"model.layers.{layer}.self_attn.{name}", (model_parallel_size, head_dim)
+            weights[f"{prefix}.weight"] = math.sqrt(SCORE_STD) * (1 + 0.2 * random.numbers(*shape))
+            weights[f"{prefix}.bias"] = 0.2 * random.numbers(*shape)
+    return _write(path, config, weights)
+
+
+class _Weights:
+    """Random matrices that keep the variance of what they multiply, or scale its deviation by a gain."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+    def matrix(self, outputs: int, inputs: int, gain: float = 1.0) -> Tensor:
+        return self.numbers(outputs, inputs) * gain / math.sqrt(inputs)
+
+    def decoder(
+        self, vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, gain: float, tied: bool
+    ) -> dict[str, Tensor]:
+        """Tensors of a decoder; ``gain`` is that of queries and of keys."""
+        intermediate = 2 * hidden
+        weights = {"model.embed_tokens.weight": self.numbers(vocab, hidden), "model.norm.weight": torch.ones(hidden)}
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}"
+            weights |= {
+                f"{prefix}.input_layernorm.weight": torch.ones(hidden),
+                f"{prefix}.self_attn.q_proj.weight": self.matrix(heads * head_dim, hidden, gain),
+                f"{prefix}.self_attn.k_proj.weight": self.matrix(kv_heads * head_dim, hidden, gain),
+                f"{prefix}.self_attn.v_proj.weight": self.matrix(kv_heads * head_dim, hidden, VALUE_STD),
+                f"{prefix}.self_attn.o_proj.weight": self.matrix(hidden, heads * head_dim),
+                f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
+                f"{prefix}.mlp.gate_proj.weight": self.matrix(intermediate, hidden),
+                f"{prefix}.mlp.up_proj.weight": self.matrix(intermediate, hidden),
+                f"{prefix}.mlp.down_proj.weight": self.matrix(hidden, intermediate),
+            }
+        if not tied:
+            weights["lm_head.weight"] = self.matrix(vocab, hidden)
+        return weights
+
+
+def _write(path: str | Path, config: Mapping[str, Any], weights: dict[str, Tensor]) -> Path:
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

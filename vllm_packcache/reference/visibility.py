@@ -39,6 +39,25 @@ def visibility(plan: VideoPlan | None, block_size: int, num_tokens: int) -> Tens
     return causal & live
 
 
+def frame_visibility(plan: VideoPlan, block_size: int, frame: int) -> Tensor:
+    """Which key every query of ``frame`` sees in masked generation, whatever the pass.
+
+    The history that lives while the frame is made, and the frame itself, whole.
+
+    Args:
+        plan: layout and policy of the request.
+        block_size: tokens of a KV-cache block.
+        frame: 0 or more.
+
+    Returns:
+        bool, [T], T where the frame ends.
+    """
+    start, stop = plan.layout.frame_start(frame), plan.layout.frame_start(frame + 1)
+    tokens = torch.arange(stop)
+    live_blocks = torch.from_numpy(Retention(plan.layout, plan.policy, block_size).live_blocks(start))
+    return torch.isin(tokens // block_size, live_blocks) | (tokens >= start)
+
+
 @lru_cache(maxsize=256)
 def positions(plan: VideoPlan | None, block_size: int, num_tokens: int, frame: int) -> Tensor:
     """Model positions of every token, as key and as query, while ``frame`` is made.
