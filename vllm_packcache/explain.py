@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_packcache.config import ConfigError, ServerConfig, presets
+from vllm_packcache.figures import DOTS_PER_INCH, new_figure
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.policies import PackCache
 from vllm_packcache.positions import TIME, Int64, Positions
@@ -478,21 +479,16 @@ def draw(explanation: Explanation, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    # Without pyplot there is no global state and no display to look for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     row_height = 0.32 if explanation.frames <= _LABELLED_FRAMES else 10 / explanation.frames
     height = 2.8 + row_height * max(explanation.frames, 4)
-    figure = Figure(figsize=(16, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, height)
     blocks, positions, tokens = figure.subplots(1, 3, sharey=True, width_ratios=[3.2, 1.2, 1])
     _draw_blocks(explanation, blocks)
     _draw_positions(explanation, positions)
     _draw_tokens(explanation.overview.tokens, tokens)
     _draw_words(explanation, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
 
 
 def _pixels(explanation: Explanation) -> npt.NDArray[np.float64]:

@@ -356,7 +356,7 @@ THREE_AXES = (
     [
         (["--target", "1"], "--target must lie between"),
         (["--target", "nan"], "--target must lie between"),
-        (["--plot", "plot.pdf"], "must end in .png or .svg"),
+        (["--plot", "plot.pdf"], "--plot must name a file that ends in .png or .svg"),
         (["--config", "demo"], "--config: the bundled model has its own"),
         (["--sequences", "x.jsonl"], "--sequences: the bundled model has its own"),
         (["MODEL"], "--config is needed"),

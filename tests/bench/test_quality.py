@@ -22,7 +22,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from vllm_packcache.bench.quality.decoder import VideoCache, generate
 from vllm_packcache.bench.quality.measures import MEASURES, measure, recognises
 from vllm_packcache.bench.quality.run import COPY, TRUTH, Plan, run
-from vllm_packcache.bench.quality.show import SUFFIXES
 from vllm_packcache.bench.quality.variants import (
     BLOCK_SIZE,
     BUDGETS,
@@ -37,6 +36,7 @@ from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_fra
 from vllm_packcache.demo.llama import Llama, load_pretrained
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
 from vllm_packcache.demo.world import make_world
+from vllm_packcache.figures import FORMATS
 from vllm_packcache.reference import LlamaReference
 
 TINY = Plan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
@@ -207,7 +207,7 @@ def test_everything_is_written(done):
     folder, result, printed = done
     assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(result))
     for name in ("frontier", "by_frame", "videos"):
-        assert {path.suffix for path in folder.glob(f"{name}.*")} == set(SUFFIXES)
+        assert {path.suffix for path in folder.glob(f"{name}.*")} == set(FORMATS)
         with Image.open(folder / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 100
     for variant in VARIANTS:

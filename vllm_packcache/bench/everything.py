@@ -22,6 +22,7 @@ from vllm_packcache.bench.quality import run as quality
 from vllm_packcache.bench.quality import show as quality_show
 from vllm_packcache.bench.report.parts import Part, Result
 from vllm_packcache.config import ConfigError
+from vllm_packcache.figures import FORMATS
 
 SERVE = serve.Plan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
 SERVE_QUICK = serve.Plan(
@@ -124,7 +125,7 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
             measure_decode,
             # Results of before there were frames lack them.
             lambda result: _says(result, quick=quick) and "frames" in result,
-            {f"decode{suffix}": decode_plot.draw for suffix in decode_plot.FORMATS},
+            {f"decode{suffix}": decode_plot.draw for suffix in FORMATS},
         ),
         Benchmark(
             report.serve.PART,
@@ -134,20 +135,22 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
         Benchmark(
             report.quality.PART,
             measure_quality,
-            lambda result: _says(result, videos=judged.videos, spans=list(judged.spans)),
+            lambda result: _says(
+                result, videos=judged.videos, spans=list(judged.spans), variants=quality.described(judged)
+            ),
             {"quality.csv": quality_show.write_csv}
             | {
                 f"{stem}{suffix}": lambda result, path: quality_show.draw(result, path.parent)
                 for stem in ("frontier", "by_frame")
-                for suffix in quality_show.SUFFIXES
+                for suffix in FORMATS
             },
-            [f"videos{suffix}" for suffix in quality_show.SUFFIXES],
+            [f"videos{suffix}" for suffix in FORMATS],
         ),
         Benchmark(
             report.calibrate.PART,
             measure_calibrate,
             lambda result: _says(result, videos=calibrated, target=CALIBRATE_TARGET),
-            {f"calibrate{suffix}": calibrate_report.draw for suffix in calibrate.PICTURES},
+            {f"calibrate{suffix}": calibrate_report.draw for suffix in FORMATS},
         ),
     ]
 

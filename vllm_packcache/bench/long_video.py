@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment
 from vllm_packcache.bench.machine import about
+from vllm_packcache.bench.progress import counting
 from vllm_packcache.bench.statistics import Count
 from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, psnr, sequence, true_frames
@@ -47,6 +47,7 @@ from vllm_packcache.demo.tokenizer import (
 )
 from vllm_packcache.demo.train import STAGES
 from vllm_packcache.demo.world import World, make_world, palette
+from vllm_packcache.figures import check_format, new_figure, save
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def run(
 
     Args:
         json_path: file for the results and all that is needed to repeat them; None: none.
-        plot_path: PNG file for curves over the frames; None: none.
+        plot_path: PNG or SVG file for curves over the frames; None: none.
         plan: what is run.
         console: where progress and table go.
 
@@ -189,6 +190,7 @@ def run(
         OSError: a file cannot be written.
     """
     console = console or Console()
+    check_format("--plot", plot_path)
     files.claim(json_path, plot_path)
     result: dict[str, Any] = about("long-video", processes=PROCESSES, threads_per_engine=1)
     start = time.monotonic()
@@ -252,20 +254,12 @@ def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
         # Compiling the function that ranks tokens takes longer than it runs.
         "TORCH_COMPILE_DISABLE": "1",
     }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with ExitStack() as stack:
         stack.enter_context(child_environment(environment))
         pool = stack.enter_context(
             ProcessPoolExecutor(PROCESSES, context, _begin_process, (counters,), max_tasks_per_child=1)
         )
-        progress = stack.enter_context(Progress(*columns, console=console, transient=True))
+        progress = stack.enter_context(counting(console, "{task.fields[unit]}"))
         bars = {
             (measurement, number): progress.add_task(
                 f"{variant.name}: {measurement.replace('_', '-')}",
@@ -568,13 +562,8 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the curves of a result of `run` as a PNG."""
-    # Without pyplot there is no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the curves of a result of `run` as a PNG or SVG, as the name says."""
+    figure = new_figure(11, 8)
     forced, generated = figure.subplots(2, 1, sharex=True)
     _draw_curves(forced, result, FORCED, "changed_tokens_right")
     forced.set_title("given the true past: tokens that differ from the last frame", loc="left", fontsize=11)
@@ -585,7 +574,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     lines = {line.get_label(): line for axes in (forced, generated) for line in axes.get_lines()}
     names = [name for name in _COLOURS if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110, format="png")
+    save(figure, path)
 
 
 def _draw_curves(axes: Axes, result: Mapping[str, Any], measurement: str, measure: str) -> None:

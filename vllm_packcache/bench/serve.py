@@ -36,13 +36,14 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment, engine_environment
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.model import ModelShape, write_model
+from vllm_packcache.bench.progress import counting
 from vllm_packcache.config import REQUEST_PREFIX
 from vllm_packcache.demo.server import ServerError, last_lines, serving, tokens_in
 from vllm_packcache.layout import FrameLayout, VideoLayout
@@ -267,15 +268,7 @@ def run(json_path: Path | None, *, plan: Plan, console: Console | None = None) -
         "mean_blocks_of_a_video": {name: fmean(plan.held_blocks(name)) for name in SERVERS},
     }
     start = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _servers(plan, console) as servers, Progress(*columns, console=console, transient=True) as progress:
+    with _servers(plan, console) as servers, counting(console, "tokens") as progress:
         bench = _Bench(plan, servers, progress)
         result["engine"] = {name: shlex.join(server.arguments) for name, server in servers.items()}
         try:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.calibrate import report
@@ -34,11 +33,13 @@ from vllm_packcache.bench.calibrate.decay import (
     suggest,
 )
 from vllm_packcache.bench.machine import about
+from vllm_packcache.bench.progress import counting
 from vllm_packcache.config import REQUEST_PREFIX, ConfigError, ServerConfig
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.train import STAGES, video_ids
 from vllm_packcache.demo.world import make_world
+from vllm_packcache.figures import check_format
 from vllm_packcache.layout import FrameLayout
 from vllm_packcache.policies.packcache import MAX_WINDOW, PackCache
 
@@ -50,8 +51,6 @@ TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
 
 LEAST_FRAMES = 6
 """Of a video: a line through fewer than three distances says nothing."""
-
-PICTURES = (".png", ".svg")
 
 
 class _Line(BaseModel):
@@ -103,8 +102,7 @@ def run(
     console = console or Console(highlight=False)
     if not 0 < target < 1:
         raise ConfigError(f"--target must lie between 0 and 1, not {target:g}: it is a share of all attention mass")
-    if plot_path is not None and plot_path.suffix.lower() not in PICTURES:
-        raise ConfigError(f"--plot: {str(plot_path)!r} must end in {' or '.join(PICTURES)}")
+    check_format("--plot", plot_path)
     server = _server(model, config, sequences)
     chosen = _demo_videos(videos, frames) if sequences is None else _read(sequences, server, videos, frames)
     files.claim(plot_path, json_path, out)
@@ -237,15 +235,7 @@ def _curve(window: int, decay: float, mean: Float64, frame: FrameLayout) -> list
 
 
 def _measure(folder: Path, videos: Sequence[Video], distances: int, block_size: int, console: Console) -> list[Mass]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("videos"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with counting(console, "videos") as progress:
         model = load(folder)
         return [
             measure(model, video, distances, block_size) for video in progress.track(videos, description="attention")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllm_packcache.bench.calibrate.attention import IMAGE, NEAREST, OLDER, OWN, TEXT
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
+from vllm_packcache.figures import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,12 +182,7 @@ _WINDOWS = ("#b9cdf3", "#7fa6ea", "#4d82dc", "#2759b0", "#173a78")
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw a result as a PNG or SVG, as the name says."""
-    # Without pyplot there is no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, 4.8)
     segments, distances, budgets = figure.subplots(1, 3, width_ratios=(1, 1.8, 1.8))
     _draw_segments(segments, result)
     _draw_distances(distances, result)
@@ -196,7 +192,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['model']}: {result['videos']} videos of {result['frames']} frames, full cache", x=0.01, ha="left"
     )
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _draw_segments(axes: Axes, result: Mapping[str, Any]) -> None:

@@ -56,6 +56,7 @@ from vllm_packcache.bench.decode.plan import (
 )
 from vllm_packcache.bench.decode.runs import Bench
 from vllm_packcache.bench.machine import about
+from vllm_packcache.figures import check_format
 
 __all__ = ["run"]
 
@@ -79,7 +80,7 @@ def run(
         EngineFailed: an engine raised or died.
     """
     console = console or Console()
-    plot.check_suffix(plot_path)
+    check_format("--plot", plot_path)
     files.claim(json_path, plot_path)
     plan = QUICK if quick else FULL
     result: dict[str, Any] = {

@@ -9,9 +9,7 @@ from typing import Any
 
 from vllm_packcache.bench.decode.plan import POLICY
 from vllm_packcache.bench.decode.samples import CPU
-from vllm_packcache.config import ConfigError
-
-FORMATS = (".png", ".svg")
+from vllm_packcache.figures import new_figure, save
 
 _STYLES = {
     "full": ("#9aa0a6", "o"),
@@ -23,21 +21,8 @@ _STYLES = {
 """Colour and marker of each curve."""
 
 
-def check_suffix(path: Path | None) -> None:
-    """Make sure that a picture can be of the kind that its name says, before there is something to draw; None is none.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if path is not None and path.suffix not in FORMATS:
-        raise ConfigError(f"--plot must name a file that ends in {' or '.join(FORMATS)}, not {path.name!r}")
-
-
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw `Bench.frames` of a result of `run`, as PNG or SVG by the suffix of ``path``."""
-    # Without pyplot there is no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     measured = result["frames"]
@@ -45,8 +30,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     numbers = [frame["frame"] for frame in frames]
     # Seconds would be those of one machine.
     unit = median(frames[0][CPU]["full"])
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5.5)
     axes = figure.subplots()
     for name in measured["policies"]:
         colour, marker = _STYLES[name]
@@ -66,7 +50,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False)
-    figure.savefig(path, dpi=110, format=path.suffix[1:])
+    save(figure, path)
 
 
 def _label(name: str, measured: Mapping[str, Any]) -> str:

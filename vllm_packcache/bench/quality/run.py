@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache.bench import files
 from vllm_packcache.bench.engine_process import child_environment
 from vllm_packcache.bench.machine import about
+from vllm_packcache.bench.progress import counting
 from vllm_packcache.bench.quality import show
 from vllm_packcache.bench.quality.measures import MEASURES, measure
 from vllm_packcache.bench.quality.variants import (
@@ -188,21 +188,13 @@ def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) ->
         for seeds in work.parts
         if not (path := _path(folder, work, seeds)).is_file()
     ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("frames"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     total = sum(work.frames * work.videos for work in plan.works.values())
     done = total - sum(part.frames * len(part.seeds) for part in missing)
     # What is short first, and the same worlds of all variants: then an interrupted run has something to compare.
     missing.sort(key=lambda part: (part.frames, part.seeds.start))
     context = multiprocessing.get_context("spawn")
     with (
-        Progress(*columns, console=console, transient=True) as progress,
+        counting(console, "frames") as progress,
         child_environment({"OMP_NUM_THREADS": "1"}),
         ProcessPoolExecutor(processes, context, _begin_process) as pool,
     ):
@@ -310,18 +302,23 @@ def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     }
     return {
         "spans": list(spans),
-        "variants": {
-            variant.name: {
-                "policy": variant.policy,
-                "config": variant.server.as_mapping(),
-                "live_tokens": variant.live_tokens(plan.trained_frames - 1),
-            }
-            for variant in (FULL, *COMPARED, *SELECTIONS)
-        },
+        "variants": described(plan),
         "scores": {name: _summaries(counts, spans) for name, counts in scores.items()},
         "differences": differences,
         "frontier": [_point(variant, plan, videos[_key(variant)].scores) for variant in (FULL, *FRONTIER)],
         "targets": _targets(differences, list(spans)),
+    }
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """What is compared."""
+    return {
+        variant.name: {
+            "policy": variant.policy,
+            "config": variant.server.as_mapping(),
+            "live_tokens": variant.live_tokens(plan.trained_frames - 1),
+        }
+        for variant in (FULL, *COMPARED, *SELECTIONS)
     }
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllm_packcache.bench.quality.measures import MEASURES, Measure
 from vllm_packcache.bench.quality.variants import FULL_CACHE
+from vllm_packcache.figures import FORMATS, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -34,8 +35,6 @@ COLOURS = {
     "strided blocks": "#17a2c9",
 }
 """Of variants and of the families of the frontier."""
-
-SUFFIXES = (".png", ".svg")
 
 
 def cell(found: Mapping[str, float] | None, measure: Measure) -> str:
@@ -115,7 +114,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _frontier(result: Mapping[str, Any]) -> Figure:
-    figure = _figure((11, 7))
+    figure = new_figure(11, 7)
     (full,) = (point for point in result["frontier"] if point["family"] == FULL_CACHE)
     families = dict.fromkeys(point["family"] for point in result["frontier"] if point is not full)
     for axes, (label, measure) in zip(figure.subplots(2, 3).flat, MEASURES.items(), strict=True):
@@ -160,7 +159,7 @@ def _live_token_axis(axes: Axes, live: list[int]) -> None:
 
 
 def _by_frame(result: Mapping[str, Any]) -> Figure:
-    figure = _figure((11, 7))
+    figure = new_figure(11, 7)
     for axes, (label, measure) in zip(figure.subplots(2, 3, sharex=True).flat, MEASURES.items(), strict=True):
         for name, colour in COLOURS.items():
             if name in result["scores"]:
@@ -189,7 +188,7 @@ def draw_videos(strips: Mapping[str, Any], folder: Path) -> None:
         folder: where to.
     """
     rows, frames = strips["rows"], strips["frames"]
-    figure = _figure((1.05 * len(frames) + 2.4, 1.12 * len(rows) + 0.5))
+    figure = new_figure(1.05 * len(frames) + 2.4, 1.12 * len(rows) + 0.5)
     grid = figure.subplots(len(rows), len(frames), squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items(), strict=True):
         for number, axes in enumerate(line):
@@ -203,16 +202,6 @@ def draw_videos(strips: Mapping[str, Any], folder: Path) -> None:
     _save(figure, folder / "videos")
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    # Without pyplot there is no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _legend(figure: Figure) -> None:
     """One for all panels: no panel need have all the curves."""
     handles: dict[str, Artist] = {}
@@ -224,7 +213,5 @@ def _legend(figure: Figure) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    for suffix in SUFFIXES:
-        # Without a date the same results give the same file.
-        metadata = {"Date": None} if suffix == ".svg" else None
-        figure.savefig(path.with_suffix(suffix), dpi=110, metadata=metadata)
+    for suffix in FORMATS:
+        save(figure, path.with_suffix(suffix))
