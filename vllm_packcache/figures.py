@@ -38,6 +38,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, as PNG or SVG by the suffix of ``path``: the same figure, the same file."""
+    from matplotlib import rc_context
+
     kind = path.suffix[1:].lower()
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(path, dpi=DOTS_PER_INCH, format=kind, metadata=metadata)
+    # Without a salt the identifiers in an SVG are others each time.
+    with rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, dpi=DOTS_PER_INCH, format=kind, metadata=metadata)

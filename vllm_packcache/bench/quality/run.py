@@ -391,10 +391,12 @@ def _strips(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     def frames_hidden(number: int) -> int:
         return sum(worlds[number].hidden(0, k) for k in range(1, plan.frames + 1))
 
-    # Where memory is needed most.
-    number = max(range(plan.videos), key=frames_hidden)
+    # A usual one of those in which something has to be remembered.
+    hiding = sorted((n for n in range(plan.videos) if frames_hidden(n)), key=frames_hidden) or [0]
+    number = hiding[len(hiding) // 2]
     world = worlds[number]
-    shown = np.unique(np.linspace(1, plan.frames, STRIP_FRAMES).round().astype(int)).tolist()
+    # Most is told early on.
+    shown = np.unique(np.geomspace(1, plan.frames, STRIP_FRAMES).round().astype(int)).tolist()
     rows = {TRUTH: np.stack([world.frame(k) for k in shown])}
     for variant in (FULL, *COMPARED):
         made = tokenizer.frames_from_ids(videos[_key(variant)].ids[number].reshape(-1).tolist())
