@@ -67,6 +67,7 @@ def test_json_says_how_to_repeat_it(measured):
         "decay": 0.5,
         "gamma_text": 1.0,
         "gamma_condition": 1.0,
+        "selection": "spatial",
     }
     assert written["command"]
 

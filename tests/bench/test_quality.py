@@ -282,11 +282,14 @@ def test_what_is_done_is_not_done_again(done):
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from vllm_packcache.bench.quality.run import Plan, run
 
 if __name__ == "__main__":
+    # Where tests run in the background it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(Path(sys.argv[1]), plan=Plan(videos=24, trained_frames=2, lengths=2))
 """
 
