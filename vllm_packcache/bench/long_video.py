@@ -45,7 +45,7 @@ from vllm_packcache.demo.tokenizer import (
     VideoTokenizer,
     world_prompt,
 )
-from vllm_packcache.demo.train import STAGES
+from vllm_packcache.demo.train import TRAINED_FRAMES
 from vllm_packcache.demo.world import World, make_world, palette
 from vllm_packcache.figures import check_format, new_figure, save
 from vllm_packcache.retention import Retention
@@ -156,7 +156,6 @@ class Plan:
         }
 
 
-TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
 FULL = Plan(videos=10, frames=10 * TRAINED_FRAMES, trained_frames=TRAINED_FRAMES, variants=VARIANTS)
 
 

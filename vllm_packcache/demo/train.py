@@ -67,6 +67,9 @@ STAGES = (
     Stage(1.0, (Clips(16, 1), Clips(3, 6), Clips(16, 1))),
 )
 
+TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
+"""Of the longest videos that the model was trained on."""
+
 
 @dataclass(frozen=True)
 class Batch:

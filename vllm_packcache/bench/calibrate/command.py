@@ -37,7 +37,7 @@ from vllm_packcache.bench.progress import counting
 from vllm_packcache.config import REQUEST_PREFIX, ConfigError, ServerConfig
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, MODEL_DIR, VideoTokenizer
-from vllm_packcache.demo.train import STAGES, video_ids
+from vllm_packcache.demo.train import TRAINED_FRAMES, video_ids
 from vllm_packcache.demo.world import make_world
 from vllm_packcache.figures import check_format
 from vllm_packcache.layout import FrameLayout
@@ -47,7 +47,6 @@ DEMO = "demo"
 """Names the bundled model, and the preset of its layout."""
 
 DEMO_VIDEOS = 20
-TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
 
 LEAST_FRAMES = 6
 """Of a video: a line through fewer than three distances says nothing."""

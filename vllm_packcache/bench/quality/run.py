@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ from vllm_packcache.bench.quality.variants import (
 from vllm_packcache.bench.statistics import Count, mean_of_videos
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
-from vllm_packcache.demo.train import STAGES
+from vllm_packcache.demo.train import TRAINED_FRAMES
 from vllm_packcache.demo.world import make_world
 
 Int64 = npt.NDArray[np.int64]
@@ -72,7 +72,7 @@ class Plan:
 
     videos: int = 200
     frontier_videos: int = 50
-    trained_frames: int = max(clips.frames for stage in STAGES for clips in stage.turns)
+    trained_frames: int = TRAINED_FRAMES
     lengths: int = 4
 
     @property
@@ -282,6 +282,7 @@ def _path(folder: Path, work: _Work, seeds: range) -> Path:
     return folder / f"{name}-{seeds.start}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npz"
 
 
+@cache
 def _model_hash() -> str:
     return hashlib.sha256((MODEL_DIR / "model.safetensors").read_bytes()).hexdigest()
 
