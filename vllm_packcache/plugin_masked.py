@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from vllm_packcache import masked
 from vllm_packcache.config import CONFIG_KEY, REQUEST_PREFIX, ConfigError, MaskedPlan, ServerConfig, masked_config_of
 from vllm_packcache.retention import Retention
@@ -61,7 +63,11 @@ _given: ContextVar[Given] = ContextVar("packcache_given", default=_EVERYTHING)
 
 @contextmanager
 def knowing(engine_args: EngineArgs) -> Iterator[None]:
-    """While an engine's configuration is made, remember what its operator has given."""
+    """While an engine's configuration is made, remember what its operator has given.
+
+    Raises:
+        ConfigError: `configure` refuses it. vLLM's configuration is a pydantic model, which wraps what is raised in it.
+    """
     token = _given.set(
         Given(
             engine_args.additional_config,
@@ -71,6 +77,11 @@ def knowing(engine_args: EngineArgs) -> Iterator[None]:
     )
     try:
         yield
+    except ValidationError as error:
+        for own in (details.get("ctx", {}).get("error") for details in error.errors()):
+            if isinstance(own, ConfigError):
+                raise own from None
+        raise
     finally:
         _given.reset(token)
 

@@ -7,6 +7,7 @@ reference came so near to another token that rounding could choose it, the reque
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,10 @@ CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_fram
 CANVAS = masked.frame_layout((4, 6)).tokens_per_frame
 TIE = 2e-6
 """How near a token of the reference may be to another one, as a share of all probability or in units of a logarithm."""
+
+
+class Tie(Exception):
+    """A request is no test."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def oracle(lumos: Path) -> Callable[..., list[int]]:
         plan = plan_of(case, config)
         assert plan.frames is not None
         made = generate_masked(model, case.ids, plan.frames, plan.conditional, plan.options, BLOCK)
-        assert made.margins.min() > TIE, f"{case} is near a tie ({made.margins.min()}): choose another seed"
+        if made.margins.min() < TIE:
+            raise Tie(f"{case} is near a tie ({made.margins.min()}): choose another seed")
         return made.token_ids
 
     return lambda case, config=CONFIG, policy="packcache": answer(case, repr((policy, config)))
@@ -209,7 +215,7 @@ def test_every_policy(policy: str, config: dict[str, Any], masked_engine: Any, o
 
 def test_a_budget_that_holds_all_equals_no_policy(masked_engine: Any, oracle: Any) -> None:
     cases = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED]
-    stock = generate(masked_engine(None, None), *cases)
+    stock = generate(masked_engine(None, None, max_num_batched_tokens=None), *cases)
     assert stock == [oracle(case, None, None) for case in cases]
     everything = {**CONFIG, "window": 8, "history_frames": 8}
     assert generate(masked_engine("packcache", everything), *cases) == stock
@@ -230,10 +236,13 @@ def test_a_budget_that_holds_all_equals_no_policy(masked_engine: Any, oracle: An
     ids=str,
 )
 def test_every_option_counts(options: dict[str, Any], masked_engine: Any, oracle: Any) -> None:
-    usual = TEXT_TO_VIDEO.having(seed=9)
-    case = usual.having(**options)
-    expected = oracle(case)
-    assert expected != oracle(usual)
+    for seed in range(20, 40):
+        usual = TEXT_TO_VIDEO.having(seed=seed)
+        case = usual.having(**options)
+        with suppress(Tie):
+            expected, other = oracle(case), oracle(usual)
+            break
+    assert expected != other
     assert generate(masked_engine(), case) == [expected]
 
 
