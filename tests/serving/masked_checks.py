@@ -6,7 +6,7 @@ reference came so near to another token that rounding could choose it, the reque
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.serving.conftest import schedule_asynchronously
+from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache import masked
 from vllm_packcache.config import MaskedPlan, ServerConfig
 from vllm_packcache.policies import Full
@@ -142,7 +143,7 @@ def scheduler_of(llm: Any) -> Any:
 
 
 @pytest.fixture
-def preemptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Requests that have been preempted."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -154,7 +155,7 @@ def preemptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         preempt(scheduler, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
-    yield seen
+    return seen
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -253,9 +254,7 @@ def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any,
     entered: list[int] = []
     turned: list[int] = []
     picture, slide = MaskedModelState._picture, KeyRotation.slide
-    monkeypatch.setattr(
-        MaskedModelState, "_picture", lambda *args: entered.append(args[3]) or picture(*args)
-    )
+    monkeypatch.setattr(MaskedModelState, "_picture", lambda *args: entered.append(args[3]) or picture(*args))
     monkeypatch.setattr(KeyRotation, "slide", lambda *args: turned.append(args[3]) or slide(*args))
     case = TEXT_TO_VIDEO.having(steps=6)
     generate(masked_engine(), case)
@@ -294,12 +293,24 @@ def test_what_can_never_fit_is_refused(masked_engine: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     llm = masked_engine(num_gpu_blocks_override=34, variant=("crowded", False))
-    with pytest.raises(VLLMValidationError, match="this video holds .* blocks"):
+    with pytest.raises(VLLMValidationError, match="this video holds"):
         generate(llm, Case(900).having(frames=2))
     with pytest.raises(VLLMValidationError, match="max_tokens is 16, and a frame has 32 tokens"):
         generate(llm, Case(5))
     with pytest.raises(VLLMValidationError, match="this server makes them of 32 at most"):
         generate(llm, Case(5, (5, 6)).having(frames=1))
+    beyond = [*Case(5).ids, *masked.frame_of_codes(np.full((4, 6), CODES)).tolist()]
     with pytest.raises(VLLMValidationError, match="ids beyond the model's"):
-        ids = [*Case(5).ids, *masked.frame_of_codes(np.full((4, 6), CODES)).tolist()]
-        llm.generate([{"prompt_token_ids": ids}], params(Case(5).having(frames=1)), use_tqdm=False)
+        llm.generate([{"prompt_token_ids": beyond}], params(Case(5).having(frames=1)), use_tqdm=False)
+
+
+def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
+    cases = [TEXT_TO_VIDEO, CONTINUED, OTHER_WAYS]
+    served = run_on_two_ranks(
+        tmp_path,
+        [(case.ids, {"extra_args": case.extra_args}) for case in cases],
+        model=str(lumos),
+        max_model_len=1024,
+        additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
+    )
+    assert served == [oracle(case) for case in cases]
