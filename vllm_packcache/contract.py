@@ -699,7 +699,22 @@ RELIANCES: tuple[Reliance, ...] = (
         "V2 runner: builders build, for a step or for a capture",
         "v1/worker/gpu/attn_utils.py",
         "build_attn_metadata",
-        ("for_cudagraph_capture",),
+        (
+            "attn_groups",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc_gpu",
+            "query_start_loc_cpu",
+            "max_query_len",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "max_seq_len",
+            "block_tables",
+            "slot_mappings",
+            "kv_cache_config",
+            "causal",
+            "for_cudagraph_capture",
+        ),
         ("CommonAttentionMetadata", "build_metadata_for_cudagraph_capture", "build_metadata"),
     ),
     Reliance(
@@ -775,6 +790,14 @@ RELIANCES: tuple[Reliance, ...] = (
             "num_scheduled_tokens",
             "num_computed_tokens_np",
             "positions",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc",
+            "query_start_loc_np",
+            "seq_lens",
+            "input_ids",
+            "num_draft_tokens_per_req",
+            "logits_indices",
         )
     ),
     Reliance(
@@ -791,6 +814,137 @@ RELIANCES: tuple[Reliance, ...] = (
         ("size", "dtype", "device"),
         ("gpu",),
     ),
+    Reliance(
+        "masked: a model of ours",
+        "model_executor/models/registry.py",
+        "_ModelRegistry.register_model",
+        ("self", "model_arch", "model_cls"),
+    ),
+    Reliance(
+        "masked: what a model sets in its server's configuration",
+        "model_executor/models/config.py",
+        "VerifyAndUpdateConfig.verify_and_update_config",
+        ("vllm_config",),
+    ),
+    Reliance(
+        "masked: found by the model's name",
+        "config/vllm.py",
+        "VllmConfig.try_verify_and_update_config",
+        (),
+        ("MODELS_CONFIG_MAP", "architecture", "verify_and_update_config"),
+    ),
+    Reliance(
+        "masked: set before graphs are chosen, schedulers after; graphs are off where a model is run eagerly",
+        "config/vllm.py",
+        "VllmConfig.__post_init__",
+        (),
+        ("try_verify_and_update_config", "enforce_eager", "DiffusionAsyncScheduler"),
+    ),
+    Reliance("masked: a frame is a canvas", "config/diffusion.py", "DiffusionConfig.canvas_length"),
+    Reliance(
+        "masked: and speculative tokens",
+        "config/vllm.py",
+        "VllmConfig.num_speculative_tokens",
+        (),
+        ("diffusion_config", "canvas_length"),
+    ),
+    *(
+        Reliance("masked: room for a frame in a step", "config/scheduler.py", f"SchedulerConfig.{field}")
+        for field in (
+            "max_num_batched_tokens",
+            "max_num_scheduled_tokens",
+            "long_prefill_token_threshold",
+            "scheduler_cls",
+        )
+    ),
+    Reliance("masked: recommended sampling is for decoders", "config/model.py", "ModelConfig.generation_config"),
+    Reliance("masked: no graphs", "config/model.py", "ModelConfig.enforce_eager"),
+    Reliance("masked: no prefix caching", "config/cache.py", "CacheConfig.enable_prefix_caching"),
+    *(
+        Reliance(
+            "masked: schedulers of canvases",
+            "v1/core/sched/diffusion_scheduler.py",
+            name,
+        )
+        for name in ("DiffusionScheduler", "DiffusionAsyncScheduler")
+    ),
+    Reliance(
+        "masked: a request's canvas",
+        "v1/core/sched/diffusion_scheduler.py",
+        "diffusion_canvas_width",
+        ("request", "canvas_length"),
+        ("extra_args", "get"),
+    ),
+    Reliance(
+        "masked: blocks of a stream",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+        exact=True,
+    ),
+    Reliance(
+        "masked: specs with bases of their own are groups of their own",
+        "v1/core/kv_cache_utils.py",
+        "get_kv_cache_groups",
+        ("kv_cache_spec",),
+        ("is_kv_cache_spec_uniform", "from_specs", "_get_kv_cache_groups_uniform_page_size"),
+    ),
+    Reliance(
+        "masked: a layer says what its cache is",
+        "model_executor/layers/attention/attention.py",
+        "Attention.get_kv_cache_spec",
+        ("self", "vllm_config"),
+        exact=True,
+    ),
+    Reliance(
+        "masked: a layer writes its keys where the runner's mapping says",
+        "model_executor/layers/attention/attention.py",
+        "get_attention_context",
+        ("layer_name",),
+        ("slot_mapping",),
+    ),
+    Reliance(
+        "masked: which is a view of what a model state is given",
+        "v1/worker/gpu/attn_utils.py",
+        "build_slot_mappings_by_layer",
+        ("slot_mappings", "kv_cache_config"),
+        ("kv_cache_groups", "layer_names"),
+    ),
+    Reliance("masked: attention without a mask", "v1/attention/backend.py", "AttentionBackend.supports_non_causal"),
+    Reliance(
+        "masked: a sampler of ours, and no tokens beside the speculative ones",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.load_model",
+        (),
+        ("init_model_state", "num_new_sampled_tokens_per_step", "custom_sampler"),
+    ),
+    Reliance(
+        "masked: the sampler gets the hidden states that the model state asks for",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.sample",
+        ("hidden_states", "input_batch"),
+        ("logits_indices", "compute_logits", "sampler"),
+    ),
+    Reliance(
+        "masked: what it says of rejected tokens",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.postprocess_sampled",
+        ("num_sampled", "num_rejected"),
+        ("output_bin_counts", "post_update"),
+    ),
+    *(
+        Reliance("masked: what a sampler gives", "v1/worker/gpu/sample/output.py", f"SamplerOutput.{field}")
+        for field in ("sampled_token_ids", "logprobs_tensors", "num_nans", "num_sampled", "num_rejected")
+    ),
+    *(
+        Reliance("masked: a request that comes, or comes back", "v1/core/sched/output.py", f"NewRequestData.{field}")
+        for field in ("prompt_token_ids", "prefill_token_ids", "sampling_params")
+    ),
+    *(
+        Reliance("masked: what is not for videos", "sampling_params.py", f"SamplingParams.{field}")
+        for field in ("n", "logprobs", "prompt_logprobs", "stop", "stop_token_ids", "ignore_eos", "max_tokens")
+    ),
+    Reliance("masked: to the device without waiting", "utils/torch_utils.py", "async_tensor_h2d", ("device",)),
     Reliance(
         "V2 runner: part of a row",
         "v1/worker/gpu/buffer_utils.py",
