@@ -838,7 +838,13 @@ RELIANCES: tuple[Reliance, ...] = (
         "config/vllm.py",
         "VllmConfig.__post_init__",
         (),
-        ("try_verify_and_update_config", "enforce_eager", "DiffusionAsyncScheduler"),
+        (
+            "try_verify_and_update_config",
+            "enforce_eager",
+            "check_and_update_config",
+            "scheduler_cls",
+            "async_scheduling",
+        ),
     ),
     Reliance("masked: a frame is a canvas", "config/diffusion.py", "DiffusionConfig.canvas_length"),
     Reliance(
@@ -884,10 +890,10 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     Reliance(
         "masked: specs with bases of their own are groups of their own",
-        "v1/core/kv_cache_utils.py",
-        "get_kv_cache_groups",
-        ("kv_cache_spec",),
-        ("is_kv_cache_spec_uniform", "from_specs", "_get_kv_cache_groups_uniform_page_size"),
+        "v1/kv_cache_spec_registry.py",
+        "KVCacheSpecRegistry.get_uniform_type_base_spec",
+        ("kvcache_spec",),
+        ("uniform_type_base_spec",),
     ),
     Reliance(
         "masked: a layer says what its cache is",
@@ -938,13 +944,58 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     *(
         Reliance("masked: a request that comes, or comes back", "v1/core/sched/output.py", f"NewRequestData.{field}")
-        for field in ("prompt_token_ids", "prefill_token_ids", "sampling_params")
+        for field in ("prompt_token_ids", "prefill_token_ids")
     ),
     *(
         Reliance("masked: what is not for videos", "sampling_params.py", f"SamplingParams.{field}")
         for field in ("n", "logprobs", "prompt_logprobs", "stop", "stop_token_ids", "ignore_eos", "max_tokens")
     ),
-    Reliance("masked: to the device without waiting", "utils/torch_utils.py", "async_tensor_h2d", ("device",)),
+    *(
+        Reliance(f"Lumos-1: {purpose}", f"model_executor/{file}.py", symbol, parameters, reads)
+        for purpose, file, symbol, parameters, reads in (
+            (
+                "which heads a rank has",
+                "layers/linear",
+                "QKVParallelLinear.__init__",
+                ("hidden_size", "head_size", "total_num_heads", "total_num_kv_heads", "bias", "prefix", "return_bias"),
+                ("total_num_heads", "num_heads", "num_kv_heads", "num_kv_head_replicas"),
+            ),
+            ("fused tensors say what they are", "layers/linear", "QKVParallelLinear.load_weights", (), ("shard_id",)),
+            ("output projection", "layers/linear", "RowParallelLinear.__init__", ("return_bias", "prefix"), ()),
+            ("norm", "layers/layernorm", "RMSNorm.__init__", ("hidden_size", "eps"), ()),
+            (
+                "embedding",
+                "layers/vocab_parallel_embedding",
+                "VocabParallelEmbedding.__init__",
+                ("num_embeddings", "embedding_dim"),
+                ("tp_size",),
+            ),
+            ("visual rows", "layers/vocab_parallel_embedding", "ParallelLMHead", (), ("VocabParallelEmbedding",)),
+            (
+                "MLP",
+                "models/llama",
+                "LlamaMLP.__init__",
+                ("hidden_size", "intermediate_size", "hidden_act", "quant_config", "prefix"),
+                (),
+            ),
+            ("weights", "models/utils", "AutoWeightsLoader.load_weights", ("weights", "mapper"), ()),
+            ("names of fused weights", "models/utils", "WeightsMapper.orig_to_new_stacked", (), ()),
+            ("layers", "models/utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix"), ()),
+            ("names", "models/utils", "maybe_prefix", ("prefix", "name"), ()),
+            ("quantisation", "models/interfaces", "SupportsQuant", (), ("quant_config",)),
+        )
+    ),
+    Reliance(
+        "Lumos-1: logits of all ranks",
+        "distributed/communication_op.py",
+        "tensor_model_parallel_all_gather",
+        ("input_", "dim"),
+    ),
+    Reliance(
+        "masked: backends that see a whole frame come first",
+        "config/attention.py",
+        "AttentionConfig.use_non_causal",
+    ),
     Reliance(
         "V2 runner: part of a row",
         "v1/worker/gpu/buffer_utils.py",

@@ -197,6 +197,8 @@ def configure(vllm_config: VllmConfig) -> None:
         model.enforce_eager = True
     vllm_config.compilation_config.mode = CompilationMode.NONE
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    # Where the operator names no backend, one that lets a frame see all of itself.
+    vllm_config.attention_config.use_non_causal = True
     # What a checkpoint recommends for sampling is for decoders, and vLLM would refuse it in every request.
     model.generation_config = "vllm"
 
