@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from vllm_packcache import masked
-from vllm_packcache.config import CONFIG_KEY, REQUEST_PREFIX, ConfigError, MaskedPlan, ServerConfig, masked_config_of
+from vllm_packcache.config import (
+    CANVAS_OPTION,
+    CONFIG_KEY,
+    REQUEST_PREFIX,
+    ConfigError,
+    MaskedPlan,
+    ServerConfig,
+    masked_config_of,
+)
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
@@ -146,7 +154,7 @@ def configure(vllm_config: VllmConfig) -> None:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.config.diffusion import DiffusionConfig
 
-    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    model = vllm_config.model_config
     if not vllm_config.use_v2_model_runner:
         raise ConfigError(
             f"{model.model} makes whole frames in passes, which vLLM's Model Runner V2 does and V1 does not: leave "
@@ -164,6 +172,7 @@ def configure(vllm_config: VllmConfig) -> None:
     # By this vLLM knows a model that denoises.
     model.hf_config.canvas_length = canvas
 
+    scheduler = vllm_config.scheduler_config
     most = max(1, MASK_BYTES // (canvas * -(-model.get_vocab_size() // 32) * 4))
     if scheduler.max_num_seqs > most:
         if _given.get().requests:
@@ -258,7 +267,7 @@ def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int |
     params.max_tokens = wanted
     # Ids of a frame's special tokens may be those that end a text.
     params.ignore_eos, params.stop_token_ids = True, []
-    params.extra_args = {**(params.extra_args or {}), "diffusion_canvas_length": frame}
+    params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
 
 
 def _check_sampling(params: SamplingParams) -> None:

@@ -12,10 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)
-def test_a_masked_model_makes_what_the_published_loop_makes() -> None:
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("not long", marks=pytest.mark.timeout(900)),
+        pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_a_masked_model_makes_what_the_published_loop_makes(which: str) -> None:
     outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/serving/masked_checks.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+            "-m",
+            which,
+            "tests/serving/masked_checks.py",
+        ],
         cwd=ROOT,
         env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
         capture_output=True,

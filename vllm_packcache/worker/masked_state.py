@@ -31,7 +31,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache import masked
-from vllm_packcache.config import MaskedPlan, VideoPlan, masked_config_of
+from vllm_packcache.config import CANVAS_OPTION, MaskedPlan, VideoPlan, masked_config_of
 from vllm_packcache.layout import CONDITION
 from vllm_packcache.positions import Int64
 from vllm_packcache.retention import Retention
@@ -185,11 +185,11 @@ class MaskedModelState(ModelState):
         """A request comes, or comes back after a preemption."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        if masked.VIDEO_BEGIN not in new_req_data.prompt_token_ids:
+        if params is None or CANVAS_OPTION not in (params.extra_args or {}):
             # vLLM warms up with requests of its own, which nothing checks. What they compute is of no use.
             self._videos[new_req_data.req_id] = None
             return
-        plan = self._config.masked_plan(params.extra_args if params else None, new_req_data.prompt_token_ids)
+        plan = self._config.masked_plan(params.extra_args, new_req_data.prompt_token_ids)
         layout = plan.conditional.layout
         streams = [
             Stream(
