@@ -72,11 +72,10 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
             engines[key] = LLM(
                 model,
                 skip_tokenizer_init=True,
-                dtype="float32",
                 enforce_eager=True,
                 seed=0,
                 additional_config=additional,
-                **options,
+                **{"dtype": "float32", **options},
             )
         return engines[key]
 

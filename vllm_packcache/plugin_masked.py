@@ -175,12 +175,16 @@ def configure(vllm_config: VllmConfig) -> None:
     scheduler = vllm_config.scheduler_config
     most = max(1, MASK_BYTES // (canvas * -(-model.get_vocab_size() // 32) * 4))
     if scheduler.max_num_seqs > most:
-        if _given.get().requests:
-            logger.warning(
-                "--max-num-seqs is lowered from %d to %d: for each request vLLM sets aside a bit for every token of a "
-                "frame (%d) and every id (%d), and more would take more than %d MiB",
-                scheduler.max_num_seqs, most, canvas, model.get_vocab_size(), MASK_BYTES >> 20,
-            )  # fmt: skip
+        logger.log(
+            logging.WARNING if _given.get().requests else logging.INFO,
+            "--max-num-seqs is lowered from %d to %d: for each request vLLM sets aside a bit for every token of a "
+            "frame (%d) and every id (%d), and more would take more than %d MiB",
+            scheduler.max_num_seqs,
+            most,
+            canvas,
+            model.get_vocab_size(),
+            MASK_BYTES >> 20,
+        )
         scheduler.max_num_seqs = most
     if not _given.get().tokens:
         room = canvas * min(scheduler.max_num_seqs, FRAMES_AT_ONCE)

@@ -318,6 +318,31 @@ def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
     assert served == [oracle(case) for case in cases]
 
 
+def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
+    llm = masked_engine()
+    engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
+    for passes in (1, 3, 9):
+        engine.add_request("aborted", {"prompt_token_ids": TEXT_TO_VIDEO.ids}, params(TEXT_TO_VIDEO))
+        for _ in range(passes):
+            engine.step()
+        # vLLM tells requests of one name apart.
+        engine.abort_request(list(scheduler_of(llm).requests), internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert generate(llm, IMAGE_TO_VIDEO) == [oracle(IMAGE_TO_VIDEO)]
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def test_half_precision_and_the_other_name(engine: Callable[..., Any], tmp_path: Path) -> None:
+    """There is no oracle for rounding: frames are frames, and the same when they are asked for again."""
+    model = make_random_lumos(tmp_path, visual_codes=CODES, architecture=masked.ARCHITECTURES[1])
+    llm = engine("packcache", CONFIG, model=model, dtype="bfloat16", max_model_len=1024)
+    tokens = generate(llm, TEXT_TO_VIDEO)[0]
+    for start in range(0, len(tokens), CANVAS):
+        assert masked.codes_of_frame(tokens[start : start + CANVAS], (4, 6)).max() < CODES
+    assert generate(llm, TEXT_TO_VIDEO)[0] == tokens
+
+
 def test_vllms_warm_up_runs_and_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
     """On a GPU vLLM runs requests of its own before it serves, which nothing has checked."""
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
