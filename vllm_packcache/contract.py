@@ -916,7 +916,18 @@ RELIANCES: tuple[Reliance, ...] = (
         ("slot_mappings", "kv_cache_config"),
         ("kv_cache_groups", "layer_names"),
     ),
-    Reliance("masked: attention without a mask", "v1/attention/backend.py", "AttentionBackend.supports_non_causal"),
+    *(
+        Reliance(
+            "masked: attention without a mask",
+            f"v1/attention/backends/{file}.py",
+            f"{backend}.supports_non_causal",
+        )
+        for file, backend in (
+            ("cpu_attn", "CPUAttentionBackend"),
+            ("flash_attn", "FlashAttentionBackend"),
+            ("triton_attn", "TritonAttentionBackend"),
+        )
+    ),
     Reliance(
         "masked: a sampler of ours, and no tokens beside the speculative ones",
         "v1/worker/gpu/model_runner.py",

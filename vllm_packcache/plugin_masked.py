@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.engine import EngineCoreRequest
 
 LARGEST_GRID = (60, 96)
@@ -44,6 +45,9 @@ TEXT_TOKENS = 1024
 
 MASK_BYTES = 2**29
 """vLLM sets aside a bit for every token of a frame and every id, though such a model has no structured output."""
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends without a mask, and with room for any number of rows."""
 
 FRAMES_AT_ONCE = 4
 """Frames that a step has room for, where the operator gives no token budget."""
@@ -214,6 +218,20 @@ def configure(vllm_config: VllmConfig) -> None:
     vllm_config.attention_config.use_non_causal = True
     # What a checkpoint recommends for sampling is for decoders, and vLLM would refuse it in every request.
     model.generation_config = "vllm"
+
+
+def check_backend(backend: type[AttentionBackend]) -> None:
+    """Refuse a backend that cannot read what a step's rows are.
+
+    Raises:
+        ConfigError: naming those that can.
+    """
+    if backend.get_name() not in BACKENDS:
+        raise ConfigError(
+            f"--attention-backend {backend.get_name()} is not for a model that makes whole frames: it is causal, or "
+            "has room for as many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
+            f"{', '.join(BACKENDS)}, or leave the option out"
+        )
 
 
 def choose_scheduler(vllm_config: VllmConfig) -> None:

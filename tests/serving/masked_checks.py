@@ -318,6 +318,20 @@ def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
     assert served == [oracle(case) for case in cases]
 
 
+def test_a_gpu_backend(backend: str, lumos: Path, masked_engine: Any) -> None:
+    """Keys in rows, blocks of 16 tokens, and slots that the mapping of a shorter stream leaves empty."""
+    if backend == "FLEX_ATTENTION":
+        with pytest.raises(ConfigError, match="--attention-backend FLEX_ATTENTION"):
+            masked_engine(variant=backend, block_size=16)
+        return
+    case = Case(1, (2, 3), 2).having(frames=1, steps=1, guidance=2, seed=3, condition_frames=1)
+    llm = masked_engine(variant=backend, block_size=16)
+    plan = ServerConfig.parse("packcache", CONFIG).masked_plan(case.extra_args, case.ids)
+    made = generate_masked(LumosReference.load(lumos), case.ids, 1, plan.conditional, plan.options, 16)
+    assert made.margins.min() > TIE
+    assert generate(llm, case) == [made.token_ids]
+
+
 def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
     llm = masked_engine()
     engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
