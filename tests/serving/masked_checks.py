@@ -364,6 +364,8 @@ def test_vllms_warm_up_runs_and_leaves_nothing_behind(masked_engine: Any, oracle
     llm = masked_engine()
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+    worker.model_runner.profile_run()
+    worker.model_runner._dummy_run(2 * CANVAS)
     ran = run_mixed_prefill_decode_warmup(worker.model_runner, worker.execute_model, worker.sample_tokens, CANVAS)
     assert ran
     assert worker.model_runner.model_state._videos == {}
