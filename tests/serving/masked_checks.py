@@ -216,6 +216,15 @@ def test_every_policy(policy: str, config: dict[str, Any], masked_engine: Any, o
     assert expected[0] != oracle(TEXT_TO_VIDEO)
 
 
+def test_part_of_the_condition(masked_engine: Any, oracle: Any) -> None:
+    """Quotas of text and of the conditioning image: the streams have different texts, and the same image."""
+    config = {**CONFIG, "gamma_text": 0.4, "gamma_condition": 0.5}
+    cases = [LONG_TEXT, Case(70, (5, 3), 3).having(frames=3, steps=3, guidance=2, seed=8, condition_frames=2)]
+    expected = [oracle(case, config) for case in cases]
+    assert [oracle(case) for case in cases] != expected
+    assert generate(masked_engine("packcache", config), *cases) == expected
+
+
 def test_a_budget_that_holds_all_equals_no_policy(masked_engine: Any, oracle: Any) -> None:
     cases = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED]
     stock = generate(masked_engine(None, None, max_num_batched_tokens=None), *cases)
