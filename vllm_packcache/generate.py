@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
 import httpx
 import imageio.v3 as iio
 import numpy as np
@@ -209,33 +211,42 @@ def read_video(path: Path, asked: Asked) -> Pixels:
         uint8, [1 + 4 k, height, width, 3].
 
     Raises:
-        ConfigError: it is too slow, or has as many frames as are asked for in all.
+        ConfigError: it has as many frames as are asked for in all.
         OSError: it cannot be read.
     """
+    frames: list[Pixels] = []
     try:
-        own_rate = iio.immeta(path, plugin="pyav")["fps"]
-        if round(own_rate) < asked.rate:
-            raise ConfigError(
-                f"{path} has {own_rate:g} frames a second, and --fps asks for {asked.rate}: ask for fewer"
-            )
-        step = max(1.0, own_rate / asked.rate)
-        frames: list[Pixels] = []
-        for number, frame in enumerate(iio.imiter(path, plugin="pyav")):
-            if number < round(len(frames) * step):
-                continue
-            frames.append(fit(frame, asked.width, asked.height))
-            if len(frames) == asked.frames:
-                raise ConfigError(
-                    f"{path} has {asked.frames} frames or more at --fps {asked.rate}, and --frames asks for as many in "
-                    "all: ask for more"
-                )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, LookupError) as error:
+        for frame, end in _shown(path):
+            # Times in files are rounded: a frame that begins a little late is still the one.
+            while (len(frames) + Fraction(1, 4)) / asked.rate < end:
+                frames.append(fit(frame, asked.width, asked.height))
+                if len(frames) == asked.frames:
+                    raise ConfigError(
+                        f"{path} has {asked.frames} frames or more at --fps {asked.rate}, and --frames asks for as many "
+                        "in all: ask for more"
+                    )
+    except (av.FFmpegError, OSError, LookupError) as error:
         raise OSError(f"{path} cannot be read as a video: {error}") from None
     if not frames:
         raise OSError(f"{path} cannot be read as a video: it has no frames")
     return np.stack(frames[(len(frames) - 1) % FRAMES_PER_LATENT :])
+
+
+def _shown(path: Path) -> Iterator[tuple[Pixels, Fraction]]:
+    """Frames of a video, each with the time at which it is no longer shown, in seconds from the first one."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        first, before = Fraction(0), None
+        for frame in container.decode(stream):
+            begin = (frame.pts or 0) * frame.time_base
+            if before is None:
+                first = begin
+            else:
+                yield before.to_ndarray(format="rgb24"), begin - first
+            before = frame
+        if before is not None:
+            own = before.duration * before.time_base if before.duration else 1 / (stream.average_rate or 1)
+            yield before.to_ndarray(format="rgb24"), begin - first + own
 
 
 def write_video(frames: Pixels, path: Path, rate: int) -> None:
@@ -330,18 +341,20 @@ def _own_server(
         yield address
 
 
-def _client(address: str) -> httpx.Client:
-    """A client that waits for a frame as long as it takes.
+@contextmanager
+def _client(address: str) -> Iterator[httpx.Client]:
+    """A client of a server that is there. It waits for a frame as long as that takes.
 
     Raises:
         ServerError: there is no such server.
     """
-    try:
-        client = httpx.Client(base_url=address, timeout=httpx.Timeout(60, read=None))
-        client.get("/health", timeout=60)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(f"the server at {address} does not answer: {error}") from None
-    return client
+    with httpx.Client(timeout=httpx.Timeout(60, read=None)) as client:
+        try:
+            client.base_url = httpx.URL(address)
+            client.get("/health", timeout=60)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"the server at {address} does not answer: {error}") from None
+        yield client
 
 
 def _progress(console: Console) -> Progress:

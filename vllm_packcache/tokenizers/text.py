@@ -13,7 +13,7 @@ class TextTokenizer:
     """A Hugging Face tokenizer.
 
     Args:
-        path: a ``tokenizer.json``, or a folder with one.
+        path: a folder with ``tokenizer.json``, or such a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -21,7 +21,7 @@ class TextTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path if path.suffix == ".json" else path / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: the text needs a Hugging Face tokenizer")
         try:

@@ -87,7 +87,7 @@ class CosmosTokenizer:
         if frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"a video to encode has 1 + {FRAMES_PER_LATENT} k frames, not {frames}")
         shape = (1 + frames // FRAMES_PER_LATENT, *masked.grid_of(width, height))
-        scaled = torch.from_numpy(np.ascontiguousarray(pixels)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        scaled = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         codes = self._run(self._encoder, scaled.to(self._dtype))[0][0].long().cpu().numpy()
         if codes.shape != shape:
             raise ValueError(
