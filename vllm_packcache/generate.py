@@ -187,8 +187,8 @@ def prepare(asked: Asked, text: TextTokenizer, video: VideoTokenizer) -> Request
         given = video.encode(read_video(asked.video, asked))
     if len(given) >= asked.latent_frames:
         raise ConfigError(
-            f"--frames {asked.frames} are {asked.latent_frames} latent frames, of which {len(given)} are given: nothing "
-            "is left to make, ask for more frames"
+            f"--frames {asked.frames} are {asked.latent_frames} latent frames, of which {len(given)} are given: "
+            "ask for more frames"
         )
     ids = text.encode(masked.question(asked.prompt, asked.width, asked.height, asked.seconds, asked.rate))
     prompt = masked.text_prompt(ids, asked.seconds, asked.rate)
@@ -222,8 +222,8 @@ def read_video(path: Path, asked: Asked) -> Pixels:
                 frames.append(fit(frame, asked.width, asked.height))
                 if len(frames) == asked.frames:
                     raise ConfigError(
-                        f"{path} has {asked.frames} frames or more at --fps {asked.rate}, and --frames asks for as many "
-                        "in all: ask for more"
+                        f"{path} has {asked.frames} frames or more at --fps {asked.rate}, and --frames asks for as "
+                        "many in all: ask for more"
                     )
     except (av.FFmpegError, OSError, LookupError) as error:
         raise OSError(f"{path} cannot be read as a video: {error}") from None
@@ -236,17 +236,21 @@ def _shown(path: Path) -> Iterator[tuple[Pixels, Fraction]]:
     """Frames of a video, each with the time at which it is no longer shown, in seconds from the first one."""
     with av.open(path) as container:
         stream = container.streams.video[0]
-        first, before = Fraction(0), None
+        unit = stream.time_base or Fraction(1)
+        first, before = 0, None
         for frame in container.decode(stream):
-            begin = (frame.pts or 0) * frame.time_base
             if before is None:
-                first = begin
+                first = frame.pts or 0
             else:
-                yield before.to_ndarray(format="rgb24"), begin - first
+                yield _pixels(before), ((frame.pts or 0) - first) * unit
             before = frame
         if before is not None:
-            own = before.duration * before.time_base if before.duration else 1 / (stream.average_rate or 1)
-            yield before.to_ndarray(format="rgb24"), begin - first + own
+            own = before.duration * unit if before.duration else 1 / (stream.average_rate or Fraction(1))
+            yield _pixels(before), ((before.pts or 0) - first) * unit + own
+
+
+def _pixels(frame: av.VideoFrame) -> Pixels:
+    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def write_video(frames: Pixels, path: Path, rate: int) -> None:

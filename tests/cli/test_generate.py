@@ -78,7 +78,7 @@ def call(tokenizer: Path, out: Path, *arguments: str, to: tuple[str, ...] = ("--
 
 
 def read_gif(path: Path) -> np.ndarray:
-    """Frames at 8 a second. GIF counts hundredths: a frame takes 12. Frames that are alike are one that takes longer."""
+    """Frames at 8 a second: a frame takes 12 hundredths, in which GIF counts. Like frames are one that takes longer."""
     with Image.open(path) as picture:
         frames = []
         for frame in ImageSequence.Iterator(picture):
@@ -162,9 +162,12 @@ def test_a_video_is_continued(rate: int, every: int, tokenizer: Path, server: Se
     np.testing.assert_array_equal(shown[:9], video)
 
 
-def test_what_the_server_says(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_stream", [True, False])
+def test_what_the_server_says(in_stream: bool, tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    """vLLM begins a stream before it admits the request: what it refuses then, it refuses there."""
     error = {"error": {"message": "packcache_grid makes frames that are too large", "code": 400}}
-    server.answer = lambda: httpx.Response(400, json=error)
+    streamed = httpx.Response(200, text=f"data: {json.dumps(error)}\n\ndata: [DONE]")
+    server.answer = lambda: streamed if in_stream else httpx.Response(400, json=error)
     result = call(tokenizer, tmp_path / "video.mp4")
     assert result.exit_code == 2
     said = "vllm-packcache: the server refused the request: packcache_grid makes frames that are too large\n"
@@ -180,7 +183,7 @@ def _lost() -> httpx.Response:
     ("answer", "fewer", "sentence"),
     [
         (lambda: httpx.Response(404, text="nothing here"), 0, "refused the request: nothing here"),
-        (lambda: httpx.Response(502), 0, "refused the request: HTTP 502"),
+        (lambda: httpx.Response(502), 0, "refused the request: 502"),
         (_lost, 0, "the server at http://server:1 does not answer: peer closed connection"),
         (lambda: httpx.Response(200, text='data: {"error": "no memory"}'), 0, "gave up on the request: no memory"),
         (

@@ -67,7 +67,7 @@ def write_text_tokenizer(folder: Path) -> Path:
 
 
 def random_video(frames: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """A video that the small tokenizer gives back exactly, uint8 [frames, H, W, 3], and no two patches need be alike."""
+    """A video that the small tokenizer gives back exactly, uint8 [frames, H, W, 3]: patches of random colours."""
     levels = np.random.default_rng(seed).integers(0, 4, (1 + (frames - 1) // 4, rows, columns, 3))
     levels = np.concatenate([levels[:1], levels[1:].repeat(4, 0)])
     return (85 * levels).astype(np.uint8).repeat(8, 1).repeat(8, 2)

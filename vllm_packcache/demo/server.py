@@ -59,7 +59,8 @@ def stream_frames(
     try:
         with client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
-                raise ServerError(f"the server refused the request: {_sentence(response)}")
+                text = response.read().decode(errors="replace").strip()
+                raise ServerError(f"the server refused the request: {_sentence(text) or response.status_code}")
             for line in response.iter_lines():
                 ids += tokens_in(line)
                 while len(ids) >= length:
@@ -75,27 +76,32 @@ def stream_frames(
     return np.stack(frames)
 
 
-def _sentence(response: httpx.Response) -> str:
-    """What a server says of a request that it refuses."""
-    text = response.read().decode(errors="replace").strip()
+def _sentence(text: str) -> str:
+    """What an answer says that refuses a request: the message of an error, or all of it."""
     try:
-        return json.loads(text)["error"]["message"]
+        return _message(json.loads(text))
     except (ValueError, LookupError, TypeError):
-        return text or f"HTTP {response.status_code}"
+        return text
+
+
+def _message(answer: Any) -> str:
+    error = answer["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
 
 
 def tokens_in(line: str) -> list[int]:
     """Token ids in a line of a streamed completion, which was asked for with ``return_token_ids``; often none.
 
     Raises:
-        ServerError: the server gave up on the request.
+        ServerError: the server refused the request, which with a stream it says in the stream, or gave up on it.
     """
     data = line.removeprefix("data: ")
     if not data or data == "[DONE]":
         return []
     event = json.loads(data)
     if "error" in event:
-        raise ServerError(f"the server gave up on the request: {event['error']}")
+        refused = isinstance(event["error"], dict) and event["error"].get("code") == 400
+        raise ServerError(f"the server {'refused' if refused else 'gave up on'} the request: {_message(event)}")
     return [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
 
 
