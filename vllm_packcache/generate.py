@@ -7,6 +7,7 @@ the first latent frame, the frames of a video to continue follow it. The server 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -330,7 +331,7 @@ def _own_server(
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(policy)),
         *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype, "--skip-tokenizer-init"),
     ]
-    console.print(f"[bold]vllm serve[/] {escape(' '.join([str(model), *arguments]))}", soft_wrap=True)
+    console.print(f"[bold]vllm serve[/] {escape(shlex.join([str(model), *arguments]))}", soft_wrap=True)
     with (
         console.status("starting the server") as status,
         serving(
@@ -342,7 +343,10 @@ def _own_server(
         ) as address,
     ):
         status.stop()
-        yield address
+        try:
+            yield address
+        except ServerError as error:
+            raise ServerError(f"{error}; its log is {log}") from None
 
 
 @contextmanager

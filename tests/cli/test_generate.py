@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from tests.tokenizers.files import CODES, random_video, write_text_tokenizer, wr
 from vllm_packcache import generate as generating
 from vllm_packcache import masked
 from vllm_packcache.cli import app
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config import ServerConfig, load_mapping
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 from vllm_packcache.tokenizers.text import TextTokenizer
 from vllm_packcache.tokenizers.video import CosmosTokenizer
@@ -318,6 +320,45 @@ def test_a_configuration_without_a_layout_is_of_the_size_that_is_asked_for() -> 
         prompt=PROMPT, width=WIDTH, height=HEIGHT, frames=8, rate=8, options=masked.MaskedOptions()
     )
     assert generating.server_config(asked, '{"window": 2}') == {"window": 2, "layout": {"grid": [4, 8]}}
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "length"),
+    [(("--width", "448", "--height", "256"), "lumos1_256p", 12 * 1828), (SIZE, None, 12 * 40)],
+)
+def test_what_a_server_of_its_own_is_told(
+    size: tuple[str, ...],
+    layout: str | None,
+    length: int,
+    tokenizer: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[Any] = []
+
+    @contextmanager
+    def serving(model: Path, arguments: list[str], log: Path, waiting: Any, **options: Any) -> Iterator[str]:
+        started.append((model, dict(zip(arguments[::2], arguments[1::2], strict=False)), log, options))
+        yield "http://server:1"
+
+    monkeypatch.setattr(generating, "serving", serving)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": [masked.ARCHITECTURES[1]], "torch_dtype": "float32"})
+    )
+    server.fewer = 1
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    given = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), *size]
+    result = call(tokenizer, tmp_path / "video.mp4", to=tuple(given))
+    assert result.exit_code == 2
+    log = tmp_path / "video.log"
+    assert result.stderr == f"vllm-packcache: the server ended the video after 11 of 12 frames; its log is {log}\n"
+    ((model, arguments, own_log, options),) = started
+    assert (model, own_log, options) == (tmp_path, log, {"interpreted": not torch.cuda.is_available()})
+    expected = load_mapping(layout) if layout else {"layout": {"grid": list(GRID)}}
+    assert json.loads(arguments["--kv-cache-policy-config"]) == expected
+    assert int(arguments["--max-model-len"]) == len(server.body["prompt"]) + length
+    assert arguments["--dtype"] == ("auto" if torch.cuda.is_available() else "float32")
 
 
 def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
