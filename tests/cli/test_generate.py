@@ -93,7 +93,7 @@ def text(tokenizer: Path, seconds: int, rate: int) -> list[int]:
     return masked.text_prompt(TextTokenizer(tokenizer).encode(question), seconds, rate)
 
 
-@pytest.mark.parametrize("arrive_at_once", [1.0, 0.3, 1.7])
+@pytest.mark.parametrize("arrive_at_once", [1.0, 0.3, 7.0])
 def test_text_to_video(arrive_at_once: float, tokenizer: Path, server: Server, tmp_path: Path) -> None:
     server.arrive_at_once = arrive_at_once
     out = tmp_path / "new" / "video.gif"
@@ -248,6 +248,16 @@ def test_mistakes_get_a_sentence(
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not server.body, "nothing was asked for"
+
+
+def test_what_cannot_be_decoded_is_not_made(server: Server, tmp_path: Path) -> None:
+    write_text_tokenizer(write_video_tokenizer(tmp_path))
+    (tmp_path / "decoder.jit").write_bytes((tmp_path / "encoder.jit").read_bytes())
+    result = call(tmp_path, tmp_path / "video.mp4")
+    assert result.exit_code == 2
+    assert "decoder.jit fails with an input of shape [1, 1, 4, 8]" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not server.body
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class CosmosTokenizer:
         module = _load(file, self._device).eval().to(self._dtype)
         try:
             return module(given.to(self._device))
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{file} fails with an input of shape {list(given.shape)}: {reason}") from None
 
