@@ -1,0 +1,373 @@
+"""Train the masked demo model on a CPU.
+
+``python -m vllm_packcache.demo.masked.train --out DIR --minutes 70 --seed 0``
+
+As in `vllm_packcache.demo.train`, the learning rate and the length of the videos follow the clock, and a run that was
+stopped goes on from ``DIR/checkpoint.pt``.
+
+Every frame of a video is in the sequence twice: partly masked, as it is while it is made, and as it is committed. So
+one pass trains all frames, each seeing exactly what it sees when videos are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_packcache import masked
+from vllm_packcache.demo.masked.model import Lumos, LumosSize, Sequence
+from vllm_packcache.demo.masked.tokenizer import (
+    FRAME,
+    GRID_SHAPE,
+    MAX_SECONDS,
+    build_text_tokenizer,
+    prompt,
+    used_ids,
+    world_frame,
+)
+from vllm_packcache.demo.train import (
+    CHANGED_WEIGHT,
+    EMERGING_WEIGHT,
+    FIRST_TRAINING_SEED,
+    PHOTO_SHARE,
+    _learning_rate,
+    _save,
+)
+from vllm_packcache.demo.world import PHOTO, World, make_world, palette
+from vllm_packcache.layout import VideoLayout
+from vllm_packcache.policies import Full, PackCache, Policy
+from vllm_packcache.positions import Positions
+from vllm_packcache.retention import Retention
+
+BLOCK_SIZE = 32
+"""Tokens of a KV-cache block, by which policies drop history in training."""
+
+TEXT_DROPPED = 0.12
+"""Share of videos without a text: what the unconditional stream of guidance sees."""
+IMAGE_DROPPED = 0.1
+"""Share of videos without a conditioning image."""
+ALL_MASKED = 0.35
+"""Share of frames of which nothing is known: every frame begins so."""
+CONFIDENT_FIRST = 0.5
+"""Share of frames in which what moves stays masked longest, as it does when the most confident tokens come first."""
+PUBLISHED_REMASK = 0.7
+"""Share of a frame that is committed as mask tokens; in some videos it is less."""
+CORRUPT_SHARE, CORRUPT_RATE = 0.3, 0.003
+REBASED = 0.35
+"""Share of longer videos that begin later than their image says: what a re-based window looks like."""
+GAP = 24
+"""Most frames between the image and such a video."""
+DIRECTION_FRAMES = 2
+"""Frames of such a video that only show where things are and which way they go."""
+POLICIES: tuple[Policy, ...] = (
+    Full(),
+    Full(),
+    PackCache(history_frames=2, window=4, decay=0.5),
+    PackCache(history_frames=3, window=8, decay=0.7),
+)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What one step trains on: ``batch`` videos of ``frames`` frames."""
+
+    frames: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the schedule: until this fraction of the time, steps take turns through these clips."""
+
+    until: float
+    turns: tuple[Clips, ...]
+
+
+STAGES = (
+    Stage(0.08, (Clips(2, 4),)),
+    Stage(0.4, (Clips(6, 2), Clips(3, 4))),
+    Stage(1.0, (Clips(10, 1), Clips(6, 2), Clips(10, 1), Clips(3, 4))),
+)
+
+TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
+"""Of the longest videos that the model was trained on."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video to learn: ``targets``, ``weights`` and ``changed`` [T, N] belong to its frames' visual tokens.
+
+    ``targets`` are codes; a token that is not masked has weight 0.
+    """
+
+    sequence: Sequence
+    targets: Tensor
+    weights: Tensor
+    changed: Tensor
+
+
+class Clipper:
+    """Makes clips: all that is random about one follows from its seed.
+
+    Args:
+        model: whose embedding rows ids are translated to.
+        easy: whether frames may be seen as they are: the first stage learns how things look.
+    """
+
+    def __init__(self, model: Lumos) -> None:
+        self._model = model
+        self._text = build_text_tokenizer()
+        self._offsets = masked.visual_offsets(GRID_SHAPE)
+
+    def clip(self, seed: int, frames: int) -> Clip:
+        """The clip of a seed; it uses the world of this seed or of the next, in which more comes out of hiding."""
+        rng = np.random.default_rng((seed, 2))
+        with_image = rng.random() >= IMAGE_DROPPED
+        gap = int(rng.integers(1, GAP)) if with_image and frames > 4 and rng.random() < REBASED else 0
+        shown = range(gap + with_image, gap + with_image + frames)
+        choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 3))]
+        video = max(choice, key=lambda world: sum(world.emerging(k).sum() for k in shown))
+
+        text = prompt(video.prompt, int(rng.integers(1, MAX_SECONDS + 1)), self._text)
+        if rng.random() < TEXT_DROPPED:
+            text = text[-masked.VIDEO_START_TOKENS :]
+        image = world_frame(video, 0) if with_image else np.empty(0, np.int64)
+        true = np.stack([world_frame(video, k) for k in shown])
+        layout = VideoLayout(FRAME, len(text) + len(image), len(image))
+        positions = Positions(layout, scale=masked.MM_ROPE_SCALE)
+        policy = POLICIES[rng.integers(len(POLICIES))]
+        retention = Retention(layout, policy, BLOCK_SIZE)
+
+        changed = np.stack([video.frame_ids(k) != video.frame_ids(max(k - 1, 0)) for k in shown]).reshape(frames, -1)
+        unknown = np.stack([self._unknown(rng, moving) for moving in changed])
+        remask = PUBLISHED_REMASK if rng.random() < 0.65 else rng.uniform(0, PUBLISHED_REMASK)
+        wrong_rate = CORRUPT_RATE if rng.random() < CORRUPT_SHARE else 0.0
+        denoised = self._corrupted(rng, true, wrong_rate)
+        denoised[:, self._offsets] = np.where(unknown, masked.MASK, denoised[:, self._offsets])
+        history = self._corrupted(rng, true[:-1], wrong_rate)
+        committed = np.stack([masked.committed(ids, remask) for ids in history]) if frames > 1 else history
+
+        rows = self._model.rows
+        return Clip(
+            Sequence(
+                rows(np.array(text)),
+                rows(image),
+                rows(committed),
+                rows(denoised),
+                torch.from_numpy(positions.of(np.arange(layout.frame_start(frames)), 0)),
+                tuple(_seen(retention, layout, frame) for frame in range(frames)),
+            ),
+            torch.from_numpy(true[:, self._offsets] - masked.VISUAL_BEGIN),
+            torch.from_numpy(unknown * self._weights(video, shown, changed, gap)).float(),
+            torch.from_numpy(changed & unknown),
+        )
+
+    def _unknown(self, rng: np.random.Generator, moving: np.ndarray) -> np.ndarray:
+        """Which visual tokens of a frame are masked, bool [N]."""
+        tokens = len(moving)
+        if rng.random() < ALL_MASKED:
+            return np.ones(tokens, bool)
+        count = max(1, math.floor(tokens * math.cos(math.pi / 2 * rng.random())))
+        order = rng.random(tokens)
+        if rng.random() < CONFIDENT_FIRST:
+            order -= moving * rng.uniform(0, 1.5)
+        unknown = np.zeros(tokens, bool)
+        unknown[np.argsort(order)[:count]] = True
+        return unknown
+
+    def _corrupted(self, rng: np.random.Generator, frames: np.ndarray, rate: float) -> np.ndarray:
+        """Frames with some wrong codes, so that a mistake is mended in the next frame and not copied for ever."""
+        frames = frames.copy()
+        codes = frames[:, self._offsets]
+        wrong = rng.random(codes.shape) < rate
+        codes[wrong] = masked.VISUAL_BEGIN + rng.integers(self._model.codes, size=wrong.sum())
+        frames[:, self._offsets] = codes
+        return frames
+
+    def _weights(self, video: World, shown: range, changed: np.ndarray, gap: int) -> np.ndarray:
+        """Loss weights of the tokens of the frames ``shown``, [T, N]."""
+        weights = np.where(changed, CHANGED_WEIGHT, 1.0)
+        weights[np.stack([video.emerging(k) for k in shown]).reshape(changed.shape)] = EMERGING_WEIGHT
+        if video.scene == PHOTO:
+            # What an object hides in frame 0 of a photo cannot be known.
+            behind = np.stack([video.frame_ids(k) == video.background for k in shown])
+            weights[(behind & video.unseen()).reshape(changed.shape)] = 0.0
+        if gap:
+            weights[:DIRECTION_FRAMES] = 0.0
+        if 0 in shown:
+            # Nothing moved to get here.
+            weights[0] = 1.0
+        return weights
+
+
+def _seen(retention: Retention, layout: VideoLayout, frame: int) -> Tensor:
+    """Tokens before ``frame`` that live while it is made, [m]."""
+    start = layout.frame_start(frame)
+    blocks = retention.live_blocks(start)
+    tokens = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
+    return torch.from_numpy(tokens[tokens < start])
+
+
+# Where the heads of each layer look when training begins: frames back, rows down, columns to the right. None: anywhere;
+# a head without a list looks for what it finds. Finding "the same place in the last frame" among thousands of tokens is
+# what training would spend most of its time on. What comes out from behind a pillar of w tokens was last seen w + 1
+# frames earlier, as many columns away.
+_Look = tuple[int | None, int, int, float]
+_NARROW, _BROAD = 1.0, 0.25
+_STATIC = (None, 0, 0, _NARROW)
+_OWN = (0, 0, 0, _BROAD)
+
+
+def _passed(*frames: int) -> list[_Look]:
+    return [(back, 0, columns, _NARROW) for back in frames for columns in (-back, back)]
+
+
+_LOOKS: tuple[list[_Look], ...] = (
+    [_STATIC, *_passed(1), (0, 0, -1, _NARROW), (0, 0, 1, _NARROW), _OWN],
+    [_STATIC, *_passed(1, 2), _OWN],
+    [(1, 0, 0, _NARROW), *_passed(6, 7)],
+    [_OWN, *_passed(8, 9)],
+    [_STATIC, *_passed(1)],
+)
+_SHARPNESS = (3.0, 3.0, 4.0)
+_CONTENT = 0.3
+
+
+@torch.no_grad()
+def initialise(model: Lumos, generator: torch.Generator) -> None:
+    """Random weights, except that the heads of ``_LOOKS`` begin with attention to a fixed place.
+
+    The bias of a head's norm is a part of every query, or of every key, that no token changes: the same vector, turned
+    by the rotary angle of a distance in the key's, makes scores that are highest there.
+    """
+    size = model.size
+    torch.nn.init.normal_(model.model.embed_tokens.weight, generator=generator)
+    # The embedding is the output layer too; small final states start near uniform.
+    model.model.norm.weight.fill_(0.1)
+    axes, frequencies = size.axes, size.frequencies
+    for layer, looks in zip(model.layers, _LOOKS, strict=True):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            module.weight *= 0.2
+        query, key = layer.self_attn.q_norm, layer.self_attn.k_norm
+        for head, (back, rows, columns, sharpness) in enumerate(looks):
+            strength = sharpness * torch.tensor([0.0 if back is None else 3.0 / sharpness, *_SHARPNESS[1:]])
+            amplitude = (strength[axes] * size.head_dim**0.5).sqrt()
+            distance = torch.tensor([back or 0, -rows, -columns]) * torch.tensor(masked.MM_ROPE_SCALE)
+            angle = frequencies * distance[axes]
+            query.bias[head] = torch.cat([amplitude, torch.zeros_like(amplitude)])
+            key.bias[head] = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])
+            query.weight[head] = key.weight[head] = _CONTENT if sharpness == _NARROW else 2 * _CONTENT
+
+
+def new_model() -> Lumos:
+    """The model, untrained."""
+    return Lumos(LumosSize(), used_ids(), len(palette().patches))
+
+
+def _stage(fraction: float) -> Stage:
+    return next(stage for stage in STAGES if fraction < stage.until or stage is STAGES[-1])
+
+
+def train(out: Path, minutes: float, seed: int) -> None:
+    """Train for ``minutes`` of wall clock and write ``out``/checkpoint.pt."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = new_model()
+    initialise(model, torch.Generator().manual_seed(seed))
+    clipper = Clipper(model)
+    matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+    elapsed, step, next_seed = 0.0, 0, FIRST_TRAINING_SEED * (1 + seed)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        elapsed, step, next_seed = state["elapsed"], state["step"], state["next_seed"]
+
+    def save() -> None:
+        _save(
+            checkpoint,
+            model=model.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            elapsed=elapsed,
+            step=step,
+            next_seed=next_seed,
+        )
+
+    visual = torch.from_numpy(masked.visual_offsets(GRID_SHAPE).copy())
+    last_save = last_print = elapsed
+    totals = np.zeros(5)
+    while elapsed < minutes * 60:
+        begin = time.monotonic()
+        fraction = elapsed / (minutes * 60)
+        turns = _stage(fraction).turns
+        clips = turns[step % len(turns)]
+        batch = [clipper.clip(next_seed + 2 * i, clips.frames) for i in range(clips.batch)]
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = _learning_rate(fraction)
+        total = sum(float(clip.weights.sum()) for clip in batch)
+        model.zero_grad()
+        for clip in batch:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.hidden(clip.sequence)[:, visual]
+                logits = model.logits(hidden[clip.weights > 0])
+            weights, targets = clip.weights[clip.weights > 0], clip.targets[clip.weights > 0]
+            loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / total
+            loss.backward()
+            right = logits.argmax(-1) == targets
+            moving = clip.changed[clip.weights > 0]
+            share = 1 / clips.batch
+            totals += loss.item(), share * float(right.float().mean()), int(right[moving].sum()), int(moving.sum()), share
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+        step += 1
+        next_seed += 2 * clips.batch
+        elapsed += time.monotonic() - begin
+        if elapsed - last_print > 20:
+            loss_sum, right_sum, moving_right, moving_all, steps = totals
+            print(
+                f"{elapsed:.0f} s, step {step}: loss {loss_sum / steps:.4f} "
+                f"accuracy {right_sum / steps:.4f} changed {moving_right / max(1, moving_all):.4f}",
+                flush=True,
+            )
+            totals[:] = 0
+            last_print = elapsed
+        if elapsed - last_save > 60:
+            save()
+            last_save = elapsed
+    save()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the masked demo model on the toy world.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write, or to go on with")
+    parser.add_argument("--minutes", type=float, default=70.0, help="length of the whole schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args.out, args.minutes, args.seed)
+
+
+if __name__ == "__main__":
+    main()
