@@ -93,20 +93,17 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (_rotate(n(y.float()), *turn).to(v.dtype) for n, y in ((self.q_norm, q), (self.k_norm, k)))
         text, given = len(sequence.text), len(sequence.text) + len(sequence.image)
-        frames, length = sequence.denoised.shape
-        history = given + sequence.committed.numel()
+        length, history = sequence.denoised.shape[1], given + sequence.committed.numel()
         read = [_attend(q[:text], k[:text], v[:text], causal=True)]
         if given > text:
             read.append(_attend(q[text:given], k[:given], v[:given]))
-        committed, denoised = [], []
-        for frame, seen in enumerate(sequence.seen):
-            past = k.index_select(0, seen), v.index_select(0, seen)
-            for start, out in ((given, committed), (history, denoised)):
-                own = slice(start + frame * length, start + (frame + 1) * length)
-                # Nobody sees the last frame committed.
-                if own.start < history or out is denoised:
-                    out.append(_attend(q[own], *(torch.cat([a, b[own]]) for a, b in zip(past, (k, v), strict=True))))
-        return self.o_proj(torch.cat([*read, *committed, *denoised]).flatten(1))
+        # The committed frames, then the denoised ones: each sees what lives before it and the whole of itself.
+        for first, last in ((given, history), (history, len(q))):
+            for seen, start in zip(sequence.seen, range(first, last, length), strict=False):
+                own = slice(start, start + length)
+                keys, values = (torch.cat([x.index_select(0, seen), x[own]]) for x in (k, v))
+                read.append(_attend(q[own], keys, values))
+        return self.o_proj(torch.cat(read).flatten(1))
 
 
 class HeadNorm(nn.Module):

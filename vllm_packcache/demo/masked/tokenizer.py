@@ -6,8 +6,6 @@ prompts take the low ids, and visual code c is codeword c of the first demo mode
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 

@@ -11,12 +11,8 @@ one pass trains all frames, each seeing exactly what it sees when videos are mad
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_packcache import masked
+from vllm_packcache.demo.masked.bundle import save_bundle
 from vllm_packcache.demo.masked.model import Lumos, LumosSize, Sequence
 from vllm_packcache.demo.masked.tokenizer import (
     FRAME,
@@ -34,13 +31,19 @@ from vllm_packcache.demo.masked.tokenizer import (
     used_ids,
     world_frame,
 )
-from vllm_packcache.demo.train import (
+from vllm_packcache.demo.training import (
     CHANGED_WEIGHT,
+    CORRUPT_RATE,
+    CORRUPT_SHARE,
     EMERGING_WEIGHT,
-    FIRST_TRAINING_SEED,
     PHOTO_SHARE,
-    _learning_rate,
-    _save,
+    SEEDS_PER_VIDEO,
+    Clips,
+    Run,
+    Stage,
+    from_command_line,
+    longest,
+    train_by_the_clock,
 )
 from vllm_packcache.demo.world import PHOTO, World, make_world, palette
 from vllm_packcache.layout import VideoLayout
@@ -61,7 +64,6 @@ CONFIDENT_FIRST = 0.5
 """Share of frames in which what moves stays masked longest, as it does when the most confident tokens come first."""
 PUBLISHED_REMASK = 0.7
 """Share of a frame that is committed as mask tokens; in some videos it is less."""
-CORRUPT_SHARE, CORRUPT_RATE = 0.3, 0.003
 REBASED = 0.35
 """Share of longer videos that begin later than their image says: what a re-based window looks like."""
 GAP = 24
@@ -76,29 +78,13 @@ POLICIES: tuple[Policy, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Clips:
-    """What one step trains on: ``batch`` videos of ``frames`` frames."""
-
-    frames: int
-    batch: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the schedule: until this fraction of the time, steps take turns through these clips."""
-
-    until: float
-    turns: tuple[Clips, ...]
-
-
 STAGES = (
     Stage(0.08, (Clips(2, 4),)),
     Stage(0.4, (Clips(6, 2), Clips(3, 4))),
     Stage(1.0, (Clips(10, 1), Clips(6, 2), Clips(10, 1), Clips(3, 4))),
 )
 
-TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
+TRAINED_FRAMES = longest(STAGES)
 """Of the longest videos that the model was trained on."""
 
 
@@ -120,7 +106,6 @@ class Clipper:
 
     Args:
         model: whose embedding rows ids are translated to.
-        easy: whether frames may be seen as they are: the first stage learns how things look.
     """
 
     def __init__(self, model: Lumos) -> None:
@@ -134,7 +119,7 @@ class Clipper:
         with_image = rng.random() >= IMAGE_DROPPED
         gap = int(rng.integers(1, GAP)) if with_image and frames > 4 and rng.random() < REBASED else 0
         shown = range(gap + with_image, gap + with_image + frames)
-        choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 3))]
+        choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 1 + SEEDS_PER_VIDEO))]
         video = max(choice, key=lambda world: sum(world.emerging(k).sum() for k in shown))
 
         text = prompt(video.prompt, int(rng.integers(1, MAX_SECONDS + 1)), self._text)
@@ -276,98 +261,41 @@ def new_model() -> Lumos:
     return Lumos(LumosSize(), used_ids(), len(palette().patches))
 
 
-def _stage(fraction: float) -> Stage:
-    return next(stage for stage in STAGES if fraction < stage.until or stage is STAGES[-1])
-
-
-def train(out: Path, minutes: float, seed: int) -> None:
-    """Train for ``minutes`` of wall clock and write ``out``/checkpoint.pt."""
-    out.mkdir(parents=True, exist_ok=True)
+def train(run: Run) -> None:
+    """Train, and write the bundle to ``run.out``."""
     model = new_model()
-    initialise(model, torch.Generator().manual_seed(seed))
+    initialise(model, torch.Generator().manual_seed(run.seed))
     clipper = Clipper(model)
-    matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
-    )
-    elapsed, step, next_seed = 0.0, 0, FIRST_TRAINING_SEED * (1 + seed)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        elapsed, step, next_seed = state["elapsed"], state["step"], state["next_seed"]
-
-    def save() -> None:
-        _save(
-            checkpoint,
-            model=model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            elapsed=elapsed,
-            step=step,
-            next_seed=next_seed,
-        )
-
     visual = torch.from_numpy(masked.visual_offsets(GRID_SHAPE).copy())
-    last_save = last_print = elapsed
-    totals = np.zeros(5)
-    while elapsed < minutes * 60:
-        begin = time.monotonic()
-        fraction = elapsed / (minutes * 60)
-        turns = _stage(fraction).turns
-        clips = turns[step % len(turns)]
-        batch = [clipper.clip(next_seed + 2 * i, clips.frames) for i in range(clips.batch)]
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = _learning_rate(fraction)
-        total = sum(float(clip.weights.sum()) for clip in batch)
-        model.zero_grad()
+
+    def compute(first_seed: int, clips: Clips, fraction: float) -> str:
+        del fraction
+        batch = [clipper.clip(first_seed + SEEDS_PER_VIDEO * i, clips.frames) for i in range(clips.batch)]
+        total = sum(clip.weights.sum() for clip in batch)
+        losses, right, changed = 0.0, [], []
+        # Texts differ in length, so every video is a pass of its own.
         for clip in batch:
+            learnt = clip.weights > 0
             with torch.autocast("cpu", torch.bfloat16):
-                hidden = model.hidden(clip.sequence)[:, visual]
-                logits = model.logits(hidden[clip.weights > 0])
-            weights, targets = clip.weights[clip.weights > 0], clip.targets[clip.weights > 0]
-            loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / total
+                logits = model.logits(model.hidden(clip.sequence)[:, visual][learnt])
+            targets = clip.targets[learnt]
+            loss = (F.cross_entropy(logits.float(), targets, reduction="none") * clip.weights[learnt]).sum() / total
             loss.backward()
-            right = logits.argmax(-1) == targets
-            moving = clip.changed[clip.weights > 0]
-            share = 1 / clips.batch
-            totals += loss.item(), share * float(right.float().mean()), int(right[moving].sum()), int(moving.sum()), share
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+            losses += loss.item()
+            right.append(logits.argmax(-1) == targets)
+            changed.append(clip.changed[learnt])
+        hits = torch.cat(right).float()
+        return f"loss {losses:.4f} accuracy {hits.mean():.4f} changed {hits[torch.cat(changed)].mean():.4f}"
 
-        step += 1
-        next_seed += 2 * clips.batch
-        elapsed += time.monotonic() - begin
-        if elapsed - last_print > 20:
-            loss_sum, right_sum, moving_right, moving_all, steps = totals
-            print(
-                f"{elapsed:.0f} s, step {step}: loss {loss_sum / steps:.4f} "
-                f"accuracy {right_sum / steps:.4f} changed {moving_right / max(1, moving_all):.4f}",
-                flush=True,
-            )
-            totals[:] = 0
-            last_print = elapsed
-        if elapsed - last_save > 60:
-            save()
-            last_save = elapsed
-    save()
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train the masked demo model on the toy world.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write, or to go on with")
-    parser.add_argument("--minutes", type=float, default=70.0, help="length of the whole schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(args.out, args.minutes, args.seed)
+    train_by_the_clock(
+        model,
+        matrices=lambda name: name.endswith("_proj.weight"),
+        stages=STAGES,
+        compute=compute,
+        publish=lambda out: save_bundle(model, out),
+        run=run,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    train(from_command_line("Train the masked demo model on the toy world.", minutes=80.0))
