@@ -106,7 +106,9 @@ def explain(
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="YAML file for the configuration, for --kv-cache-policy-config.")],
-    model: Annotated[str, typer.Argument(help="demo, the bundled model, or the folder of a causal LM.")] = "demo",
+    model: Annotated[
+        str, typer.Argument(help="demo or demo_masked, the bundled models, or the folder of a causal LM or a Lumos-1.")
+    ] = "demo",
     config: Annotated[
         str | None, typer.Option(help="Preset, YAML or JSON file, or JSON text with the layout of the MODEL's videos.")
     ] = None,

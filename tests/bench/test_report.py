@@ -120,7 +120,7 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
                 assert {str(own) for own in value if own is not None} <= values, path
             elif set(path) & {*CLOCKS} and isinstance(value, list):
                 assert any(float(own) == pytest.approx(median(value), rel=1e-12) for own in values if own), path
-        assert spreads or part.benchmark in ("serve", "calibrate", "model", "gpu")
+        assert spreads or part.benchmark in ("serve", "calibrate", "calibrate-masked", "model", "gpu")
 
 
 def test_every_sample_of_a_load_is_within_its_row(folder: Path):
@@ -241,6 +241,7 @@ def test_tables_are_whole_and_pictures_are_there(folder: Path, copy: Path):
         ("quality.json", ("targets", 0, "mean"), 0.9876),
         ("calibrate.json", ("fit", "rho"), 0.9876),
         ("calibrate.json", ("suggestion", "kept_measured"), 0.9876),
+        ("calibrate_masked.json", ("fit", "rho"), 0.9876),
         (
             "long_video.json",
             ("generated", "packcache, rebase", "tokens_right", "spans", "145-160", "mean"),
@@ -405,6 +406,19 @@ def test_the_best_selection_is_named(means: dict[str, float], difference: tuple[
 )
 def test_significant_digits(value: float, text: str):
     assert markdown.significant(value) == text
+
+
+def test_passes_of_masked_generation_are_told_apart(copy: Path):
+    name = "unconditional, half-way"
+    change(copy, "calibrate_masked.json", "views", name, "mass", 0, value=0.12341)
+    change(copy, "calibrate_masked.json", "views", name, "rho", value=0.6789)
+    text = texts_of(copy)[REPORT]
+    causal, section = text[text.index("## Calibration\n") : text.index("## Long videos")].split("## Calibration of ")
+    (row,) = (line for line in section.splitlines() if line.startswith(f"| {name}"))
+    assert row.startswith(f"| {name} | 12.34 |")
+    assert row.endswith("| 0.679 |")
+    assert "of the bundled masked model" in section
+    assert "By pass" not in causal
 
 
 def test_numbers():

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_packcache.bench.calibrate.attention import IMAGE, NEAREST, OLDER, OWN, TEXT
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
+from vllm_packcache.bench.calibrate.mass import IMAGE, NEAREST, OLDER, OWN, TEXT
 from vllm_packcache.figures import new_figure, save
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ FAR_OFF = 1.25
 def print_tables(result: Mapping[str, Any], console: Console) -> None:
     """Print the masses, the fit, and what configurations keep."""
     console.print(_mass_table(result))
+    if "views" in result:
+        console.print(_view_table(result))
     for sentence in sentences(result):
         console.print(sentence)
     console.print(_kept_table(result))
@@ -142,6 +144,18 @@ def _mass_table(result: Mapping[str, Any]) -> Table:
             cells += [f"{100 * model:.2f}", f"{100 * half:.2f}", f"{ratio:.2f}{' !' if off else ''}"]
         table.add_row(name, *cells)
     table.caption = f"older: at a distance above {distances};  !: off the fit by more than a factor of {FAR_OFF:g}"
+    return table
+
+
+def _view_table(result: Mapping[str, Any]) -> Table:
+    table = Table(title="Attention by pass, %", box=SIMPLE_HEAD)
+    table.add_column("on", no_wrap=True)
+    views = result["views"]
+    for name in views:
+        table.add_column(name, justify="right")
+    for segment, *shares in zip(result["segments"], *(own["mass"] for own in views.values()), strict=True):
+        table.add_row(segment, *(f"{100 * share:.2f}" for share in shares))
+    table.add_row("rho", *(f"{own['rho']:.3f}" for own in views.values()))
     return table
 
 
