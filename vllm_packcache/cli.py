@@ -74,6 +74,19 @@ def demo(
 
 
 @app.command()
+def demo_masked(
+    image: Annotated[Path | None, typer.Option(help="A picture to start from; text to video without one.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo-masked"),
+) -> None:
+    """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
+    from vllm_packcache.demo.masked.run import run_masked_demo
+
+    with _one_sentence():
+        run_masked_demo(image, prompt, out)
+
+
+@app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",
     policy: Annotated[

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vllm_packcache import policies
+from vllm_packcache import masked, policies
 from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.policies import Full, Policy
 from vllm_packcache.positions import Positions
 
@@ -110,6 +111,17 @@ class _RequestOptions(BaseModel):
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
+class _MaskedRequestOptions(BaseModel):
+    """Options of one request to a masked model that are neither the policy's nor of `MaskedOptions`, without prefix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: str | None = None
+    grid: tuple[int, int] | None = None
+    frames: Annotated[int, Field(ge=1)] | None = None
+    condition_frames: Annotated[int, Field(ge=0)] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoPlan:
     """What one request keeps, and where its model sees it. Scheduler and worker each derive it for themselves."""
@@ -117,6 +129,36 @@ class VideoPlan:
     layout: VideoLayout
     policy: Policy
     positions: Positions
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPlan:
+    """What a request to a masked model makes, and what its streams keep.
+
+    Args:
+        conditional: the stream of the whole prompt.
+        unconditional: the stream that begins with the video; None: the request is not guided.
+        options: how frames are made.
+        first_frame: number of the first frame that is made; those before it are given.
+        frames: how many are made; None: as many as the request's ``max_tokens`` says.
+    """
+
+    conditional: VideoPlan
+    unconditional: VideoPlan | None
+    options: MaskedOptions
+    first_frame: int
+    frames: int | None
+
+    @property
+    def streams(self) -> tuple[VideoPlan, ...]:
+        """The conditional one, and the unconditional one if there is one."""
+        return (self.conditional,) if self.unconditional is None else (self.conditional, self.unconditional)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens before the first picture."""
+        layout = self.conditional.layout
+        return layout.condition_tokens - layout.condition_image_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +225,33 @@ class ServerConfig:
             additional_config.get(POSITION_LIMIT_KEY),
         )
 
+    @classmethod
+    def of_masked_model(cls, additional_config: object) -> ServerConfig:
+        """The configuration of a masked model's server; not switched on, all is kept.
+
+        Raises:
+            ConfigError: it is switched on and wrong, or its layout is not that of such models' frames.
+        """
+        config = cls.from_additional_config(additional_config) or cls(Full())
+        layout = config.layout
+        if layout is None:
+            return config
+        if layout.grid is None:
+            raise ConfigError(f"{CONFIG_KEY}: layout: give grid: the frames of this model are made of rows and columns")
+        frame, own = layout.frame_layout(), masked.frame_layout(layout.grid)
+        if frame not in (own, FrameLayout.from_grid(layout.grid)):
+            raise ConfigError(
+                f"{CONFIG_KEY}: layout: frames of this model have frame_start_tokens: {own.frame_start_tokens}, "
+                f"row_end_tokens: {own.row_end_tokens}, frame_end_tokens: {own.frame_end_tokens}: give these, or grid "
+                "alone"
+            )
+        if layout.axis_scale not in (None, masked.MM_ROPE_SCALE):
+            raise ConfigError(
+                f"{CONFIG_KEY}: layout: axis_scale of this model is {list(masked.MM_ROPE_SCALE)}, not "
+                f"{list(layout.axis_scale)}: leave it out"
+            )
+        return config
+
     def as_mapping(self) -> dict[str, Any]:
         """The configuration as plain JSON-able data, every default spelled out."""
         mapping = dataclasses.asdict(self.policy) | {"positions": self.positions}
@@ -206,29 +275,17 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        given = {k.removeprefix(REQUEST_PREFIX): v for k, v in (extra_args or {}).items() if _is_video_key(k)}
+        given = _video_options(extra_args)
         if not given:
             return None
-        option_names = {field.name for field in dataclasses.fields(self.policy)}
-        own = {k: v for k, v in given.items() if k not in option_names}
-        changed = {k: v for k, v in given.items() if k in option_names}
+        own, changed = self._split(given)
         try:
             options = _validate(_RequestOptions, own)
         except ValidationError as error:
-            known = [*_RequestOptions.model_fields, *sorted(option_names)]
+            known = [*_RequestOptions.model_fields, *sorted(self._policy_options)]
             raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
-        if options.policy not in (None, OPT_OUT, self.policy.name):
-            raise ConfigError(
-                f"{REQUEST_PREFIX}policy must be {self.policy.name!r}, the policy of this server, or {OPT_OUT!r}, "
-                f"not {options.policy!r}"
-            )
-        policy = self.policy
-        if changed:
-            merged = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} | changed
-            policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
+        policy = self._request_policy(options.policy, changed)
         layout = self._request_layout(options, num_prompt_tokens)
-        if OPT_OUT in (options.policy, policy.name):
-            policy = Full()
         _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
         try:
             positions = self.positions_of(layout, policy)
@@ -238,14 +295,87 @@ class ServerConfig:
             return None
         return VideoPlan(layout, policy, positions)
 
+    def masked_plan(self, extra_args: Mapping[str, Any] | None, prompt_ids: Sequence[int]) -> MaskedPlan:
+        """What a request to a masked model makes and keeps: every request is a video.
+
+        Args:
+            extra_args: ``SamplingParams.extra_args`` of the request.
+            prompt_ids: of `vllm_packcache.masked.text_prompt`, and any frames that are given. They are conditioning
+                images; with ``condition_frames`` the first so many are, and the others begin the video.
+
+        Raises:
+            ConfigError: an option or the prompt is wrong; the message names it.
+        """
+        own, changed = self._split(_video_options(extra_args))
+        how = {name: own.pop(name) for name in _MASKED_OPTIONS if name in own}
+        known = [*_MaskedRequestOptions.model_fields, *_MASKED_OPTIONS, *sorted(self._policy_options)]
+        try:
+            options = _validate(_MaskedRequestOptions, own)
+            # JSON over HTTP turns true and false into 1 and 0.
+            flags = {name: bool(how[name]) for name in _MASKED_FLAGS if how.get(name) in (0, 1)}
+            made = _validate(MaskedOptions, how | flags)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
+        policy = self._request_policy(options.policy, changed)
+        grid = options.grid or (self.layout.grid if self.layout else None)
+        if grid is None:
+            raise ConfigError(f"{REQUEST_PREFIX}grid is needed: this server was started without a layout")
+        try:
+            layout = self._masked_layout(prompt_ids, grid, options.condition_frames)
+            first_frame = masked.given_frames(prompt_ids, layout)
+            _check_frames(prompt_ids, layout)
+        except ValueError as error:
+            raise ConfigError(f"{REQUEST_PREFIX}grid {list(grid)} and the prompt: {error}") from None
+        _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
+        conditional, unconditional = (
+            VideoPlan(stream, policy, Positions(stream, self._window(policy), masked.MM_ROPE_SCALE))
+            for stream in (layout, masked.unconditional_layout(layout))
+        )
+        return MaskedPlan(conditional, unconditional if made.guided else None, made, first_frame, options.frames)
+
+    @staticmethod
+    def _masked_layout(prompt_ids: Sequence[int], grid: tuple[int, int], condition_frames: int | None) -> VideoLayout:
+        frame = masked.frame_layout(grid)
+        if grid[0] * grid[1] < 2:
+            raise ValueError("a frame needs two visual tokens at least: one stays masked until the last step")
+        if condition_frames is None:
+            text = masked.video_layout(prompt_ids, grid).condition_tokens
+            condition_frames = (len(prompt_ids) - text) // frame.tokens_per_frame
+        return masked.video_layout(prompt_ids, grid, condition_frames)
+
+    @property
+    def _policy_options(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self.policy)}
+
+    def _split(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options that are not the policy's, and those that are."""
+        names = self._policy_options
+        own = {name: value for name, value in given.items() if name not in names}
+        return own, {name: value for name, value in given.items() if name in names}
+
+    def _request_policy(self, name: str | None, changed: Mapping[str, Any]) -> Policy:
+        """The server's policy with what a request changes of it."""
+        if name not in (None, OPT_OUT, self.policy.name):
+            raise ConfigError(
+                f"{REQUEST_PREFIX}policy must be {self.policy.name!r}, the policy of this server, or {OPT_OUT!r}, "
+                f"not {name!r}"
+            )
+        policy = self.policy
+        if changed:
+            merged = {name: getattr(policy, name) for name in self._policy_options} | dict(changed)
+            policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
+        return Full() if name == OPT_OUT else policy
+
+    def _window(self, policy: Policy) -> int | None:
+        return policy.history_window if self.positions == "rebase" else None
+
     def positions_of(self, layout: VideoLayout, policy: Policy) -> Positions:
         """Where the model sees a video under ``policy``.
 
         Raises:
             ValueError: the layout does not go with positions of three axes.
         """
-        window = policy.history_window if self.positions == "rebase" else None
-        return Positions(layout, window, self.layout.axis_scale if self.layout else None)
+        return Positions(layout, self._window(policy), self.layout.axis_scale if self.layout else None)
 
     def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
         base = self.layout or LayoutConfig()
@@ -305,6 +435,34 @@ class ServerConfig:
         except ValueError as error:
             raise ConfigError(f"{CONFIG_KEY}: layout: {error}") from None
         return parsed
+
+
+_MASKED_OPTIONS = [field.name for field in dataclasses.fields(MaskedOptions)]
+_MASKED_FLAGS = [field.name for field in dataclasses.fields(MaskedOptions) if field.type == "bool"]
+
+
+def _video_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a request says of its video, names without prefix."""
+    return {key.removeprefix(REQUEST_PREFIX): value for key, value in (extra_args or {}).items() if _is_video_key(key)}
+
+
+def _check_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> None:
+    """All frames that a prompt holds must be frames.
+
+    Raises:
+        ValueError: one is not.
+    """
+    assert layout.frame.grid is not None
+    first = layout.condition_tokens - layout.condition_image_tokens
+    for start in range(first, len(prompt_ids), layout.tokens_per_frame):
+        masked.codes_of_frame(prompt_ids[start : start + layout.tokens_per_frame], layout.frame.grid)
+
+
+def masked_config_of(owner: Any) -> ServerConfig:
+    """The same for the server of a masked model; not switched on, all is kept."""
+    if not hasattr(owner, "_packcache_masked_config"):
+        owner._packcache_masked_config = ServerConfig.of_masked_model(owner.vllm_config.additional_config)
+    return owner._packcache_masked_config
 
 
 def config_of(owner: Any) -> ServerConfig | None:

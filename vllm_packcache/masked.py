@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ Int64 = npt.NDArray[np.int64]
 
 Grid = tuple[int, int]
 """(rows, columns) of a frame's visual tokens."""
+
+ARCHITECTURES = ("ChameleonXLLMXForConditionalGeneration", "ChameleonMMRoPEForConditionalGeneration")
+"""Names under which checkpoints are published: of the class that trains, and of the one that generates."""
 
 BOS = 0
 SEPARATOR = 8710
@@ -86,6 +89,9 @@ class MaskedOptions:
     Raises:
         ValueError: a number is impossible; the message names it.
     """
+
+    # Read out of a request: an unknown option is an error, and 3.0 or "3" is no integer.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
     seed: int = 0
     steps: int = 50
@@ -379,8 +385,19 @@ def remasked(content: int, share: float) -> Int64:
     return found
 
 
+@lru_cache(maxsize=64)
+def committed_offsets(tokens: int, share: float) -> Int64:
+    """Where in a frame of ``tokens`` tokens mask tokens are committed, ascending: newlines are masked like visual ones.
+
+    Args:
+        tokens: F.
+        share: `MaskedOptions.remask`.
+    """
+    return FRAME_START_TOKENS + remasked(tokens - FRAME_START_TOKENS - FRAME_END_TOKENS, share)
+
+
 def committed(ids: Int64, share: float) -> Int64:
-    """The ids that a finished frame is committed with: newlines are masked like visual tokens.
+    """The ids that a finished frame is committed with.
 
     Args:
         ids: [F], the frame.
@@ -390,6 +407,5 @@ def committed(ids: Int64, share: float) -> Int64:
         [F].
     """
     ids = ids.copy()
-    content = ids[FRAME_START_TOKENS : len(ids) - FRAME_END_TOKENS]
-    content[remasked(len(content), share)] = MASK
+    ids[committed_offsets(len(ids), share)] = MASK
     return ids

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from vllm_packcache import policies
+from vllm_packcache import plugin_masked, policies
 from vllm_packcache.config import (
     CONFIG_KEY,
     POLICY_KEY,
@@ -100,6 +100,7 @@ def _install_engine_hooks() -> None:
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
+    plugin_masked.install()
     _wrap(ModelConfig, "get_and_verify_max_len", _finding_position_limit)
     _wrap(InputProcessor, "process_inputs", _checking_request)
     _wrap(KVCacheManager, "get_computed_blocks", capping_hits)
@@ -174,7 +175,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
         ConfigError: naming the option or the property of the model, and the remedy.
     """
     model = vllm_config.model_config
-    parallel = vllm_config.parallel_config
+    _check_options(vllm_config, POLICY_FLAG)
+    config = ServerConfig.from_additional_config(vllm_config.additional_config)
+    assert config is not None, "only a server that is switched on is checked"
+    if config.positions == "rebase":
+        _check_rebasing(vllm_config)
+    if plugin_masked.is_masked(model):
+        return
     text_config = model.hf_text_config
     rope = any(
         getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
@@ -202,6 +209,16 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 f"{POLICY_FLAG}: {model.model} {reason}: serve a decoder with full attention and RoPE in every "
                 f"layer, or start without {POLICY_FLAG}"
             )
+    if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
+        raise ConfigError(
+            f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
+            "axis_scale out"
+        )
+
+
+def _check_options(vllm_config: VllmConfig, subject: str) -> None:
+    """Refuse what cannot be combined with ``subject``."""
+    parallel = vllm_config.parallel_config
     option_reasons = (
         (vllm_config.speculative_config is not None, "--speculative-config", "it rolls tokens back"),
         (
@@ -238,23 +255,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     )
     for given, option, reason in option_reasons:
         if given:
-            raise ConfigError(
-                f"{POLICY_FLAG} cannot be combined with {option}, because {reason}: leave one of them out"
-            )
+            raise ConfigError(f"{subject} cannot be combined with {option}, because {reason}: leave one of them out")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ConfigError(
-            f"{POLICY_FLAG} cannot be combined with VLLM_USE_RUST_FRONTEND=1, because that front end neither knows the "
+            f"{subject} cannot be combined with VLLM_USE_RUST_FRONTEND=1, because that front end neither knows the "
             "option nor checks what requests ask for: unset the variable"
         )
-    config = ServerConfig.from_additional_config(vllm_config.additional_config)
-    assert config is not None, "only a server that is switched on is checked"
-    if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
-        raise ConfigError(
-            f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
-            "axis_scale out"
-        )
-    if config.positions == "rebase":
-        _check_rebasing(vllm_config)
 
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
@@ -363,26 +369,35 @@ def _checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., 
     @wraps(create_engine_config)
     def wrapper(engine_args: Any, *args: Any, **kwargs: Any) -> Any:
         config = ServerConfig.from_additional_config(engine_args.additional_config)
-        if config is None:
-            return create_engine_config(engine_args, *args, **kwargs)
         error = version_error()
         if error is not None:
-            raise ConfigError(error)
-        # Every process reads the configuration: they get what a file says now, not what it says by then.
-        source = engine_args.additional_config.get(CONFIG_KEY)
-        if isinstance(source, str):
-            engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: dict(load_mapping(source))}
-        lengths = _Lengths(beyond_positions=config.positions == "rebase")
+            if config is not None:
+                raise ConfigError(error)
+            return create_engine_config(engine_args, *args, **kwargs)
+        if config is not None:
+            # Every process reads the configuration: they get what a file says now, not what it says by then.
+            source = engine_args.additional_config.get(CONFIG_KEY)
+            if isinstance(source, str):
+                parsed = {CONFIG_KEY: dict(load_mapping(source))}
+                engine_args.additional_config = {**engine_args.additional_config, **parsed}
+        lengths = None if config is None else _Lengths(beyond_positions=config.positions == "rebase")
         token = _lengths.set(lengths)
         try:
-            vllm_config = create_engine_config(engine_args, *args, **kwargs)
+            with plugin_masked.knowing(engine_args):
+                vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finally:
             _lengths.reset(token)
-        vllm_config.additional_config = {
-            **engine_args.additional_config,
-            POSITION_LIMIT_KEY: lengths.position_limit,
-        }
-        check_engine(vllm_config)
+        is_masked = plugin_masked.is_masked(vllm_config.model_config)
+        if is_masked:
+            plugin_masked.choose_scheduler(vllm_config)
+        if lengths is not None:
+            vllm_config.additional_config = {
+                **engine_args.additional_config,
+                POSITION_LIMIT_KEY: lengths.position_limit,
+            }
+            check_engine(vllm_config)
+        elif is_masked:
+            _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
         return vllm_config
 
     return wrapper
@@ -393,6 +408,8 @@ def _finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Calla
 
     @wraps(get_and_verify_max_len)
     def wrapper(model_config: ModelConfig, max_model_len: int | None) -> int:
+        if plugin_masked.is_masked(model_config):
+            return plugin_masked.longest(max_model_len)
         lengths = _lengths.get()
         if lengths is None:
             return get_and_verify_max_len(model_config, max_model_len)
@@ -420,10 +437,11 @@ def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
 
         request = process_inputs(processor, *args, **kwargs)
         config = config_of(processor)
-        if config is None or request.sampling_params is None:
-            return request
         try:
-            _check_request(request, config, processor.vllm_config)
+            if plugin_masked.is_masked(processor.vllm_config.model_config):
+                plugin_masked.check_request(processor, request, _pool_blocks(processor.vllm_config))
+            elif config is not None and request.sampling_params is not None:
+                _check_request(request, config, processor.vllm_config)
         except ConfigError as error:
             raise VLLMValidationError(str(error)) from None
         return request
@@ -536,11 +554,20 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
         backend = get_attn_backend(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         config = ServerConfig.from_additional_config(vllm_config.additional_config)
+        is_masked = plugin_masked.is_masked(vllm_config.model_config)
+        if is_masked and not backend.supports_non_causal():
+            raise ConfigError(
+                f"--attention-backend {backend.get_name()} is causal, and a frame of {vllm_config.model_config.model} "
+                "sees all of itself: choose another one, or leave the option out"
+            )
         if config is None:
             return backend
         if config.positions == "rebase":
             # Here, before any weights are loaded.
             layout_of(backend.get_name())
+        if is_masked:
+            # Its model state compacts, and its layers make specs of their own.
+            return backend
         return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config)))
 
     return wrapper
@@ -551,6 +578,8 @@ def _choosing_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callab
     def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         state = resolve_model_state_cls(vllm_config, *args, **kwargs)
         if ServerConfig.from_additional_config(vllm_config.additional_config) is None:
+            return state
+        if plugin_masked.is_masked(vllm_config.model_config):
             return state
         # It needs Triton, which is there when the V2 runner is.
         from vllm_packcache.worker.runner_v2 import retaining_model_state

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_packcache import masked
+from vllm_packcache.config import ServerConfig
 from vllm_packcache.demo import training
 from vllm_packcache.demo.masked import bundle, evaluate, train
 from vllm_packcache.demo.masked.model import LumosSize, _rotate
@@ -106,13 +107,15 @@ def test_fused_attention_is_that_of_the_reference(saved):
     _, reference = saved
     fused = evaluate.FusedLumos(reference.config, reference._weights)
     world = make_world(3)
-    options = masked.MaskedOptions(steps=2, guidance=2.0, temperature=0.0)
-    layout_ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
-    plan = evaluate.plan_of("packcache", layout_ids, with_image=True)
-    videos = [MaskedVideo(model, layout_ids, 6, plan, options, evaluate.BLOCK_SIZE) for model in (reference, fused)]
+    ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
+    request = bundle.request_options(6, "packcache", masked.MaskedOptions(steps=2, guidance=2.0))
+    plan = ServerConfig.parse("packcache", bundle.PRESET).masked_plan(request, ids)
+    videos = [
+        MaskedVideo(model, ids, 6, plan.conditional, plan.options, evaluate.BLOCK_SIZE) for model in (reference, fused)
+    ]
     for frame in range(6):
-        ids = torch.from_numpy(masked.masked_frame(GRID_SHAPE))
-        one, two = (video._guided_logits(frame, ids) for video in videos)
+        empty = torch.from_numpy(masked.masked_frame(GRID_SHAPE))
+        one, two = (video._guided_logits(frame, empty) for video in videos)
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
         for video in videos:
             video.commit(frame, torch.from_numpy(world_frame(world, frame + 1)))

@@ -15,7 +15,7 @@ from tests.core.strategies import quick
 from vllm_packcache import masked
 from vllm_packcache.config import VideoPlan
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.masked import MaskedOptions, StepNoise
+from vllm_packcache.masked import ARCHITECTURES, MaskedOptions, StepNoise
 from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.positions import Positions
 from vllm_packcache.reference import (
@@ -26,7 +26,7 @@ from vllm_packcache.reference import (
     make_random_lumos,
     positions,
 )
-from vllm_packcache.reference.lumos import ARCHITECTURES, LumosConfig
+from vllm_packcache.reference.lumos import LumosConfig
 from vllm_packcache.reference.masked_video import unmask
 
 from .chameleon import ONE_AXIS, BruteForce, Chameleon, Segment, Variant, causal, published_schedule

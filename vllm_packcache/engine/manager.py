@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.positions import Positions
@@ -42,11 +42,24 @@ class Totals:
 
 @dataclass(slots=True)
 class VideoRecord:
-    """What has become of one video request, however often it was preempted."""
+    """What has become of one video request, however often it was preempted.
+
+    Args:
+        layout: the video.
+        peak_blocks: that it has held at once, in all KV cache groups.
+        freed_blocks: of which the policy has freed so many.
+        held_blocks: what it holds, by KV cache group.
+    """
 
     layout: VideoLayout
     peak_blocks: int = 0
     freed_blocks: int = 0
+    held_blocks: dict[int, int] = field(default_factory=dict)
+
+    def hold(self, group: int, blocks: int) -> None:
+        """It holds ``blocks`` blocks in a KV cache group now."""
+        self.held_blocks[group] = blocks
+        self.peak_blocks = max(self.peak_blocks, sum(self.held_blocks.values()))
 
 
 @dataclass(slots=True)
@@ -111,7 +124,7 @@ class RetentionManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
         self._config: ServerConfig = kv_cache_spec.server_config
-        self._steps_ahead = kv_cache_spec.steps_ahead
+        self._tokens_ahead = kv_cache_spec.tokens_ahead
         self._prefix_caching = enable_caching
         # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
@@ -175,7 +188,7 @@ class RetentionManager(FullAttentionManager):
         if video is not None:
             video.computed = num_tokens
             video.blocks = len(self.req_to_blocks[request.request_id])
-            video.record.peak_blocks = max(video.record.peak_blocks, video.resident_blocks)
+            video.record.hold(self.kv_cache_group_id, video.resident_blocks)
         if not self._prefix_caching:
             return
         if video is not None:
@@ -216,7 +229,7 @@ class RetentionManager(FullAttentionManager):
         frame = video.retention.layout.frame_of(processed)
         start = 0 if frame == CONDITION else video.retention.blocks.tail_start(frame) - len(video.retention.past(frame))
         # Tokens that are decoded while this chunk is in flight have their room too.
-        return (start + video.most_blocks) * self.block_size - self._steps_ahead
+        return (start + video.most_blocks) * self.block_size - self._tokens_ahead
 
     def _count(self, video: Video, frame: int, freed: int) -> None:
         slides = video.slides(frame)
@@ -244,16 +257,19 @@ class RetentionManager(FullAttentionManager):
     def video(self, request: Request) -> Video | None:
         """What is known of ``request``; None: it is no video."""
         if request.request_id not in self._videos:
-            params = request.sampling_params
-            plan = self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
+            plan = self._plan_of(request)
             video = None
             if plan is not None:
                 record = record_of(request) or VideoRecord(plan.layout)
                 setattr(request, _RECORD, record)
                 retention = Retention(plan.layout, plan.policy, self.block_size)
-                video = Video(retention, plan.positions, record, retention.most_blocks(self._steps_ahead))
+                video = Video(retention, plan.positions, record, retention.most_blocks(self._tokens_ahead))
             self._videos[request.request_id] = video
         return self._videos[request.request_id]
+
+    def _plan_of(self, request: Request) -> VideoPlan | None:
+        params = request.sampling_params
+        return self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
 
 
 def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,10 +321,14 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
     return wrapper
 
 
+def retention_managers(manager: KVCacheManager) -> list[RetentionManager]:
+    """The managers that obey a policy, one for each KV cache group; none: the policy is not switched on."""
+    return [own for own in manager.coordinator.single_type_managers if isinstance(own, RetentionManager)]
+
+
 def retention_manager(manager: KVCacheManager) -> RetentionManager | None:
-    """The manager that obeys a policy; None: the policy is not switched on."""
-    retaining = manager.coordinator.single_type_managers[0]
-    return retaining if isinstance(retaining, RetentionManager) else None
+    """The first of `retention_managers`."""
+    return next(iter(retention_managers(manager)), None)
 
 
 def _video_of(manager: KVCacheManager, request: Request) -> Video | None:

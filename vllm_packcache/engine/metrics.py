@@ -7,7 +7,7 @@ the other; ours travel in them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.engine.manager import PHASES, RetentionManager, record_of, retention_manager
+from vllm_packcache.engine.manager import PHASES, RetentionManager, record_of, retention_manager, retention_managers
 
 # vLLM removes what is called so when it starts anew in a process.
 PREFIX = "vllm:packcache_"
@@ -48,27 +48,34 @@ def sending_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable
     @wraps(make_stats)
     def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = make_stats(scheduler, *args, **kwargs)
-        manager = retention_manager(scheduler.kv_cache_manager)
-        if stats is not None and manager is not None:
-            getattr(stats, _CARRIER).update({PREFIX + name: count for name, count in counts(manager).items()})
+        managers = retention_managers(scheduler.kv_cache_manager)
+        if stats is not None and managers:
+            getattr(stats, _CARRIER).update({PREFIX + name: count for name, count in counts(managers).items()})
         return stats
 
     return wrapper
 
 
-def counts(manager: RetentionManager) -> dict[str, int]:
+def counts(managers: Sequence[RetentionManager]) -> dict[str, int]:
     """What the counters have grown by since they were last asked for, and gauges of the videos that hold blocks.
+
+    Blocks are those of all KV cache groups; videos, their tokens and their slides are counted once, by the first.
 
     Growth, because several API servers may take turns in getting it, and what they count is added up.
     """
-    grown = manager.take_totals()
-    videos = manager.videos()
+    grown = [manager.take_totals() for manager in managers]
+    videos = managers[0].videos()
     by_phase = dict.fromkeys(PHASES, 0)
     for video in videos:
         by_phase[video.phase] += 1
     return {
-        **{name: getattr(grown, name) for name in COUNTERS},
-        "resident_tokens": sum(video.resident_blocks for video in videos) * manager.block_size,
+        **{
+            name: sum(getattr(own, name) for own in (grown if name.endswith("_blocks") else grown[:1]))
+            for name in COUNTERS
+        },
+        "resident_tokens": sum(
+            video.resident_blocks * manager.block_size for manager in managers for video in manager.videos()
+        ),
         "logical_tokens": sum(video.computed for video in videos),
         **{f"{VIDEOS}_{phase}": count for phase, count in by_phase.items()},
     }
@@ -167,7 +174,7 @@ def logging_videos(free_request: Callable[..., Any]) -> Callable[..., Any]:
                 max(0, request.num_tokens - layout.condition_tokens) // layout.tokens_per_frame,
                 request.num_tokens,
                 record.peak_blocks,
-                -(-request.num_tokens // block_size),
+                -(-request.num_tokens // block_size) * max(1, len(record.held_blocks)),
                 record.freed_blocks,
                 request.num_preemptions,
             )

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config import LayoutConfig, ServerConfig
 from vllm_packcache.retention import Retention
 
 
@@ -24,31 +24,28 @@ class RetentionSpec(FullAttentionSpec):
 
     Args:
         retention: the server's configuration as JSON (specs are compared and hashed); see `retaining`.
-        steps_ahead: steps that may be scheduled before one has been processed, which frees no blocks until then.
+        tokens_ahead: tokens that may be scheduled before a step has been processed, which frees no blocks until then.
     """
 
     retention: str
-    steps_ahead: int
+    tokens_ahead: int
 
     @classmethod
-    def retaining(cls, spec: AttentionSpec, config: ServerConfig, steps_ahead: int) -> AttentionSpec:
+    def retaining(cls, spec: AttentionSpec, config: ServerConfig, tokens_ahead: int) -> AttentionSpec:
         """``spec`` under the policy of ``config``. Only plain full attention is changed."""
         if type(spec) is not FullAttentionSpec:
             return spec
-        retention = json.dumps(
-            {
-                "policy": config.policy.name,
-                "source": config.as_mapping(),
-                "position_limit": config.position_limit,
-            },
-            sort_keys=True,
-        )
-        return cls(**_fields_of(spec), retention=retention, steps_ahead=steps_ahead)
+        return cls(**fields_of(spec), retention=as_json(config), tokens_ahead=tokens_ahead)
 
     @property
     def server_config(self) -> ServerConfig:
         """The server's configuration."""
         return ServerConfig.parse(**json.loads(self.retention))
+
+    @property
+    def usual_layout(self) -> LayoutConfig | None:
+        """The frame that the pool must have room for at start; None: the server knows of none."""
+        return self.server_config.layout
 
     def most_blocks(self, max_model_len: int) -> int:
         """Blocks that the pool must have room for at start: those of the longest video in the server's layout.
@@ -57,16 +54,16 @@ class RetentionSpec(FullAttentionSpec):
         where there is no layout, a video with every position that the model has. A request that holds more than the
         pool has is refused when it comes (see `vllm_packcache.plugin`).
         """
-        config = self.server_config
+        config, layout = self.server_config, self.usual_layout
         bounds = [cdiv(max_model_len, self.block_size)]
-        if config.layout is not None:
-            usual = Retention(config.layout.shortest_condition(), config.policy, self.block_size)
-            bound = usual.most_blocks(self.steps_ahead)
+        if layout is not None:
+            usual = Retention(layout.shortest_condition(), config.policy, self.block_size)
+            bound = usual.most_blocks(self.tokens_ahead)
             if bound is not None:
                 bounds.append(bound)
         if config.position_limit is not None:
             # Where the condition and the window begin and end they may share blocks with tokens that are gone.
-            bounds.append(cdiv(config.position_limit + self.steps_ahead, self.block_size) + 3)
+            bounds.append(cdiv(config.position_limit + self.tokens_ahead, self.block_size) + 3)
         return min(bounds)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -79,8 +76,17 @@ class RetentionSpec(FullAttentionSpec):
         """One spec for layers that share a KV cache group."""
         first = specs[0]
         assert {spec.retention for spec in specs} == {first.retention}, "layers of one KV cache group differ in policy"
-        return replace(first, **_fields_of(FullAttentionSpec.merge(specs)))
+        return replace(first, **fields_of(FullAttentionSpec.merge(specs)))
 
 
-def _fields_of(spec: AttentionSpec) -> dict[str, Any]:
+def as_json(config: ServerConfig) -> str:
+    """``config`` in a form that can be compared and hashed."""
+    return json.dumps(
+        {"policy": config.policy.name, "source": config.as_mapping(), "position_limit": config.position_limit},
+        sort_keys=True,
+    )
+
+
+def fields_of(spec: AttentionSpec) -> dict[str, Any]:
+    """What ``spec`` says of full attention, by name."""
     return {field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec) if field.init}

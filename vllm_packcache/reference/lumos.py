@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from vllm_packcache.masked import VISUAL_BEGIN
+from vllm_packcache.masked import ARCHITECTURES, VISUAL_BEGIN
 from vllm_packcache.positions import mm_rope_axes
 from vllm_packcache.reference.decoder import Decoder, DecoderConfig, read_config, read_weights, require, rope_of
-
-ARCHITECTURES = ("ChameleonXLLMXForConditionalGeneration", "ChameleonMMRoPEForConditionalGeneration")
-"""Names under which checkpoints are published: of the class that trains, and of the one that generates."""
 
 HEAD_NORM_EPS = 1e-5
 """Epsilon of the norms of queries and keys, whatever the configuration says of the others."""

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_packcache.masked import VISUAL_BEGIN
-from vllm_packcache.reference.lumos import ARCHITECTURES
+from vllm_packcache.masked import ARCHITECTURES, VISUAL_BEGIN
 
 SCORE_STD = 2.0
 """Standard deviation of an attention score."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_packcache.config import REQUEST_PREFIX
 from vllm_packcache.demo.masked.model import Lumos
 from vllm_packcache.demo.masked.tokenizer import SPECIALS, build_text_tokenizer
-from vllm_packcache.masked import VISUAL_BEGIN, MaskedOptions
-from vllm_packcache.reference.lumos import ARCHITECTURES
+from vllm_packcache.masked import ARCHITECTURES, VISUAL_BEGIN, MaskedOptions
 
 MODEL_DIR = Path(__file__).parent / "model"
 """The bundle: config, text tokenizer, weights, evaluation."""
@@ -33,6 +35,18 @@ TOKEN_IDS = "token_ids"
 """Name of the tensor that says whose rows the embedding's are, int32 [rows]."""
 
 MAX_POSITIONS = 32768
+
+
+def request_options(frames: int, policy: str, options: MaskedOptions) -> dict[str, Any]:
+    """What a request says in ``vllm_xargs``.
+
+    Args:
+        frames: to make.
+        policy: ``packcache`` or ``full``.
+        options: how they are made.
+    """
+    how = {name: int(value) if isinstance(value, bool) else value for name, value in asdict(options).items()}
+    return {f"{REQUEST_PREFIX}{name}": value for name, value in {"frames": frames, "policy": policy, **how}.items()}
 
 
 def save_bundle(model: Lumos, directory: Path) -> None:

@@ -25,15 +25,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_packcache import masked
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config import ServerConfig
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, summary
-from vllm_packcache.demo.masked.bundle import MODEL_DIR, OPTIONS, PRESET, write_checkpoint
+from vllm_packcache.demo.masked.bundle import MODEL_DIR, OPTIONS, PRESET, request_options, write_checkpoint
 from vllm_packcache.demo.masked.tokenizer import GRID_SHAPE, build_text_tokenizer, prompt, world_frame
 from vllm_packcache.demo.masked.train import TRAINED_FRAMES
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import OBJECT_CELLS, World, make_world, palette
 from vllm_packcache.masked import MaskedOptions
-from vllm_packcache.policies import Full
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import generate_masked
 
@@ -98,22 +97,9 @@ def generate(
     ids = prompt(video.prompt if with_text else "", frames, build_text_tokenizer())
     if with_image:
         ids += world_frame(video, 0).tolist()
-    made = generate_masked(model, ids, frames, plan_of(policy, ids, with_image=with_image), options, BLOCK_SIZE)
+    plan = ServerConfig.parse("packcache", PRESET).masked_plan(request_options(frames, policy, options), ids)
+    made = generate_masked(model, ids, frames, plan.conditional, plan.options, BLOCK_SIZE)
     return np.stack([masked.codes_of_frame(frame, GRID_SHAPE) for frame in made.frames.numpy()])
-
-
-def plan_of(policy: str, prompt_ids: Sequence[int], *, with_image: bool) -> VideoPlan:
-    """How a server of `PRESET` keeps the video that a prompt begins.
-
-    Args:
-        policy: one of `POLICIES`.
-        prompt_ids: of the request.
-        with_image: whether they end with a conditioning image.
-    """
-    server = ServerConfig.parse("packcache", PRESET)
-    layout = masked.video_layout(prompt_ids, GRID_SHAPE, int(with_image))
-    kept = server.policy if policy == server.policy.name else Full()
-    return VideoPlan(layout, kept, server.positions_of(layout, kept))
 
 
 class Evaluation:

@@ -88,21 +88,26 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.q_norm, self.k_norm = HeadNorm(size), HeadNorm(size)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence) -> Tensor:
-        """Map [tokens, hidden] to the same shape."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (_rotate(n(y.float()), *turn).to(v.dtype) for n, y in ((self.q_norm, q), (self.k_norm, k)))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence, first: int) -> Tensor:
+        """Map [tokens, hidden] to [tokens - first, hidden]: what the tokens from ``first`` on read."""
+        (cos, sin), heads = turn, (-1, self.head_dim)
+        q = _rotate(self.q_norm(self.q_proj(x[first:]).unflatten(-1, heads)), cos[first:], sin[first:])
+        k = _rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), cos, sin)
+        v = self.v_proj(x).unflatten(-1, heads).float()
         text, given = len(sequence.text), len(sequence.text) + len(sequence.image)
         length, history = sequence.denoised.shape[1], given + sequence.committed.numel()
-        read = [_attend(q[:text], k[:text], v[:text], causal=True)]
-        if given > text:
-            read.append(_attend(q[text:given], k[:given], v[:given]))
+        read = []
+        if first == 0:
+            read.append(_attend(q[:text], k[:text], v[:text], causal=True))
+            if given > text:
+                read.append(_attend(q[text:given], k[:given], v[:given]))
         # The committed frames, then the denoised ones: each sees what lives before it and the whole of itself.
-        for first, last in ((given, history), (history, len(q))):
-            for seen, start in zip(sequence.seen, range(first, last, length), strict=False):
-                own = slice(start, start + length)
-                keys, values = (torch.cat([x.index_select(0, seen), x[own]]) for x in (k, v))
-                read.append(_attend(q[own], keys, values))
+        for start, end in ((given, history), (history, len(x))):
+            if start >= first:
+                for seen, frame in zip(sequence.seen, range(start, end, length), strict=False):
+                    own = slice(frame, frame + length)
+                    keys, values = (torch.cat([y.index_select(0, seen), y[own]]) for y in (k, v))
+                    read.append(_attend(q[frame - first : frame - first + length], keys, values))
         return self.o_proj(torch.cat(read).flatten(1))
 
 
@@ -116,7 +121,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """Normalise the last dimension of [tokens, heads, head_dim]."""
-        return F.layer_norm(heads, heads.shape[-1:], eps=HEAD_NORM_EPS) * self.weight + self.bias
+        return F.layer_norm(heads.float(), heads.shape[-1:], eps=HEAD_NORM_EPS) * self.weight + self.bias
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,7 +132,9 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """Attention of [n, heads, head_dim] over [m, heads, head_dim]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(0, 1)
+    # With heads this small bfloat16 is no faster.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(0, 1)
 
 
 class Layer(nn.Module):
@@ -138,9 +145,9 @@ class Layer(nn.Module):
         self.self_attn, self.mlp = Attention(size), MLP(size)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(size), RMSNorm(size)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence) -> Tensor:
-        """Map [tokens, hidden] to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), turn, sequence)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence, first: int) -> Tensor:
+        """Map [tokens, hidden] to [tokens - first, hidden]."""
+        x = x[first:] + self.self_attn(self.input_layernorm(x), turn, sequence, first)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -182,9 +189,11 @@ class Lumos(nn.Module):
         angles = (sequence.all_positions[self.size.axes].T.float() * self.size.frequencies)[:, None]
         turn = angles.cos(), angles.sin()
         x = self.model.embed_tokens(sequence.ids)
-        for layer in self.layers:
-            x = layer(x, turn, sequence)
-        return self.model.norm(x[-sequence.denoised.numel() :]).unflatten(0, sequence.denoised.shape)
+        for layer in self.layers[:-1]:
+            x = layer(x, turn, sequence, 0)
+        # Of the last layer nobody sees what others read.
+        x = self.layers[-1](x, turn, sequence, len(x) - sequence.denoised.numel())
+        return self.model.norm(x).unflatten(0, sequence.denoised.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., codes] of the visual ids."""

@@ -1,0 +1,316 @@
+"""A masked model in the real engine, token for token equal to the published loop (see `test_masked.py`).
+
+On vLLM's V2 runner, which needs a process of its own. Every request's tokens hang on sums of probabilities: where the
+reference came so near to another token that rounding could choose it, the request is no test, and is not used as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.conftest import schedule_asynchronously
+from tests.serving.two_ranks import run_on_two_ranks
+from vllm_packcache import masked
+from vllm_packcache.config import MaskedPlan, ServerConfig
+from vllm_packcache.policies import Full
+from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
+
+CODES = 64
+BLOCK = 32
+CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_frames": 1}
+CANVAS = masked.frame_layout((4, 6)).tokens_per_frame
+TIE = 2e-6
+"""How near a token of the reference may be to another one, as a share of all probability or in units of a logarithm."""
+
+
+class Tie(Exception):
+    """A request is no test."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request: so many ids of text, frames that are given, and options."""
+
+    text: int
+    grid: tuple[int, int] = (4, 6)
+    given: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        random = np.random.default_rng([self.text, *self.grid, self.given])
+        ids = masked.text_prompt(random.integers(1, 8000, self.text).tolist(), 2, 8)
+        for _ in range(self.given):
+            ids += masked.frame_of_codes(random.integers(0, CODES, self.grid)).tolist()
+        return ids
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        return {f"packcache_{name}": value for name, value in (("grid", list(self.grid)), *self.options)}
+
+    def having(self, **options: Any) -> Case:
+        """The same with other options."""
+        return replace(self, options=tuple({**dict(self.options), **options}.items()))
+
+
+TEXT_TO_VIDEO = Case(20).having(frames=6, steps=4, guidance=3, seed=1)
+IMAGE_TO_VIDEO = Case(5, given=1).having(frames=5, steps=3, guidance=2, seed=2)
+CONTINUED = Case(9, (5, 3), 3).having(frames=5, steps=5, guidance=4, seed=4, condition_frames=1)
+LONG_TEXT = Case(150, (2, 7)).having(frames=4, steps=3, guidance=2, seed=5)
+UNGUIDED = Case(1, (3, 3)).having(frames=7, steps=2, guidance=1, seed=6)
+OTHER_WAYS = Case(3, (3, 5), 1).having(
+    frames=4, steps=4, guidance=3, seed=7, reset_temperature=1, share_history=0, remask=0.5, temperature=2.5
+)
+CASES = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED, LONG_TEXT, UNGUIDED, OTHER_WAYS]
+
+
+@pytest.fixture(scope="module")
+def lumos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_lumos(tmp_path_factory.mktemp("lumos"), visual_codes=CODES)
+
+
+@pytest.fixture(scope="module")
+def oracle(lumos: Path) -> Callable[..., list[int]]:
+    """What the published loop makes of a case."""
+    model = LumosReference.load(lumos)
+
+    @cache
+    def answer(case: Case, config: str) -> list[int]:
+        plan = plan_of(case, config)
+        assert plan.frames is not None
+        made = generate_masked(model, case.ids, plan.frames, plan.conditional, plan.options, BLOCK)
+        if made.margins.min() < TIE:
+            raise Tie(f"{case} is near a tie ({made.margins.min()}): choose another seed")
+        return made.token_ids
+
+    return lambda case, config=CONFIG, policy="packcache": answer(case, repr((policy, config)))
+
+
+def plan_of(case: Case, config: str) -> MaskedPlan:
+    policy, options = eval(config)
+    server = ServerConfig(Full()) if policy is None else ServerConfig.parse(policy, options)
+    return server.masked_plan(case.extra_args, case.ids)
+
+
+@pytest.fixture(scope="module")
+def masked_engine(engine: Callable[..., Any], lumos: Path) -> Callable[..., Any]:
+    """``masked_engine(policy, config, **options)`` -> an `LLM` of the random checkpoint."""
+
+    def make(policy: str | None = "packcache", config: dict[str, Any] | None = CONFIG, **options: Any) -> Any:
+        defaults = {"model": lumos, "max_model_len": 1024, "max_num_batched_tokens": 4 * CANVAS, "max_num_seqs": 6}
+        return engine(policy, config, **{**defaults, "num_gpu_blocks_override": 250, **options})
+
+    return make
+
+
+def params(case: Case) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(detokenize=False, extra_args=case.extra_args)
+
+
+def generate(llm: Any, *cases: Case) -> list[list[int]]:
+    """Generated tokens of a batch."""
+    prompts = [{"prompt_token_ids": case.ids} for case in cases]
+    outputs = llm.generate(prompts, [params(case) for case in cases], use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def staggered(llm: Any, cases: list[Case], steps_between: int) -> list[list[int]]:
+    """Generated tokens of requests that come one after another, so many steps apart."""
+    engine, waiting, done = llm.llm_engine, list(enumerate(cases)), {}
+    while waiting or engine.has_unfinished_requests():
+        if waiting:
+            index, case = waiting.pop(0)
+            engine.add_request(f"staggered-{index}", {"prompt_token_ids": case.ids}, params(case))
+        for _ in range(steps_between):
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = list(output.outputs[0].token_ids)
+    return [done[f"staggered-{index}"] for index in range(len(cases))]
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Requests that have been preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(request.request_id)
+        preempt(scheduler, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alone(case: Case, masked_engine: Any, oracle: Any) -> None:
+    assert generate(masked_engine(), case) == [oracle(case)]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_staggered_in_one_batch(ahead: bool, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    schedule_asynchronously(monkeypatch, ahead)
+    llm = masked_engine(variant=ahead)
+    assert type(scheduler_of(llm)).__name__ == ("MaskedAsyncScheduler" if ahead else "MaskedScheduler")
+    expected = [oracle(case) for case in CASES]
+    assert generate(llm, *CASES) == expected
+    assert staggered(llm, CASES, 3) == expected
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_chunked_prefill(ahead: bool, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    """A step has room for one frame of the largest size: text comes in chunks, and frames take turns."""
+    schedule_asynchronously(monkeypatch, ahead)
+    llm = masked_engine(max_num_batched_tokens=CANVAS, variant=("chunks", ahead))
+    cases = [LONG_TEXT, CONTINUED, TEXT_TO_VIDEO, UNGUIDED]
+    assert staggered(llm, cases, 2) == [oracle(case) for case in cases]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_preempted(ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[str], monkeypatch: Any) -> None:
+    """Frames that had been committed are computed again, and the frame that was being made is made again."""
+    schedule_asynchronously(monkeypatch, ahead)
+    llm = masked_engine(num_gpu_blocks_override=34, variant=("crowded", ahead))
+    cases = [TEXT_TO_VIDEO, OTHER_WAYS, CONTINUED, IMAGE_TO_VIDEO]
+    assert staggered(llm, cases, 4) == [oracle(case) for case in cases]
+    assert preemptions
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "config"),
+    [
+        ("packcache", {**CONFIG, "positions": "absolute"}),
+        ("packcache", {**CONFIG, "window": 3, "history_frames": 2, "selection": "tail"}),
+        ("sliding_window", {"layout": CONFIG["layout"], "window": 1}),
+        ("attention_sink", {"layout": CONFIG["layout"], "sink_tokens": 32, "recent_tokens": 64}),
+        ("full", {"layout": CONFIG["layout"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_every_policy(policy: str, config: dict[str, Any], masked_engine: Any, oracle: Any) -> None:
+    cases = [TEXT_TO_VIDEO, CONTINUED]
+    expected = [oracle(case, config, policy) for case in cases]
+    assert generate(masked_engine(policy, config), *cases) == expected
+    assert expected[0] != oracle(TEXT_TO_VIDEO)
+
+
+def test_a_budget_that_holds_all_equals_no_policy(masked_engine: Any, oracle: Any) -> None:
+    cases = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED]
+    stock = generate(masked_engine(None, None, max_num_batched_tokens=None), *cases)
+    assert stock == [oracle(case, None, None) for case in cases]
+    everything = {**CONFIG, "window": 8, "history_frames": 8}
+    assert generate(masked_engine("packcache", everything), *cases) == stock
+    assert generate(masked_engine(), *(case.having(policy="full") for case in cases)) == stock
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remask": 0},
+        {"guidance": 2.5},
+        {"seed": 11},
+        {"steps": 5},
+        {"temperature": 0},
+        {"reset_temperature": 1},
+        {"share_history": 0},
+    ],
+    ids=str,
+)
+def test_every_option_counts(options: dict[str, Any], masked_engine: Any, oracle: Any) -> None:
+    for seed in range(20, 40):
+        usual = TEXT_TO_VIDEO.having(seed=seed)
+        case = usual.having(**options)
+        with suppress(Tie):
+            expected, other = oracle(case), oracle(usual)
+            break
+    assert expected != other
+    assert generate(masked_engine(), case) == [expected]
+
+
+def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any, monkeypatch: Any) -> None:
+    from vllm_packcache.worker.masked_state import MaskedModelState
+    from vllm_packcache.worker.rotation import KeyRotation
+
+    entered: list[int] = []
+    turned: list[int] = []
+    picture, slide = MaskedModelState._picture, KeyRotation.slide
+    monkeypatch.setattr(MaskedModelState, "_picture", lambda *args: entered.append(args[3]) or picture(*args))
+    monkeypatch.setattr(KeyRotation, "slide", lambda *args: turned.append(args[3]) or slide(*args))
+    case = TEXT_TO_VIDEO.having(steps=6)
+    generate(masked_engine(), case)
+    frames = dict(case.options)["frames"]
+    assert entered == [frame for frame in range(frames) for _stream in range(2)]
+    # The window holds two frames: from the fourth on it slides, in both streams.
+    assert len(turned) == 2 * (frames - 3)
+
+
+BAD = [
+    ({"steps": 0}, "packcache_steps must be 1 or more"),
+    ({"steps": 2.5}, "packcache_steps"),
+    ({"frames": 0}, "packcache_frames"),
+    ({"frames": 40}, "fewer frames"),
+    ({"grid": [1, 1]}, "two visual tokens"),
+    ({"condition_frames": 2}, "conditioning images"),
+    ({"guidance": "much"}, "packcache_guidance"),
+    ({"colour": 1}, "packcache_colour is no known option"),
+    ({"policy": "sliding_window"}, "the policy of this server"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=str)
+def test_a_bad_request_is_refused_and_harms_nobody(
+    options: dict[str, Any], sentence: str, masked_engine: Any, oracle: Any
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    llm = masked_engine()
+    with pytest.raises(VLLMValidationError, match=sentence.replace("[", r"\[")):
+        generate(llm, IMAGE_TO_VIDEO.having(**options))
+    assert generate(llm, IMAGE_TO_VIDEO) == [oracle(IMAGE_TO_VIDEO)]
+
+
+def test_what_can_never_fit_is_refused(masked_engine: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    llm = masked_engine(num_gpu_blocks_override=34, variant=("crowded", False))
+    with pytest.raises(VLLMValidationError, match="this video holds"):
+        generate(llm, Case(900).having(frames=2))
+    with pytest.raises(VLLMValidationError, match="max_tokens is 16, and a frame has 32 tokens"):
+        generate(llm, Case(5))
+    with pytest.raises(VLLMValidationError, match="this server makes them of 32 at most"):
+        generate(llm, Case(5, (5, 6)).having(frames=1))
+    beyond = [*Case(5).ids, *masked.frame_of_codes(np.full((4, 6), CODES)).tolist()]
+    with pytest.raises(VLLMValidationError, match="ids beyond the model's"):
+        llm.generate([{"prompt_token_ids": beyond}], params(Case(5).having(frames=1)), use_tqdm=False)
+
+
+def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
+    cases = [TEXT_TO_VIDEO, CONTINUED, OTHER_WAYS]
+    served = run_on_two_ranks(
+        tmp_path,
+        [(case.ids, {"extra_args": case.extra_args}) for case in cases],
+        model=str(lumos),
+        max_model_len=1024,
+        additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
+    )
+    assert served == [oracle(case) for case in cases]
