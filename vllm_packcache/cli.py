@@ -233,13 +233,19 @@ def bench_quality(
     out: Annotated[
         Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
     ] = Path("out/bench/quality"),
-    videos: Annotated[int, typer.Option(min=2, help="Held-out videos that every policy makes.")] = 200,
+    videos: Annotated[
+        int | None, typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 8 with --masked.")
+    ] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
+    ] = False,
 ) -> None:
-    """Measure the videos that the bundled model makes under every policy, at equal live tokens."""
+    """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
+    from vllm_packcache.bench.quality.generators import Causal, Masked
     from vllm_packcache.bench.quality.run import Plan, run
 
     with _one_sentence():
-        run(out, plan=Plan(videos=videos))
+        run(out, plan=Plan(generator=Masked() if masked else Causal(), videos=videos or 0))
 
 
 @bench.command("long-video")

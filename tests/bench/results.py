@@ -16,6 +16,7 @@ from vllm_packcache.bench.decode import report as decode_report
 from vllm_packcache.bench.decode.plan import FRAME_RATIOS, FULL, described
 from vllm_packcache.bench.decode.samples import ratios_of, step_times, summed
 from vllm_packcache.bench.engine_process import Burst
+from vllm_packcache.bench.quality.generators import Causal, Generator, Masked
 from vllm_packcache.bench.quality.measures import MEASURES
 from vllm_packcache.bench.quality.run import Plan, Videos, summary
 from vllm_packcache.bench.statistics import Count
@@ -79,8 +80,8 @@ def _frames() -> dict[str, Any]:
 
 
 @cache
-def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
-    plan = Plan(videos=videos, trained_frames=trained_frames, frontier_videos=2)
+def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, Any]:
+    plan = Plan(generator=model, videos=videos, trained_frames=trained_frames, frontier_videos=2)
     generator = np.random.default_rng(0)
 
     def made(frames: int, count: int) -> Videos:
@@ -90,7 +91,7 @@ def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
         return Videos(np.zeros((count, frames, 1), np.int64), scores)
 
     return {
-        "benchmark": "quality",
+        "benchmark": model.benchmark,
         **ABOUT,
         "seconds_of_this_run": 12,
         "seeds": [10000, 10000 + videos - 1],
@@ -103,7 +104,13 @@ def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
 
 def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:
     """Of videos with random scores."""
-    return json.loads(json.dumps(_quality(videos, trained_frames)))
+    return json.loads(json.dumps(_quality(Causal(), videos, trained_frames)))
+
+
+def quality_masked() -> dict[str, Any]:
+    """The same of a masked model."""
+    model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
+    return json.loads(json.dumps(_quality(Masked(), 3, 2) | {"model": model}))
 
 
 @cache
@@ -181,6 +188,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "decode.json": decode(),
         "serve.json": read("serve.json"),
         "quality.json": quality(),
+        "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),
         "calibrate_masked.json": calibrate_masked(),
         "long_video.json": read("long_video.json"),

@@ -194,7 +194,7 @@ def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: 
 
 def test_a_section_says_how_to_repeat_it(folder: Path):
     text = texts_of(folder)[REPORT]
-    section = text[text.index("## Quality of the videos") : text.index("## Calibration")]
+    section = text[text.index("## Quality of the videos") : text.index("## Quality of videos made masked")]
     for words in (
         "- Command: `vllm-packcache bench all --out here`",
         "torch 2.13.0",
@@ -239,6 +239,8 @@ def test_tables_are_whole_and_pictures_are_there(folder: Path, copy: Path):
         ("quality.json", ("scores", "packcache", "tokens_right", "spans", "frames 5-8", "mean"), 0.9876),
         ("quality.json", ("scores", "a copy of the first picture", "ssim", "spans", "frames 1-2", "mean"), 0.9876),
         ("quality.json", ("targets", 0, "mean"), 0.9876),
+        ("quality_masked.json", ("scores", "packcache", "tokens_right", "spans", "frames 1-2", "mean"), 0.9876),
+        ("quality_masked.json", ("model", "options", "steps"), 9),
         ("calibrate.json", ("fit", "rho"), 0.9876),
         ("calibrate.json", ("suggestion", "kept_measured"), 0.9876),
         ("calibrate_masked.json", ("fit", "rho"), 0.9876),
@@ -406,6 +408,21 @@ def test_the_best_selection_is_named(means: dict[str, float], difference: tuple[
 )
 def test_significant_digits(value: float, text: str):
     assert markdown.significant(value) == text
+
+
+def test_quality_of_a_masked_model_has_what_it_has(copy: Path):
+    for name in ("frontier", "by_frame", "quality_masked"):
+        (copy / f"{name}.png").write_bytes(b"a picture")
+    written = texts_of(copy)
+    text = written[REPORT]
+    section = text[text.index("## Quality of videos made masked") : text.index("## Calibration\n")]
+    assert "3 + 1 passes a frame with guidance 1.5" in section
+    assert "greedily" not in section
+    assert "](quality_masked.png)" in section
+    for words in ("frontier", "by_frame.png", "Selection inside"):
+        assert words not in section
+    assert "](quality_masked.png)" in written["README.md"]
+    assert "[`quality_masked.json`](quality_masked.json)" in written["README.md"]
 
 
 def test_passes_of_masked_generation_are_told_apart(copy: Path):

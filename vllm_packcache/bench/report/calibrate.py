@@ -8,6 +8,7 @@ from typing import Any
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
 from vllm_packcache.bench.calibrate.mass import NEAREST, OLDER
 from vllm_packcache.bench.calibrate.report import sentences
+from vllm_packcache.bench.files import stem
 from vllm_packcache.bench.report.markdown import Files, number, percent, table
 from vllm_packcache.bench.report.parts import Goal, Part, Result, Row, notes, provenance, verdict
 
@@ -86,11 +87,6 @@ def _measured(result: Result) -> str:
     )
 
 
-def _stem(result: Result) -> str:
-    """Name of the result's file and of its picture's."""
-    return result["benchmark"].replace("-", "_")
-
-
 def _segments(result: Result) -> list[int]:
     """Older frames come after those that are told apart."""
     return [*range(OLDER), *range(NEAREST, len(result["segments"])), OLDER]
@@ -164,15 +160,15 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield _kept_table(result)
     if result["suggestion"] is None:
         yield f"Nothing is suggested: all frames that were told apart hold {percent(result['most_kept'])}."
-    yield from files.picture(_stem(result), "Attention by temporal distance, and what options keep of it")
+    yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
 def short(result: Result, files: Files) -> Iterator[str]:
     """The section of a README."""
-    more = files.link(f"{_stem(result)}.json")
+    more = files.link(f"{stem(result['benchmark'])}.json")
     yield f"**Calibration**: {_measured(result)} {' '.join(sentences(result))} More: {more}."
     yield _kept_table(result)
-    yield from files.picture(_stem(result), "Attention by temporal distance, and what options keep of it")
+    yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
 PART = Part("calibrate", "Calibration", goals, rows, long, short)
