@@ -19,7 +19,7 @@ from vllm_packcache.masked import MM_ROPE_SCALE, MaskedOptions
 from vllm_packcache.policies import Full
 from vllm_packcache.positions import Positions
 from vllm_packcache.reference.decoder import read_config
-from vllm_packcache.reference.lumos import ARCHITECTURES, LumosReference
+from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedVideo
 
 STREAMS = ("conditional", "unconditional")
@@ -40,7 +40,7 @@ def recognises(folder: Path) -> bool:
         architectures = read_config(folder).get("architectures") or [None]
     except (OSError, ValueError):
         return False
-    return architectures[0] in ARCHITECTURES
+    return architectures[0] in masked.ARCHITECTURES
 
 
 def load(folder: Path) -> LumosReference:

@@ -20,9 +20,6 @@ class LiveLumos(LumosReference):
         seen = mask[0]
         if not (mask == seen).all():
             return super().attention(queries, queries_at, cached, keys_at, mask)
-        queries = self.rotate(queries, queries_at)
         keys, values = self.rotate(cached[0, seen], keys_at[:, seen]), cached[1, seen]
-        read = scaled_dot_product_attention(
-            *(heads.transpose(0, 1)[None] for heads in (queries, keys, values)), enable_gqa=True
-        )
-        return read[0].transpose(0, 1)
+        by_head = [heads.transpose(0, 1) for heads in (self.rotate(queries, queries_at), keys, values)]
+        return scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], enable_gqa=True).transpose(0, 1)
