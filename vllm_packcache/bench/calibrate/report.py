@@ -132,8 +132,7 @@ def _mass_table(result: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     intervals = result["mass_ci95"] or [None] * len(result["mass"])
     rows = list(zip(result["segments"], result["mass"], intervals, strict=True))
-    # Older frames come after those that are told apart.
-    for name, mass, interval in [*rows[:OLDER], *rows[NEAREST:], rows[OLDER]]:
+    for name, mass, interval in _told_apart_first(rows):
         cells = [f"{100 * mass:.2f}", "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"]
         if name.startswith("distance"):
             distance = result["segments"].index(name) - NEAREST + 1
@@ -147,13 +146,19 @@ def _mass_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def _told_apart_first(rows: list[Any]) -> list[Any]:
+    """Rows of all segments in another order: older frames come after those that are told apart."""
+    return [*rows[:OLDER], *rows[NEAREST:], rows[OLDER]]
+
+
 def _view_table(result: Mapping[str, Any]) -> Table:
     table = Table(title="Attention by pass, %", box=SIMPLE_HEAD)
     table.add_column("on", no_wrap=True)
     views = result["views"]
     for name in views:
         table.add_column(name, justify="right")
-    for segment, *shares in zip(result["segments"], *(own["mass"] for own in views.values()), strict=True):
+    rows = list(zip(result["segments"], *(own["mass"] for own in views.values()), strict=True))
+    for segment, *shares in _told_apart_first(rows):
         table.add_row(segment, *(f"{100 * share:.2f}" for share in shares))
     table.add_row("rho", *(f"{own['rho']:.3f}" for own in views.values()))
     return table
