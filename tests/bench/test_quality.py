@@ -19,14 +19,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from typer.testing import CliRunner
 
 from vllm_packcache import masked
+from vllm_packcache.bench.quality import run as quality_run
 from vllm_packcache.bench.quality.decoder import VideoCache, generate
 from vllm_packcache.bench.quality.generators import Causal, Masked
 from vllm_packcache.bench.quality.live_lumos import LiveLumos
 from vllm_packcache.bench.quality.measures import MEASURES, measure, recognises
 from vllm_packcache.bench.quality.run import COPY, TRUTH, Plan, run
 from vllm_packcache.bench.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
+from vllm_packcache.cli import app
 from vllm_packcache.config import VideoPlan
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.llama import Llama, load_pretrained
@@ -383,6 +386,21 @@ def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path
     # Other steps are another video.
     again = replace(masked_model, options=replace(masked_model.options, steps=3))
     assert again.described != masked_model.described
+
+
+@pytest.mark.parametrize(
+    ("arguments", "generator", "videos", "frames"),
+    [([], Causal, 200, 64), (["--masked"], Masked, 8, 20), (["--masked", "--videos", "3"], Masked, 3, 20)],
+)
+def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
+    plans = []
+    monkeypatch.setattr(quality_run, "run", lambda out, *, plan: plans.append((out, plan)))
+    called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path), *arguments])
+    assert called.exit_code == 0, called.output
+    ((out, plan),) = plans
+    assert out == tmp_path
+    assert isinstance(plan.generator, generator)
+    assert (plan.videos, plan.frames) == (videos, frames)
 
 
 SCRIPT = """
