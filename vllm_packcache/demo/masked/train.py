@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ GAP = 24
 """Most frames between the image and such a video."""
 DIRECTION_FRAMES = 2
 """Frames of such a video that only show where things are and which way they go."""
+DIRECTION_WEIGHT = 24.0
+"""Loss weight of what moves in the first frame after an image: which way it goes, only the text says."""
 POLICIES: tuple[Policy, ...] = (
     Full(),
     Full(),
@@ -81,7 +84,7 @@ POLICIES: tuple[Policy, ...] = (
 STAGES = (
     Stage(0.08, (Clips(2, 4),)),
     Stage(0.4, (Clips(6, 2), Clips(3, 4))),
-    Stage(1.0, (Clips(10, 1), Clips(6, 2), Clips(10, 1), Clips(3, 4))),
+    Stage(1.0, (Clips(10, 1), Clips(3, 4), Clips(6, 2), Clips(2, 6))),
 )
 
 TRAINED_FRAMES = longest(STAGES)
@@ -141,6 +144,8 @@ class Clipper:
         history = self._corrupted(rng, true[:-1], wrong_rate)
         committed = np.stack([masked.committed(ids, remask) for ids in history]) if frames > 1 else history
 
+        with_text = len(text) > masked.VIDEO_START_TOKENS
+        weights = unknown * self._weights(video, shown, changed, with_text)
         rows = self._model.rows
         return Clip(
             Sequence(
@@ -152,7 +157,9 @@ class Clipper:
                 tuple(_seen(retention, layout, frame) for frame in range(frames)),
             ),
             torch.from_numpy(true[:, self._offsets] - masked.VISUAL_BEGIN),
-            torch.from_numpy(unknown * self._weights(video, shown, changed, gap)).float(),
+            torch.from_numpy(
+                unknown * self._weights(video, shown, changed, len(text) > masked.VIDEO_START_TOKENS)
+            ).float(),
             torch.from_numpy(changed & unknown),
         )
 
@@ -178,7 +185,7 @@ class Clipper:
         frames[:, self._offsets] = codes
         return frames
 
-    def _weights(self, video: World, shown: range, changed: np.ndarray, gap: int) -> np.ndarray:
+    def _weights(self, video: World, shown: range, changed: np.ndarray, with_text: bool) -> np.ndarray:
         """Loss weights of the tokens of the frames ``shown``, [T, N]."""
         weights = np.where(changed, CHANGED_WEIGHT, 1.0)
         weights[np.stack([video.emerging(k) for k in shown]).reshape(changed.shape)] = EMERGING_WEIGHT
@@ -186,11 +193,10 @@ class Clipper:
             # What an object hides in frame 0 of a photo cannot be known.
             behind = np.stack([video.frame_ids(k) == video.background for k in shown])
             weights[(behind & video.unseen()).reshape(changed.shape)] = 0.0
-        if gap:
+        if shown[0] > 1:
             weights[:DIRECTION_FRAMES] = 0.0
-        if 0 in shown:
-            # Nothing moved to get here.
-            weights[0] = 1.0
+        if shown[0] == 1 and with_text:
+            weights[0, changed[0]] = DIRECTION_WEIGHT
         return weights
 
 
@@ -202,29 +208,49 @@ def _seen(retention: Retention, layout: VideoLayout, frame: int) -> Tensor:
     return torch.from_numpy(tokens[tokens < start])
 
 
-# Where the heads of each layer look when training begins: frames back, rows down, columns to the right. None: anywhere;
-# a head without a list looks for what it finds. Finding "the same place in the last frame" among thousands of tokens is
-# what training would spend most of its time on. What comes out from behind a pillar of w tokens was last seen w + 1
-# frames earlier, as many columns away.
-_Look = tuple[int | None, int, int, float]
-_NARROW, _BROAD = 1.0, 0.25
-_STATIC = (None, 0, 0, _NARROW)
-_OWN = (0, 0, 0, _BROAD)
+class _Look(NamedTuple):
+    """Where a head looks when training begins.
+
+    Args:
+        distance: from what it looks at, in positions on each axis.
+        strength: with which each frequency of an axis says so: 0 for an axis that does not matter.
+        content: weight of what tokens are, beside where they are.
+    """
+
+    distance: tuple[int, int, int]
+    strength: tuple[float, float, float]
+    content: float = 0.3
+
+
+def _cell(back: int, columns: int) -> _Look:
+    """So many frames back, so many columns to the right."""
+    frame, _, column = masked.MM_ROPE_SCALE
+    return _Look((frame * back, 0, -column * columns), (3.0, 3.0, 4.0))
 
 
 def _passed(*frames: int) -> list[_Look]:
-    return [(back, 0, columns, _NARROW) for back in frames for columns in (-back, back)]
+    """Where that was, so many frames back, which moves to the right or to the left and is here now."""
+    return [_cell(back, columns) for back in frames for columns in (-back, back)]
 
 
+def _word(back: int) -> _Look:
+    """So many words back."""
+    return _Look((back, back, back), (4.0, 4.0, 4.0))
+
+
+_STATIC = _Look((0, 0, 0), (0.0, 3.0, 4.0))
+_AROUND = _Look((0, 0, 0), (3.0, 0.75, 1.0), content=0.6)
+
+# A layer's other heads look for what they find. Finding "the same place in the last frame" among thousands of tokens is
+# what training would spend most of its time on. What comes out from behind a pillar of w tokens was last seen w + 1
+# frames earlier, as many columns away. "Right" is three words after a colour and two after a shape.
 _LOOKS: tuple[list[_Look], ...] = (
-    [_STATIC, *_passed(1), (0, 0, -1, _NARROW), (0, 0, 1, _NARROW), _OWN],
-    [_STATIC, *_passed(1, 2), _OWN],
-    [(1, 0, 0, _NARROW), *_passed(6, 7)],
-    [_OWN, *_passed(8, 9)],
+    [_STATIC, *_passed(1), _word(2), _word(3), _AROUND],
+    [_STATIC, *_passed(1), _AROUND],
+    [_cell(1, 0), *_passed(6, 7)],
+    [_AROUND, *_passed(8, 9)],
     [_STATIC, *_passed(1)],
 )
-_SHARPNESS = (3.0, 3.0, 4.0)
-_CONTENT = 0.3
 
 
 @torch.no_grad()
@@ -246,14 +272,12 @@ def initialise(model: Lumos, generator: torch.Generator) -> None:
         for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
             module.weight *= 0.2
         query, key = layer.self_attn.q_norm, layer.self_attn.k_norm
-        for head, (back, rows, columns, sharpness) in enumerate(looks):
-            strength = sharpness * torch.tensor([0.0 if back is None else 3.0 / sharpness, *_SHARPNESS[1:]])
-            amplitude = (strength[axes] * size.head_dim**0.5).sqrt()
-            distance = torch.tensor([back or 0, -rows, -columns]) * torch.tensor(masked.MM_ROPE_SCALE)
-            angle = frequencies * distance[axes]
+        for head, look in enumerate(looks):
+            amplitude = (torch.tensor(look.strength)[axes] * size.head_dim**0.5).sqrt()
+            angle = frequencies * torch.tensor(look.distance)[axes]
             query.bias[head] = torch.cat([amplitude, torch.zeros_like(amplitude)])
             key.bias[head] = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])
-            query.weight[head] = key.weight[head] = _CONTENT if sharpness == _NARROW else 2 * _CONTENT
+            query.weight[head] = key.weight[head] = look.content
 
 
 def new_model() -> Lumos:
