@@ -12,6 +12,7 @@ one pass trains all frames, each seeing exactly what it sees when videos are mad
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vllm_packcache import masked
 from vllm_packcache.demo.masked.bundle import save_bundle
-from vllm_packcache.demo.masked.model import Lumos, LumosSize, Sequence
+from vllm_packcache.demo.masked.model import Attention, Lumos, LumosSize, Pass
 from vllm_packcache.demo.masked.tokenizer import (
     FRAME,
     GRID_SHAPE,
@@ -46,7 +47,7 @@ from vllm_packcache.demo.training import (
     longest,
     train_by_the_clock,
 )
-from vllm_packcache.demo.world import PHOTO, World, make_world, palette
+from vllm_packcache.demo.world import COLOURS, PHOTO, PILLARS, SCENES, SHAPES, WIDTHS, World, make_world, palette
 from vllm_packcache.layout import VideoLayout
 from vllm_packcache.policies import Full, PackCache, Policy
 from vllm_packcache.positions import Positions
@@ -84,7 +85,7 @@ POLICIES: tuple[Policy, ...] = (
 STAGES = (
     Stage(0.08, (Clips(2, 4),)),
     Stage(0.4, (Clips(6, 2), Clips(3, 4))),
-    Stage(1.0, (Clips(10, 1), Clips(3, 4), Clips(6, 2), Clips(2, 6))),
+    Stage(1.0, (Clips(10, 1), Clips(1, 12), Clips(6, 2), Clips(1, 12))),
 )
 
 TRAINED_FRAMES = longest(STAGES)
@@ -98,7 +99,7 @@ class Clip:
     ``targets`` are codes; a token that is not masked has weight 0.
     """
 
-    sequence: Sequence
+    sequence: Pass
     targets: Tensor
     weights: Tensor
     changed: Tensor
@@ -148,7 +149,7 @@ class Clipper:
         weights = unknown * self._weights(video, shown, changed, with_text)
         rows = self._model.rows
         return Clip(
-            Sequence(
+            Pass(
                 rows(np.array(text)),
                 rows(image),
                 rows(committed),
@@ -157,9 +158,7 @@ class Clipper:
                 tuple(_seen(retention, layout, frame) for frame in range(frames)),
             ),
             torch.from_numpy(true[:, self._offsets] - masked.VISUAL_BEGIN),
-            torch.from_numpy(
-                unknown * self._weights(video, shown, changed, len(text) > masked.VIDEO_START_TOKENS)
-            ).float(),
+            torch.from_numpy(weights).float(),
             torch.from_numpy(changed & unknown),
         )
 
@@ -208,6 +207,10 @@ def _seen(retention: Retention, layout: VideoLayout, frame: int) -> Tensor:
     return torch.from_numpy(tokens[tokens < start])
 
 
+_CONTENT = 0.3
+"""Weight of what a token is in heads that begin with where it is."""
+
+
 class _Look(NamedTuple):
     """Where a head looks when training begins.
 
@@ -219,7 +222,7 @@ class _Look(NamedTuple):
 
     distance: tuple[int, int, int]
     strength: tuple[float, float, float]
-    content: float = 0.3
+    content: float = _CONTENT
 
 
 def _cell(back: int, columns: int) -> _Look:
@@ -252,6 +255,21 @@ _LOOKS: tuple[list[_Look], ...] = (
     [_STATIC, *_passed(1)],
 )
 
+# After these heads, one for each of these kinds of words, wherever they are: with words that mean nothing yet, nobody
+# finds out that they matter.
+_READ: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (),
+    (("right", "left"), SCENES),
+    (COLOURS,),
+    (SHAPES,),
+    (PILLARS, tuple(WIDTHS.values())),
+)
+_SLOW = 3
+"""Pairs of channels that turn so slowly that a head can tell what a token is from anywhere in a picture."""
+_READING_DISTANCE = 72
+"""Positions between a text and the middle of a picture."""
+_READING_STRENGTH = 8.0
+
 
 @torch.no_grad()
 def initialise(model: Lumos, generator: torch.Generator) -> None:
@@ -265,7 +283,7 @@ def initialise(model: Lumos, generator: torch.Generator) -> None:
     # The embedding is the output layer too; small final states start near uniform.
     model.model.norm.weight.fill_(0.1)
     axes, frequencies = size.axes, size.frequencies
-    for layer, looks in zip(model.layers, _LOOKS, strict=True):
+    for layer, looks, read in zip(model.layers, _LOOKS, _READ, strict=True):
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
@@ -278,6 +296,22 @@ def initialise(model: Lumos, generator: torch.Generator) -> None:
             query.bias[head] = torch.cat([amplitude, torch.zeros_like(amplitude)])
             key.bias[head] = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])
             query.weight[head] = key.weight[head] = look.content
+        for head, words in enumerate(read, start=len(looks)):
+            _read(model, layer.self_attn, head, words)
+
+
+def _read(model: Lumos, attention: Attention, head: int, words: Sequence[str]) -> None:
+    """Let a head look for the tokens of ``words``: in its slow channels keys say how much like these they are."""
+    size, tokenizer = model.size, build_text_tokenizer()
+    rows = model.rows(np.array([tokenizer.token_to_id(word) for word in words]))
+    alike = model.model.embed_tokens.weight[rows].mean(0)
+    half = size.head_dim // 2
+    slow = torch.arange(half - _SLOW, half)
+    attention.k_proj.weight[head * size.head_dim + slow] = alike / alike.norm()
+    angle = size.frequencies[slow] * _READING_DISTANCE
+    attention.q_norm.bias[head, slow] = _READING_STRENGTH * angle.cos()
+    attention.q_norm.bias[head, half + slow] = -_READING_STRENGTH * angle.sin()
+    attention.q_norm.weight[head] = _CONTENT
 
 
 def new_model() -> Lumos:
