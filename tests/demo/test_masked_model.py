@@ -34,6 +34,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
     """Two layers with random norms: queries and keys depend on what they are."""
     monkeypatch.setattr(train, "LumosSize", lambda: SMALL)
     monkeypatch.setattr(train, "_LOOKS", ([train._STATIC, train._cell(1, -1)], [train._AROUND]))
+    monkeypatch.setattr(train, "_READ", ((), (("right", "left"),)))
     model = train.new_model()
     train.initialise(model, torch.Generator().manual_seed(0))
     return model

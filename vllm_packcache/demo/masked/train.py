@@ -34,10 +34,6 @@ from vllm_packcache.demo.masked.tokenizer import (
     world_frame,
 )
 from vllm_packcache.demo.training import (
-    CHANGED_WEIGHT,
-    CORRUPT_RATE,
-    CORRUPT_SHARE,
-    EMERGING_WEIGHT,
     PHOTO_SHARE,
     SEEDS_PER_VIDEO,
     Clips,
@@ -47,7 +43,18 @@ from vllm_packcache.demo.training import (
     longest,
     train_by_the_clock,
 )
-from vllm_packcache.demo.world import COLOURS, PHOTO, PILLARS, SCENES, SHAPES, WIDTHS, World, make_world, palette
+from vllm_packcache.demo.world import (
+    COLOURS,
+    OBJECT_CELLS,
+    PHOTO,
+    PILLARS,
+    SCENES,
+    SHAPES,
+    WIDTHS,
+    World,
+    make_world,
+    palette,
+)
 from vllm_packcache.layout import VideoLayout
 from vllm_packcache.policies import Full, PackCache, Policy
 from vllm_packcache.positions import Positions
@@ -63,7 +70,7 @@ IMAGE_DROPPED = 0.1
 ALL_MASKED = 0.35
 """Share of frames of which nothing is known: every frame begins so."""
 CONFIDENT_FIRST = 0.5
-"""Share of frames in which what moves stays masked longest, as it does when the most confident tokens come first."""
+"""Share of frames in which rows with objects stay masked longest: the most confident tokens come first."""
 PUBLISHED_REMASK = 0.7
 """Share of a frame that is committed as mask tokens; in some videos it is less."""
 REBASED = 0.35
@@ -72,8 +79,12 @@ GAP = 24
 """Most frames between the image and such a video."""
 DIRECTION_FRAMES = 2
 """Frames of such a video that only show where things are and which way they go."""
-DIRECTION_WEIGHT = 24.0
-"""Loss weight of what moves in the first frame after an image: which way it goes, only the text says."""
+CORRUPT_SHARE, CORRUPT_RATE = 0.5, 0.04
+"""Share of videos with wrong tokens, and at most what share of theirs is wrong."""
+LANE_WEIGHT = 6.0
+"""Loss weight of the rows that objects move in; of all others it is 1, as they only have to be copied."""
+DIRECTION_WEIGHT = 18.0
+"""The same in the first frame after an image: which way things go, only the text says."""
 POLICIES: tuple[Policy, ...] = (
     Full(),
     Full(),
@@ -85,7 +96,7 @@ POLICIES: tuple[Policy, ...] = (
 STAGES = (
     Stage(0.08, (Clips(2, 4),)),
     Stage(0.4, (Clips(6, 2), Clips(3, 4))),
-    Stage(1.0, (Clips(10, 1), Clips(1, 12), Clips(6, 2), Clips(1, 12))),
+    Stage(1.0, (Clips(10, 1), Clips(1, 12), Clips(6, 2), Clips(3, 4))),
 )
 
 TRAINED_FRAMES = longest(STAGES)
@@ -137,16 +148,17 @@ class Clipper:
         retention = Retention(layout, policy, BLOCK_SIZE)
 
         changed = np.stack([video.frame_ids(k) != video.frame_ids(max(k - 1, 0)) for k in shown]).reshape(frames, -1)
-        unknown = np.stack([self._unknown(rng, moving) for moving in changed])
+        lanes = _lanes(video).reshape(-1)
+        unknown = np.stack([self._unknown(rng, lanes) for _ in shown])
         remask = PUBLISHED_REMASK if rng.random() < 0.65 else rng.uniform(0, PUBLISHED_REMASK)
-        wrong_rate = CORRUPT_RATE if rng.random() < CORRUPT_SHARE else 0.0
+        wrong_rate = rng.uniform(0, CORRUPT_RATE) if rng.random() < CORRUPT_SHARE else 0.0
         denoised = self._corrupted(rng, true, wrong_rate)
         denoised[:, self._offsets] = np.where(unknown, masked.MASK, denoised[:, self._offsets])
         history = self._corrupted(rng, true[:-1], wrong_rate)
         committed = np.stack([masked.committed(ids, remask) for ids in history]) if frames > 1 else history
 
         with_text = len(text) > masked.VIDEO_START_TOKENS
-        weights = unknown * self._weights(video, shown, changed, with_text)
+        weights = unknown * self._weights(video, shown, with_text)
         rows = self._model.rows
         return Clip(
             Pass(
@@ -162,41 +174,56 @@ class Clipper:
             torch.from_numpy(changed & unknown),
         )
 
-    def _unknown(self, rng: np.random.Generator, moving: np.ndarray) -> np.ndarray:
+    def _unknown(self, rng: np.random.Generator, lanes: np.ndarray) -> np.ndarray:
         """Which visual tokens of a frame are masked, bool [N]."""
-        tokens = len(moving)
+        tokens = len(lanes)
         if rng.random() < ALL_MASKED:
             return np.ones(tokens, bool)
         count = max(1, math.floor(tokens * math.cos(math.pi / 2 * rng.random())))
         order = rng.random(tokens)
         if rng.random() < CONFIDENT_FIRST:
-            order -= moving * rng.uniform(0, 1.5)
+            order -= lanes * rng.uniform(0, 1.5)
         unknown = np.zeros(tokens, bool)
         unknown[np.argsort(order)[:count]] = True
         return unknown
 
     def _corrupted(self, rng: np.random.Generator, frames: np.ndarray, rate: float) -> np.ndarray:
-        """Frames with some wrong codes, so that a mistake is mended in the next frame and not copied for ever."""
+        """Frames with some wrong codes, so that a mistake is mended in the next frame and not copied for ever.
+
+        Half of them are any codes, the others those of the same place in another frame.
+        """
         frames = frames.copy()
         codes = frames[:, self._offsets]
-        wrong = rng.random(codes.shape) < rate
-        codes[wrong] = masked.VISUAL_BEGIN + rng.integers(self._model.codes, size=wrong.sum())
-        frames[:, self._offsets] = codes
+        anything = masked.VISUAL_BEGIN + rng.integers(self._model.codes, size=codes.shape)
+        wrong = np.where(rng.random(codes.shape) < 0.5, anything, rng.permutation(codes))
+        frames[:, self._offsets] = np.where(rng.random(codes.shape) < rate, wrong, codes)
         return frames
 
-    def _weights(self, video: World, shown: range, changed: np.ndarray, with_text: bool) -> np.ndarray:
-        """Loss weights of the tokens of the frames ``shown``, [T, N]."""
-        weights = np.where(changed, CHANGED_WEIGHT, 1.0)
-        weights[np.stack([video.emerging(k) for k in shown]).reshape(changed.shape)] = EMERGING_WEIGHT
+    def _weights(self, video: World, shown: range, with_text: bool) -> np.ndarray:
+        """Loss weights of the tokens of the frames ``shown``, [T, N].
+
+        They hang on where a token is, and not on what it turns out to be: tokens are drawn with the probabilities that
+        the model gives them, which weights of the latter kind would falsify.
+        """
+        lanes = _lanes(video)
+        weights = np.where(lanes, LANE_WEIGHT, np.ones((len(shown), *GRID_SHAPE)))
+        if shown[0] == 1 and with_text:
+            weights[0, lanes] = DIRECTION_WEIGHT
         if video.scene == PHOTO:
             # What an object hides in frame 0 of a photo cannot be known.
             behind = np.stack([video.frame_ids(k) == video.background for k in shown])
-            weights[(behind & video.unseen()).reshape(changed.shape)] = 0.0
+            weights[behind & video.unseen()] = 0.0
         if shown[0] > 1:
             weights[:DIRECTION_FRAMES] = 0.0
-        if shown[0] == 1 and with_text:
-            weights[0, changed[0]] = DIRECTION_WEIGHT
-        return weights
+        return weights.reshape(len(shown), -1)
+
+
+def _lanes(video: World) -> np.ndarray:
+    """Rows that objects move in, bool [16, 16]."""
+    lanes = np.zeros(GRID_SHAPE, bool)
+    for thing in video.objects:
+        lanes[thing.row : thing.row + OBJECT_CELLS] = True
+    return lanes
 
 
 def _seen(retention: Retention, layout: VideoLayout, frame: int) -> Tensor:
