@@ -33,7 +33,8 @@ OFFSETS = masked.visual_offsets(GRID_SHAPE)
 def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
     """Two layers with random norms: queries and keys depend on what they are."""
     monkeypatch.setattr(train, "LumosSize", lambda: SMALL)
-    monkeypatch.setattr(train, "_LOOKS", ([train._STATIC, (1, 0, -1, 1.0)], [train._OWN]))
+    monkeypatch.setattr(train, "_LOOKS", ([train._STATIC, train._cell(1, -1)], [train._AROUND]))
+    monkeypatch.setattr(train, "_READ", ((), (("right", "left"),)))
     model = train.new_model()
     train.initialise(model, torch.Generator().manual_seed(0))
     return model
@@ -199,13 +200,19 @@ def test_looking_heads_find_their_place():
     turn = angles.cos(), angles.sin()
     keys = _rotate(attention.k_norm.bias.expand(at.shape[1], -1, -1), *turn)
     queries = _rotate(attention.q_norm.bias.expand(at.shape[1], -1, -1), *turn)
-    row, column = 7, 9
-    place = masked.FRAME_START_TOKENS + row * (GRID_SHAPE[1] + 1) + column
-    query = start(sequence) + 3 * F + place
-    for head, (back, rows, columns, _) in enumerate(train._LOOKS[0]):
-        best = int((keys[:, head] @ queries[query, head]).argmax())
-        found = query - (back or 0) * F + rows * (GRID_SHAPE[1] + 1) + columns
-        assert (best - found) % F == 0 if back is None else best == found
+    place = masked.FRAME_START_TOKENS + 7 * (GRID_SHAPE[1] + 1) + 9
+    last = start(sequence) + 3 * F + place
+
+    def found(head, query):
+        return int((keys[:, head] @ queries[query, head]).argmax())
+
+    static, right, left, shape, colour, around = range(6)
+    assert (found(static, last) - last) % F == 0
+    assert found(right, last) == last - F - 1
+    assert found(left, last) == last - F + 1
+    assert found(shape, 8) == 6
+    assert found(colour, 8) == 5
+    assert found(around, last) == last
 
 
 def test_training_writes_a_bundle_and_goes_on(tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ class LumosSize:
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """What one pass computes: a text, a conditioning image or none, and every frame twice.
+class Pass:
+    """What is computed at once: a text, a conditioning image or none, and every frame twice.
 
     Args:
         text: [n], rows of the embedding.
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.q_norm, self.k_norm = HeadNorm(size), HeadNorm(size)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence, first: int) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Pass, first: int) -> Tensor:
         """Map [tokens, hidden] to [tokens - first, hidden]: what the tokens from ``first`` on read."""
         (cos, sin), heads = turn, (-1, self.head_dim)
         q = _rotate(self.q_norm(self.q_proj(x[first:]).unflatten(-1, heads)), cos[first:], sin[first:])
@@ -145,7 +145,7 @@ class Layer(nn.Module):
         self.self_attn, self.mlp = Attention(size), MLP(size)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(size), RMSNorm(size)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Sequence, first: int) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sequence: Pass, first: int) -> Tensor:
         """Map [tokens, hidden] to [tokens - first, hidden]."""
         x = x[first:] + self.self_attn(self.input_layernorm(x), turn, sequence, first)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -184,7 +184,7 @@ class Lumos(nn.Module):
         """Rows of the embedding of token ids of any shape."""
         return torch.from_numpy(np.searchsorted(self.ids, ids))
 
-    def hidden(self, sequence: Sequence) -> Tensor:
+    def hidden(self, sequence: Pass) -> Tensor:
         """Final hidden states of the denoised frames, [T, F, hidden]."""
         angles = (sequence.all_positions[self.size.axes].T.float() * self.size.frequencies)[:, None]
         turn = angles.cos(), angles.sin()

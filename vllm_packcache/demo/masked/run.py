@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import httpx
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -83,7 +84,11 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
         with (
             console.status("starting the server") as status,
             serving(
-                checkpoint, arguments, out / "server.log", lambda line: status.update(one_line(line)), interpreted=True
+                checkpoint,
+                arguments,
+                out / "server.log",
+                lambda line: status.update(one_line(line)),
+                interpreted=not torch.cuda.is_available(),
             ) as url,
         ):
             status.stop()
