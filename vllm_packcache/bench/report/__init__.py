@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 
-from vllm_packcache.bench.report import calibrate, decode, gpu, long_video, model, quality, serve
+from vllm_packcache.bench.report import calibrate, decode, gpu, long_video, masked, model, quality, serve
 from vllm_packcache.bench.report.markdown import Files, table
 from vllm_packcache.bench.report.parts import MET, NOT_MEASURED, Goal, Part, Result, Row
 from vllm_packcache.config import ConfigError
 
-PARTS = tuple(module.PART for module in (decode, serve, quality, calibrate, long_video, model, gpu))
+PARTS = tuple(module.PART for module in (decode, serve, masked, quality, calibrate, long_video, model, gpu))
 """In the order of the report."""
 
 CSV, REPORT = "results.csv", "report.md"
