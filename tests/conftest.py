@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runner import V2, use_triton_on_a_cpu
+from tests.runner import V2
+from vllm_packcache import interpreted
 
 if not torch.cuda.is_available():
     # Our own kernels are interpreted whichever runner is used.
     os.environ["TRITON_INTERPRET"] = "1"
 if V2:
-    use_triton_on_a_cpu()
+    interpreted.prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,11 +72,10 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
             engines[key] = LLM(
                 model,
                 skip_tokenizer_init=True,
-                dtype="float32",
                 enforce_eager=True,
                 seed=0,
                 additional_config=additional,
-                **options,
+                **{"dtype": "float32", **options},
             )
         return engines[key]
 

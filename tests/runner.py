@@ -6,8 +6,11 @@ V2 needs Triton. On a CPU Triton's interpreter runs its kernels, 20 ms a step.
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
-from typing import Any, TypeVar
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
@@ -19,12 +22,20 @@ def shorter(usual: T, on_v2: T) -> T:
     return on_v2 if V2 else usual
 
 
-def use_triton_on_a_cpu() -> None:
-    """Make vLLM see Triton, and Triton interpret. To be called before either is imported."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    # Where vLLM compiles a function, PyTorch would ask Triton for a compiler.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import triton.backends
+def check_on_v2(files: Sequence[str], which: str) -> None:
+    """Run tests on the V2 runner, in a process of its own; none may be skipped.
 
-    driver: Any = SimpleNamespace(is_active=lambda: True, get_active_torch_device=lambda: "cpu")
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)  # type: ignore[assignment]
+    Args:
+        files: paths from the root of the repository.
+        which: their markers.
+    """
+    outcome = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, "-rs", *files],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout[-5000:] + outcome.stderr[-2000:]
+    assert "SKIPPED" not in outcome.stdout, outcome.stdout[-5000:]

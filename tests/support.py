@@ -66,6 +66,13 @@ SUPPORT = (
         ("contract/test_vllm_contract.py", "worker/test_key_layout.py"),
     ),
     Support(
+        INSTALLED,
+        "V2",
+        "CPU_ATTN, TRITON_ATTN",
+        "masked models, Triton interpreted: tokens against the published loop as a PyTorch reference",
+        ("serving/test_masked.py", "serving/test_masked_http.py", "serving/masked_checks.py::test_a_gpu_backend"),
+    ),
+    Support(
         NEXT,
         "V1, V2",
         "all of these",

@@ -40,6 +40,9 @@ POSITION_LIMIT_KEY = "kv_cache_position_limit"
 REQUEST_PREFIX = "packcache_"
 """Prefix of the request options in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
 
+CANVAS_OPTION = "diffusion_canvas_length"
+"""vLLM's own request option for the tokens that a request makes at a time: every checked masked request has it."""
+
 OPT_OUT = Full.name
 """The one other policy a request may name: its whole cache is kept."""
 

@@ -699,7 +699,22 @@ RELIANCES: tuple[Reliance, ...] = (
         "V2 runner: builders build, for a step or for a capture",
         "v1/worker/gpu/attn_utils.py",
         "build_attn_metadata",
-        ("for_cudagraph_capture",),
+        (
+            "attn_groups",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc_gpu",
+            "query_start_loc_cpu",
+            "max_query_len",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "max_seq_len",
+            "block_tables",
+            "slot_mappings",
+            "kv_cache_config",
+            "causal",
+            "for_cudagraph_capture",
+        ),
         ("CommonAttentionMetadata", "build_metadata_for_cudagraph_capture", "build_metadata"),
     ),
     Reliance(
@@ -775,6 +790,14 @@ RELIANCES: tuple[Reliance, ...] = (
             "num_scheduled_tokens",
             "num_computed_tokens_np",
             "positions",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc",
+            "query_start_loc_np",
+            "seq_lens",
+            "input_ids",
+            "num_draft_tokens_per_req",
+            "logits_indices",
         )
     ),
     Reliance(
@@ -790,6 +813,199 @@ RELIANCES: tuple[Reliance, ...] = (
         "StagedWriteTensor.__init__",
         ("size", "dtype", "device"),
         ("gpu",),
+    ),
+    Reliance(
+        "masked: a model of ours",
+        "model_executor/models/registry.py",
+        "_ModelRegistry.register_model",
+        ("self", "model_arch", "model_cls"),
+    ),
+    Reliance(
+        "masked: what a model sets in its server's configuration",
+        "model_executor/models/config.py",
+        "VerifyAndUpdateConfig.verify_and_update_config",
+        ("vllm_config",),
+    ),
+    Reliance(
+        "masked: found by the model's name",
+        "config/vllm.py",
+        "VllmConfig.try_verify_and_update_config",
+        (),
+        ("MODELS_CONFIG_MAP", "architecture", "verify_and_update_config"),
+    ),
+    Reliance(
+        "masked: set before graphs are chosen, schedulers after; graphs are off where a model is run eagerly",
+        "config/vllm.py",
+        "VllmConfig.__post_init__",
+        (),
+        (
+            "try_verify_and_update_config",
+            "enforce_eager",
+            "check_and_update_config",
+            "scheduler_cls",
+            "async_scheduling",
+        ),
+    ),
+    Reliance("masked: a frame is a canvas", "config/diffusion.py", "DiffusionConfig.canvas_length"),
+    Reliance(
+        "masked: and speculative tokens",
+        "config/vllm.py",
+        "VllmConfig.num_speculative_tokens",
+        (),
+        ("diffusion_config", "canvas_length"),
+    ),
+    *(
+        Reliance("masked: room for a frame in a step", "config/scheduler.py", f"SchedulerConfig.{field}")
+        for field in (
+            "max_num_batched_tokens",
+            "max_num_scheduled_tokens",
+            "long_prefill_token_threshold",
+            "scheduler_cls",
+        )
+    ),
+    Reliance("masked: recommended sampling is for decoders", "config/model.py", "ModelConfig.generation_config"),
+    Reliance("masked: no graphs", "config/model.py", "ModelConfig.enforce_eager"),
+    Reliance("masked: no prefix caching", "config/cache.py", "CacheConfig.enable_prefix_caching"),
+    *(
+        Reliance(
+            "masked: schedulers of canvases",
+            "v1/core/sched/diffusion_scheduler.py",
+            name,
+        )
+        for name in ("DiffusionScheduler", "DiffusionAsyncScheduler")
+    ),
+    Reliance(
+        "masked: a request's canvas",
+        "v1/core/sched/diffusion_scheduler.py",
+        "diffusion_canvas_width",
+        ("request", "canvas_length"),
+        ("extra_args", "get"),
+    ),
+    Reliance(
+        "masked: blocks of a stream",
+        "v1/core/single_type_kv_cache_manager.py",
+        "SingleTypeKVCacheManager.allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+        exact=True,
+    ),
+    Reliance(
+        "masked: specs with bases of their own are groups of their own",
+        "v1/kv_cache_spec_registry.py",
+        "KVCacheSpecRegistry.get_uniform_type_base_spec",
+        ("kvcache_spec",),
+        ("uniform_type_base_spec",),
+    ),
+    Reliance(
+        "masked: a layer says what its cache is",
+        "model_executor/layers/attention/attention.py",
+        "Attention.get_kv_cache_spec",
+        ("self", "vllm_config"),
+        exact=True,
+    ),
+    Reliance(
+        "masked: a layer writes its keys where the runner's mapping says",
+        "model_executor/layers/attention/attention.py",
+        "get_attention_context",
+        ("layer_name",),
+        ("slot_mapping",),
+    ),
+    Reliance(
+        "masked: which is a view of what a model state is given",
+        "v1/worker/gpu/attn_utils.py",
+        "build_slot_mappings_by_layer",
+        ("slot_mappings", "kv_cache_config"),
+        ("kv_cache_groups", "layer_names"),
+    ),
+    *(
+        Reliance(
+            "masked: attention without a mask",
+            f"v1/attention/backends/{file}.py",
+            f"{backend}.supports_non_causal",
+        )
+        for file, backend in (
+            ("cpu_attn", "CPUAttentionBackend"),
+            ("flash_attn", "FlashAttentionBackend"),
+            ("triton_attn", "TritonAttentionBackend"),
+        )
+    ),
+    Reliance(
+        "masked: a sampler of ours, and no tokens beside the speculative ones",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.load_model",
+        (),
+        ("init_model_state", "num_new_sampled_tokens_per_step", "custom_sampler"),
+    ),
+    Reliance(
+        "masked: the sampler gets the hidden states that the model state asks for",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.sample",
+        ("hidden_states", "input_batch"),
+        ("logits_indices", "compute_logits", "sampler"),
+    ),
+    Reliance(
+        "masked: what it says of rejected tokens",
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.postprocess_sampled",
+        ("num_sampled", "num_rejected"),
+        ("output_bin_counts", "post_update"),
+    ),
+    *(
+        Reliance("masked: what a sampler gives", "v1/worker/gpu/sample/output.py", f"SamplerOutput.{field}")
+        for field in ("sampled_token_ids", "logprobs_tensors", "num_nans", "num_sampled", "num_rejected")
+    ),
+    *(
+        Reliance("masked: a request that comes, or comes back", "v1/core/sched/output.py", f"NewRequestData.{field}")
+        for field in ("prompt_token_ids", "prefill_token_ids")
+    ),
+    *(
+        Reliance("masked: what is not for videos", "sampling_params.py", f"SamplingParams.{field}")
+        for field in ("n", "logprobs", "prompt_logprobs", "stop", "stop_token_ids", "ignore_eos", "max_tokens")
+    ),
+    *(
+        Reliance(f"Lumos-1: {purpose}", f"model_executor/{file}.py", symbol, parameters, reads)
+        for purpose, file, symbol, parameters, reads in (
+            (
+                "which heads a rank has",
+                "layers/linear",
+                "QKVParallelLinear.__init__",
+                ("hidden_size", "head_size", "total_num_heads", "total_num_kv_heads", "bias", "prefix", "return_bias"),
+                ("total_num_heads", "num_heads", "num_kv_heads", "num_kv_head_replicas"),
+            ),
+            ("fused tensors say what they are", "layers/linear", "QKVParallelLinear.load_weights", (), ("shard_id",)),
+            ("output projection", "layers/linear", "RowParallelLinear.__init__", ("return_bias", "prefix"), ()),
+            ("norm", "layers/layernorm", "RMSNorm.__init__", ("hidden_size", "eps"), ()),
+            (
+                "embedding",
+                "layers/vocab_parallel_embedding",
+                "VocabParallelEmbedding.__init__",
+                ("num_embeddings", "embedding_dim"),
+                ("tp_size",),
+            ),
+            ("visual rows", "layers/vocab_parallel_embedding", "ParallelLMHead", (), ("VocabParallelEmbedding",)),
+            (
+                "MLP",
+                "models/llama",
+                "LlamaMLP.__init__",
+                ("hidden_size", "intermediate_size", "hidden_act", "quant_config", "prefix"),
+                (),
+            ),
+            ("weights", "models/utils", "AutoWeightsLoader.load_weights", ("weights", "mapper"), ()),
+            ("names of fused weights", "models/utils", "WeightsMapper.orig_to_new_stacked", (), ()),
+            ("layers", "models/utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix"), ()),
+            ("names", "models/utils", "maybe_prefix", ("prefix", "name"), ()),
+            ("quantisation", "models/interfaces", "SupportsQuant", (), ("quant_config",)),
+        )
+    ),
+    Reliance(
+        "Lumos-1: logits of all ranks",
+        "distributed/communication_op.py",
+        "tensor_model_parallel_all_gather",
+        ("input_", "dim"),
+    ),
+    Reliance(
+        "masked: backends that see a whole frame come first",
+        "config/attention.py",
+        "AttentionConfig.use_non_causal",
     ),
     Reliance(
         "V2 runner: part of a row",

@@ -555,11 +555,8 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
         vllm_config = get_current_vllm_config()
         config = ServerConfig.from_additional_config(vllm_config.additional_config)
         is_masked = plugin_masked.is_masked(vllm_config.model_config)
-        if is_masked and not backend.supports_non_causal():
-            raise ConfigError(
-                f"--attention-backend {backend.get_name()} is causal, and a frame of {vllm_config.model_config.model} "
-                "sees all of itself: choose another one, or leave the option out"
-            )
+        if is_masked:
+            plugin_masked.check_backend(backend)
         if config is None:
             return backend
         if config.positions == "rebase":

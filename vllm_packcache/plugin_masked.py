@@ -16,13 +16,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from vllm_packcache import masked
-from vllm_packcache.config import CONFIG_KEY, REQUEST_PREFIX, ConfigError, MaskedPlan, ServerConfig, masked_config_of
+from vllm_packcache.config import (
+    CANVAS_OPTION,
+    CONFIG_KEY,
+    REQUEST_PREFIX,
+    ConfigError,
+    MaskedPlan,
+    ServerConfig,
+    masked_config_of,
+)
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.engine import EngineCoreRequest
 
 LARGEST_GRID = (60, 96)
@@ -36,6 +45,9 @@ TEXT_TOKENS = 1024
 
 MASK_BYTES = 2**29
 """vLLM sets aside a bit for every token of a frame and every id, though such a model has no structured output."""
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends without a mask, and with room for any number of rows."""
 
 FRAMES_AT_ONCE = 4
 """Frames that a step has room for, where the operator gives no token budget."""
@@ -146,7 +158,7 @@ def configure(vllm_config: VllmConfig) -> None:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.config.diffusion import DiffusionConfig
 
-    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    model = vllm_config.model_config
     if not vllm_config.use_v2_model_runner:
         raise ConfigError(
             f"{model.model} makes whole frames in passes, which vLLM's Model Runner V2 does and V1 does not: leave "
@@ -164,14 +176,19 @@ def configure(vllm_config: VllmConfig) -> None:
     # By this vLLM knows a model that denoises.
     model.hf_config.canvas_length = canvas
 
+    scheduler = vllm_config.scheduler_config
     most = max(1, MASK_BYTES // (canvas * -(-model.get_vocab_size() // 32) * 4))
     if scheduler.max_num_seqs > most:
-        if _given.get().requests:
-            logger.warning(
-                "--max-num-seqs is lowered from %d to %d: for each request vLLM sets aside a bit for every token of a "
-                "frame (%d) and every id (%d), and more would take more than %d MiB",
-                scheduler.max_num_seqs, most, canvas, model.get_vocab_size(), MASK_BYTES >> 20,
-            )  # fmt: skip
+        logger.log(
+            logging.WARNING if _given.get().requests else logging.INFO,
+            "--max-num-seqs is lowered from %d to %d: for each request vLLM sets aside a bit for every token of a "
+            "frame (%d) and every id (%d), and more would take more than %d MiB",
+            scheduler.max_num_seqs,
+            most,
+            canvas,
+            model.get_vocab_size(),
+            MASK_BYTES >> 20,
+        )
         scheduler.max_num_seqs = most
     if not _given.get().tokens:
         room = canvas * min(scheduler.max_num_seqs, FRAMES_AT_ONCE)
@@ -197,8 +214,24 @@ def configure(vllm_config: VllmConfig) -> None:
         model.enforce_eager = True
     vllm_config.compilation_config.mode = CompilationMode.NONE
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    # Where the operator names no backend, one that lets a frame see all of itself.
+    vllm_config.attention_config.use_non_causal = True
     # What a checkpoint recommends for sampling is for decoders, and vLLM would refuse it in every request.
     model.generation_config = "vllm"
+
+
+def check_backend(backend: type[AttentionBackend]) -> None:
+    """Refuse a backend that cannot read what a step's rows are.
+
+    Raises:
+        ConfigError: naming those that can.
+    """
+    if backend.get_name() not in BACKENDS:
+        raise ConfigError(
+            f"--attention-backend {backend.get_name()} is not for a model that makes whole frames: it is causal, or "
+            "has room for as many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
+            f"{', '.join(BACKENDS)}, or leave the option out"
+        )
 
 
 def choose_scheduler(vllm_config: VllmConfig) -> None:
@@ -256,7 +289,7 @@ def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int |
     params.max_tokens = wanted
     # Ids of a frame's special tokens may be those that end a text.
     params.ignore_eos, params.stop_token_ids = True, []
-    params.extra_args = {**(params.extra_args or {}), "diffusion_canvas_length": frame}
+    params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
 
 
 def _check_sampling(params: SamplingParams) -> None:

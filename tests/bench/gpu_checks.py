@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runner import use_triton_on_a_cpu
+from vllm_packcache import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    use_triton_on_a_cpu()
+    interpreted.prepare()
 
 from vllm_packcache.bench import gpu, gpu_engine  # noqa: E402
 from vllm_packcache.bench.gpu_attention import PagedAttention  # noqa: E402

@@ -19,11 +19,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm import ModelRegistry
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_packcache import masked
@@ -372,6 +375,60 @@ def test_every_layer_has_a_cache_for_either_stream(folder: Path, monkeypatch: py
     for spec, given, _ in told.values():
         assert spec == FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
         assert given is config
+
+
+BLOCK_SIZE, BLOCKS = 32, 8
+
+
+def unmasked(frames: list[Stream], spec: FullAttentionSpec, names: list[str], config: VllmConfig) -> Any:
+    """What vLLM's CPU backend is told of the last of ``frames``: it sees them all, and itself from end to end."""
+    lengths = [len(frame.ids) for frame in frames]
+    end, new = sum(lengths), lengths[-1]
+    starts, at = torch.tensor([0, new], dtype=torch.int32), torch.arange(end - new, end)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([end], dtype=torch.int32),
+        num_reqs=1,
+        num_actual_tokens=new,
+        max_query_len=new,
+        max_seq_len=end,
+        block_table_tensor=torch.arange(BLOCKS - 1, 0, -1, dtype=torch.int32)[None],  # so that a slot is no index
+        slot_mapping=(BLOCKS - 1 - at // BLOCK_SIZE) * BLOCK_SIZE + at % BLOCK_SIZE,
+        causal=False,
+    )
+    return CPUAttentionMetadataBuilder(spec, names, config, torch.device("cpu")).build(0, common)
+
+
+def test_a_stream_sees_its_own_history_in_vllms_caches(folder: Path) -> None:
+    """Two frames of each through vLLM's own attention, at the same blocks of their two caches."""
+    videos = {
+        "attn": [stream((5, 6), 0, seed=1), stream((5, 6), 1, seed=2)],
+        "unconditional_attn": [stream((4, 3), 0, seed=3), stream((4, 3), 1, seed=4)],
+    }
+    config, oracle = configured(folder), LumosReference.load(folder)
+    model = load(config)
+    layers = config.compilation_config.static_forward_context
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    for layer in layers.values():
+        layer.kv_cache = torch.zeros(BLOCKS, 2, BLOCK_SIZE, 2 * 32)
+    caches = {kind: oracle.new_cache(sum(len(frame.ids) for frame in frames)) for kind, frames in videos.items()}
+
+    for frame in range(2):
+        metadata, parts = {}, []
+        for kind, frames in videos.items():
+            names = [name for name in layers if name.endswith(f".{kind}")]
+            metadata |= dict.fromkeys(names, unmasked(frames[: frame + 1], spec, names, config))
+            at = torch.cat([earlier.at for earlier in frames[: frame + 1]], 1)
+            ids, length = frames[frame].ids, at.shape[1]
+            seen = torch.ones(len(ids), length, dtype=torch.bool)
+            parts.append(oracle.run(ids, length - len(ids), caches[kind], at, seen))
+        conditional, unconditional = (frames[frame] for frames in videos.values())
+        ids, at = torch.cat([conditional.ids, unconditional.ids]), torch.cat([conditional.at, unconditional.at], 1)
+        slots = {name: told.slot_mapping for name, told in metadata.items()}
+        with set_forward_context(metadata, config, num_tokens=len(ids), slot_mapping=slots), torch.inference_mode():
+            hidden = model(ids, at, conditional_rows=len(conditional.ids))
+        assert_rounded(hidden, torch.cat(parts))
 
 
 # --------------------------------------------------------------------------- tensor parallel

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.runner import V2, shorter
 from vllm_packcache.config import ServerConfig
@@ -69,3 +70,24 @@ def alone(
         reference.generate(ids, params.max_tokens, server.plan(params.extra_args, len(ids)), 32).token_ids
         for ids, params in requests
     ]
+
+
+@pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A GPU's backend that can be interpreted; engines that are made meanwhile have it."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+
+    path = AttentionBackendEnum[request.param].get_path()
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
+    # The kernel that writes to the cache asks, to choose how many numbers a program writes.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    # The same in C++ is not in CPU builds.
+    monkeypatch.setattr(
+        torch.ops._C_cache_ops, "reshape_and_cache_flash", triton_reshape_and_cache_flash, raising=False
+    )
+    selector._cached_get_attn_backend.cache_clear()
+    yield request.param
+    selector._cached_get_attn_backend.cache_clear()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ import pytest
 from tests.serving.conftest import schedule_asynchronously
 from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache import masked
-from vllm_packcache.config import MaskedPlan, ServerConfig
+from vllm_packcache.config import ConfigError, MaskedPlan, ServerConfig
+from vllm_packcache.plugin_masked import configure
 from vllm_packcache.policies import Full
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 
@@ -214,6 +216,15 @@ def test_every_policy(policy: str, config: dict[str, Any], masked_engine: Any, o
     assert expected[0] != oracle(TEXT_TO_VIDEO)
 
 
+def test_part_of_the_condition(masked_engine: Any, oracle: Any) -> None:
+    """Quotas of text and of the conditioning image: the streams have different texts, and the same image."""
+    config = {**CONFIG, "gamma_text": 0.4, "gamma_condition": 0.5}
+    cases = [LONG_TEXT, Case(70, (5, 3), 3).having(frames=3, steps=3, guidance=2, seed=8, condition_frames=2)]
+    expected = [oracle(case, config) for case in cases]
+    assert [oracle(case) for case in cases] != expected
+    assert generate(masked_engine("packcache", config), *cases) == expected
+
+
 def test_a_budget_that_holds_all_equals_no_policy(masked_engine: Any, oracle: Any) -> None:
     cases = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED]
     stock = generate(masked_engine(None, None, max_num_batched_tokens=None), *cases)
@@ -314,3 +325,148 @@ def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
         additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
     )
     assert served == [oracle(case) for case in cases]
+
+
+def test_a_gpu_backend(backend: str, lumos: Path, masked_engine: Any) -> None:
+    """Keys in rows, blocks of 16 tokens, and slots that the mapping of a shorter stream leaves empty."""
+    if backend == "FLEX_ATTENTION":
+        with pytest.raises(ConfigError, match="--attention-backend FLEX_ATTENTION"):
+            masked_engine(variant=backend, block_size=16)
+        return
+    case = Case(1, (2, 3), 2).having(frames=1, steps=1, guidance=2, seed=3, condition_frames=1)
+    llm = masked_engine(variant=backend, block_size=16)
+    plan = ServerConfig.parse("packcache", CONFIG).masked_plan(case.extra_args, case.ids)
+    made = generate_masked(LumosReference.load(lumos), case.ids, 1, plan.conditional, plan.options, 16)
+    assert made.margins.min() > TIE
+    assert generate(llm, case) == [made.token_ids]
+
+
+def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
+    llm = masked_engine()
+    engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
+    for passes in (1, 3, 9):
+        engine.add_request("aborted", {"prompt_token_ids": TEXT_TO_VIDEO.ids}, params(TEXT_TO_VIDEO))
+        for _ in range(passes):
+            engine.step()
+        # vLLM tells requests of one name apart.
+        engine.abort_request(list(scheduler_of(llm).requests), internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert generate(llm, IMAGE_TO_VIDEO) == [oracle(IMAGE_TO_VIDEO)]
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def test_half_precision_and_the_other_name(engine: Callable[..., Any], tmp_path: Path) -> None:
+    """There is no oracle for rounding: frames are frames, and the same when they are asked for again."""
+    model = make_random_lumos(tmp_path, visual_codes=CODES, architecture=masked.ARCHITECTURES[1])
+    llm = engine("packcache", CONFIG, model=model, dtype="bfloat16", max_model_len=1024)
+    tokens = generate(llm, TEXT_TO_VIDEO)[0]
+    for start in range(0, len(tokens), CANVAS):
+        assert masked.codes_of_frame(tokens[start : start + CANVAS], (4, 6)).max() < CODES
+    assert generate(llm, TEXT_TO_VIDEO)[0] == tokens
+
+
+def test_vllms_warm_up_runs_and_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
+    """On a GPU vLLM runs requests of its own before it serves, which nothing has checked."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    llm = masked_engine()
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+    worker.model_runner.profile_run()
+    worker.model_runner._dummy_run(2 * CANVAS)
+    ran = run_mixed_prefill_decode_warmup(worker.model_runner, worker.execute_model, worker.sample_tokens, CANVAS)
+    assert ran
+    assert worker.model_runner.model_state._videos == {}
+    assert generate(llm, IMAGE_TO_VIDEO) == [oracle(IMAGE_TO_VIDEO)]
+
+
+@pytest.fixture
+def start(lumos: Path) -> Callable[..., Any]:
+    """``start(config, **options)``: make a server's configuration; nothing is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(config: dict[str, Any] | str | None = None, policy: str | None = "packcache", **options: Any) -> Any:
+        additional: dict[str, Any] = {} if policy is None else {"kv_cache_policy": policy}
+        if config is not None:
+            additional["kv_cache_policy_config"] = config
+        return EngineArgs(
+            model=str(lumos), skip_tokenizer_init=True, additional_config=additional, **options
+        ).create_engine_config()
+
+    return make
+
+
+def test_what_follows_from_the_model(start: Callable[..., Any]) -> None:
+    config = start("lumos1_384p")
+    assert config.diffusion_config.canvas_length == 4084
+    assert config.num_speculative_tokens == 4084
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.masked_scheduler.MaskedScheduler"
+    assert config.model_config.enforce_eager
+    assert not config.cache_config.enable_prefix_caching
+    assert config.model_config.max_model_len == 1024 + 16 * 4084
+    # A bit for every token of a frame and every id: 32 MiB for each request of this small vocabulary.
+    assert config.scheduler_config.max_num_seqs == 2**29 // (4084 * (masked.VISUAL_BEGIN + CODES) // 8)
+    assert config.scheduler_config.max_num_batched_tokens == 4 * 4084
+
+
+def test_what_is_given_is_kept(start: Callable[..., Any]) -> None:
+    config = start(CONFIG, max_model_len=512, max_num_seqs=3, max_num_batched_tokens=40)
+    assert config.diffusion_config.canvas_length == CANVAS
+    assert config.model_config.max_model_len == 512
+    assert config.scheduler_config.max_num_seqs == 3
+    assert config.scheduler_config.max_num_batched_tokens == 40
+
+
+def test_without_a_policy_it_is_served_too(start: Callable[..., Any]) -> None:
+    config = start(None, None)
+    assert config.diffusion_config.canvas_length == masked.frame_layout((60, 96)).tokens_per_frame
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.masked_scheduler.MaskedScheduler"
+
+
+def test_more_requests_than_there_is_room_for_are_said(
+    start: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "vllm.packcache"):
+        start("lumos1_384p", max_num_seqs=256)
+    assert "--max-num-seqs is lowered from 256 to 16: for each request vLLM sets aside" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "sentence"),
+    [
+        (CONFIG, {"max_num_batched_tokens": 31}, "--max-num-batched-tokens is 31, and a frame of 32 tokens"),
+        (CONFIG, {"long_prefill_token_threshold": 8}, "--long-prefill-token-threshold is 8"),
+        (CONFIG, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        (CONFIG, {"diffusion_config": {"canvas_length": 16}}, "canvas_length is 16, and a frame has 32 tokens"),
+        ({"layout": {"tokens_per_frame": 32}}, {}, "give grid"),
+        ({"layout": {"grid": [4, 6], "frame_start_tokens": 1}}, {}, "frame_start_tokens: 3"),
+        ({"layout": {"grid": [4, 6], "axis_scale": [1, 1, 1]}}, {}, r"axis_scale of this model is \[4, 8, 8\]"),
+        ({"layout": {"grid": [4, 6]}, "positions": "rebase"}, {"kv_cache_dtype": "fp8"}, "rotates cached keys"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_right_is_refused_before_the_model_loads(
+    config: dict[str, Any], options: dict[str, Any], sentence: str, start: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        start(config, **options)
+
+
+def test_the_other_runner_is_refused() -> None:
+    config = SimpleNamespace(use_v2_model_runner=False, model_config=SimpleNamespace(model="lumos"))
+    with pytest.raises(ConfigError, match=r"vllm_packcache\.interpreted serve"):
+        configure(config)
+
+
+@pytest.mark.parametrize("frames", [2, pytest.param(13, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+def test_the_published_grid(frames: int, engine: Callable[..., Any], tmp_path: Path) -> None:
+    """672 x 384 pixels, frames of 4,084 tokens. Few codes, because each of so many draws may be near a tie."""
+    model = make_random_lumos(tmp_path, visual_codes=4)
+    llm = engine("packcache", "lumos1_384p", model=model, max_model_len=60_000, max_num_batched_tokens=4084,
+                 num_gpu_blocks_override=2500, max_num_seqs=1)  # fmt: skip
+    case = Case(20, (48, 84)).having(frames=frames, steps=1, guidance=2, seed=1)
+    plan = ServerConfig.parse("packcache", "lumos1_384p").masked_plan(case.extra_args, case.ids)
+    made = generate_masked(LumosReference.load(model), case.ids, frames, plan.conditional, plan.options, BLOCK)
+    assert made.margins.min() > 5e-7
+    assert generate(llm, case) == [made.token_ids]

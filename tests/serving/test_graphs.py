@@ -6,12 +6,10 @@ nothing can be captured; here the model is called instead, with the inputs and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from tests.runner import V2
 from tests.serving.conftest import prompt, run, sampling
@@ -108,27 +106,6 @@ def test_what_was_captured_serves_every_decode_step(engine: Any, reference: Any,
         plan = server.plan({f"packcache_{name}": value for name, value in options.items()}, len(ids))
         assert tokens == reference.generate(ids, count, plan, 32).token_ids
     assert {(4, 3), (2, 2), (1, 1)} <= set(graphs.replayed)
-
-
-@pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A GPU's backend that can be interpreted; engines that are made meanwhile have it."""
-    from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-
-    path = AttentionBackendEnum[request.param].get_path()
-    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
-    # The kernel that writes to the cache asks, to choose how many numbers a program writes.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    # The same in C++ is not in CPU builds.
-    monkeypatch.setattr(
-        torch.ops._C_cache_ops, "reshape_and_cache_flash", triton_reshape_and_cache_flash, raising=False
-    )
-    selector._cached_get_attn_backend.cache_clear()
-    yield request.param
-    selector._cached_get_attn_backend.cache_clear()
 
 
 def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, backend: str) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.runner import check_on_v2
 
 
-@pytest.mark.timeout(900)
-def test_a_masked_model_makes_what_the_published_loop_makes() -> None:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/serving/masked_checks.py"],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout[-5000:] + outcome.stderr[-2000:]
-    assert "SKIPPED" not in outcome.stdout, outcome.stdout[-5000:]
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("not long", marks=pytest.mark.timeout(1800)),
+        pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_a_masked_model_makes_what_the_published_loop_makes(which: str) -> None:
+    check_on_v2(["tests/serving/masked_checks.py"], which)

@@ -12,11 +12,12 @@ from typing import Any
 
 SCRIPT = """
 import json, sys
-from tests.runner import V2, use_triton_on_a_cpu
+from tests.runner import V2
+from vllm_packcache import interpreted
 
 # Every process that runs a part of the engine imports this file.
 if V2:
-    use_triton_on_a_cpu()
+    interpreted.prepare()
 
 from vllm import LLM, SamplingParams
 from tests.serving.conftest import run

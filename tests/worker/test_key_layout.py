@@ -64,8 +64,8 @@ def test_the_cpu_backend_packs_keys_by_channel() -> None:
 
 
 TRITON = """
-from tests.runner import use_triton_on_a_cpu
-use_triton_on_a_cpu()
+from vllm_packcache import interpreted
+interpreted.prepare()
 import torch
 # The kernel only asks to choose how many numbers a program writes.
 torch.cuda.get_device_capability = lambda device=None: (9, 0)

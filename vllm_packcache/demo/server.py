@@ -50,7 +50,12 @@ def last_lines(log: Path, count: int) -> str:
 
 @contextmanager
 def serving(
-    model: Path, arguments: list[str], log: Path, waiting: Callable[[str], None], timeout: float = 600
+    model: Path,
+    arguments: list[str],
+    log: Path,
+    waiting: Callable[[str], None],
+    timeout: float = 600,
+    interpreted: bool = False,
 ) -> Iterator[str]:
     """Run ``vllm serve MODEL ARGUMENTS`` for as long as the context lasts.
 
@@ -63,6 +68,7 @@ def serving(
         log: file for the server's output; its folder must exist.
         waiting: called about twice a second with the newest line of the log until the server is healthy.
         timeout: seconds to wait for that.
+        interpreted: run vLLM's Model Runner V2 by Triton's interpreter; see `vllm_packcache.interpreted`.
 
     Yields:
         The base URL, such as ``http://127.0.0.1:8000``.
@@ -72,7 +78,8 @@ def serving(
     """
     port = free_port()
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        *(sys.executable, "-m", "vllm_packcache.interpreted" if interpreted else "vllm.entrypoints.cli.main"),
+        *("serve", str(model)),
         *("--host", "127.0.0.1", "--port", str(port), *arguments),
     ]
     environment = {

@@ -131,6 +131,9 @@ class RetentionManager(FullAttentionManager):
         self.enable_caching = True
         self._videos: dict[str, Video | None] = {}
         self.totals = Totals()
+        self._announce(kv_cache_spec)
+
+    def _announce(self, kv_cache_spec: RetentionSpec) -> None:
         blocks = self.block_pool.num_gpu_blocks - 1
         logger.info(
             "%d KV-cache blocks of %d tokens: the longest video holds at most %d of them (text of its prompt not "

@@ -6,6 +6,7 @@ conditional stream; the unconditional one begins later in it and counts from the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from vllm.v1.request import Request
 
 from vllm_packcache.config import MaskedPlan, VideoPlan
 from vllm_packcache.engine.manager import RetentionManager
+from vllm_packcache.engine.masked_spec import StreamSpec
+
+logger = logging.getLogger("vllm.packcache")
 
 
 class StreamManager(RetentionManager):
@@ -41,12 +45,25 @@ class StreamManager(RetentionManager):
 class ConditionalManager(StreamManager):
     """Of the stream of the whole prompt: its tokens are the request's."""
 
+    def _announce(self, kv_cache_spec: StreamSpec) -> None:
+        blocks = self.block_pool.num_gpu_blocks - 1
+        logger.info(
+            "%d KV-cache blocks of %d tokens: the longest video in the server's layout holds at most %d of them in "
+            "each of its two streams (text of its prompt not counted)",
+            blocks,
+            self.block_size,
+            kv_cache_spec.most_blocks(blocks * self.block_size),
+        )
+
     def _plan_of(self, request: Request) -> VideoPlan:
         return self.plan(request).conditional
 
 
 class UnconditionalManager(StreamManager):
     """Of the stream that begins with the video. A request that is not guided has none, and no blocks here."""
+
+    def _announce(self, kv_cache_spec: StreamSpec) -> None:
+        """The other stream's manager has said it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

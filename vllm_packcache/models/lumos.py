@@ -181,12 +181,12 @@ class LumosAttention(nn.Module):
             return_bias=False,
         )
         self.qk_norm = HeadNorm(self.qkv_proj)
-        self._split = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.qkv_proj.num_kv_heads
+        self._heads, self._kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         attention = {
-            "num_heads": self.qkv_proj.num_heads,
+            "num_heads": self._heads,
             "head_size": config.head_dim,
             "scale": config.head_dim**-0.5,
-            "num_kv_heads": self.qkv_proj.num_kv_heads,
+            "num_kv_heads": self._kv_heads,
             "cache_config": vllm_config.cache_config,
             "quant_config": quant,
         }
@@ -195,8 +195,9 @@ class LumosAttention(nn.Module):
 
     def forward(self, hidden: Tensor, turn: tuple[Tensor, Tensor], conditional_rows: int) -> Tensor:
         """What the rows [n, hidden] read, each from its stream's cache."""
-        heads, kv_heads, _ = self._split
-        qk, values = self.qkv_proj(hidden).unflatten(-1, (sum(self._split), -1)).split((heads + kv_heads, kv_heads), 1)
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = self.qkv_proj(hidden).unflatten(-1, (heads + 2 * kv_heads, -1))
+        qk, values = qkv.split((heads + kv_heads, kv_heads), 1)
         queries, keys = rotate(self.qk_norm(qk), turn).to(hidden.dtype).split((heads, kv_heads), 1)
         streams = zip(
             (self.attn, self.unconditional_attn),
@@ -284,7 +285,8 @@ class LumosForConditionalGeneration(nn.Module, SupportsQuant):
         self._lumos = LumosConfig.from_json(hf_config.to_dict())
         self.model = LumosModel(self._lumos, vllm_config, maybe_prefix(prefix, "model"))
         # Only the visual rows of the head: no other id is ever drawn, and so each of several ranks has its share of the
-        # work (shards of the whole vocabulary would leave the first half of the ranks idle).
+        # work (shards of the whole vocabulary would leave the first half of the ranks idle). Embedding and head are not
+        # quantised: what guidance amplifies should not be rounded more than it is.
         self.lm_head = ParallelLMHead(self._lumos.visual_codes, hf_config.hidden_size)
 
     @staticmethod

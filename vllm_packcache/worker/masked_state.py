@@ -31,7 +31,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache import masked
-from vllm_packcache.config import MaskedPlan, VideoPlan, masked_config_of
+from vllm_packcache.config import CANVAS_OPTION, MaskedPlan, VideoPlan, masked_config_of
 from vllm_packcache.layout import CONDITION
 from vllm_packcache.positions import Int64
 from vllm_packcache.retention import Retention
@@ -185,11 +185,11 @@ class MaskedModelState(ModelState):
         """A request comes, or comes back after a preemption."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        if masked.VIDEO_BEGIN not in new_req_data.prompt_token_ids:
+        if params is None or CANVAS_OPTION not in (params.extra_args or {}):
             # vLLM warms up with requests of its own, which nothing checks. What they compute is of no use.
             self._videos[new_req_data.req_id] = None
             return
-        plan = self._config.masked_plan(params.extra_args if params else None, new_req_data.prompt_token_ids)
+        plan = self._config.masked_plan(params.extra_args, new_req_data.prompt_token_ids)
         layout = plan.conditional.layout
         streams = [
             Stream(
@@ -255,9 +255,9 @@ class MaskedModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """What the model computes: the conditional streams' rows, then the unconditional ones'."""
         del req_states
-        batch = self._batch
-        assert batch is not None
-        assert batch.vllm is input_batch, "the step being run is the one that was put together last"
+        batch = self._own(input_batch)
+        if batch is None:
+            return self.prepare_dummy_inputs(input_batch.num_reqs, input_batch.num_tokens_after_padding)
         # The runner hands the hidden states of these rows to the sampler.
         input_batch.logits_indices = batch.chosen
         both = [own for group in self._groups for own in batch.rows[group]]
@@ -289,8 +289,8 @@ class MaskedModelState(ModelState):
     ) -> dict[str, Any]:
         """Attention metadata of both streams, each of its own rows."""
         del cudagraph_mode, for_capture, ubatch_idx
-        batch = self._batch
-        if batch is None or batch.vllm is not input_batch:
+        batch = self._own(input_batch)
+        if batch is None:
             return build_attn_metadata(
                 attn_groups=attn_groups,
                 num_reqs=input_batch.num_reqs,
@@ -351,9 +351,13 @@ class MaskedModelState(ModelState):
         )
 
     def _canvases_of(self, input_batch: InputBatch) -> dict[int, Canvas] | None:
-        """The canvases of a step; None: it is none of ours."""
-        batch = self._batch
-        return batch.canvases if batch is not None and batch.vllm is input_batch else None
+        """The canvases of a step; None: it is one that vLLM profiles memory with."""
+        batch = self._own(input_batch)
+        return None if batch is None else batch.canvases
+
+    def _own(self, input_batch: InputBatch) -> Batch | None:
+        """The step, if it is the one that was put together last; None: vLLM runs no requests, but profiles memory."""
+        return self._batch if self._batch is not None and self._batch.vllm is input_batch else None
 
     def _unplanned(self, ids: Tensor, start: int, blocks: Tensor) -> Rows:
         """A request of vLLM's own."""
