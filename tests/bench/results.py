@@ -172,6 +172,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
     results = {
         "decode.json": decode(),
         "serve.json": read("serve.json"),
+        "masked.json": read("masked.json"),
         "quality.json": quality(),
         "calibrate.json": calibrate(),
         "long_video.json": read("long_video.json"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.serving.conftest import schedule_asynchronously
-from vllm_packcache.bench.engine_process import EngineSettings, Engine
+from vllm_packcache.bench.engine_process import Engine, EngineSettings
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,7 @@ class Plan:
 
     Args:
         model: what is timed.
+        of: what it is, in words.
         layers: of the model that is reported; all layers are alike.
         steps: of a frame that is timed.
         steps_reported: of a frame that is reported.
@@ -140,6 +141,7 @@ class Plan:
     """
 
     model: ModelShape
+    of: str
     layers: int
     steps: int
     steps_reported: int
@@ -165,8 +167,8 @@ class Plan:
         rows, columns = self.grid
         video = (
             f"frame {self.frames} after a conditioning image, {rows} x {columns} visual tokens "
-            f"({self.last_frame().tokens_per_frame:,} in all), both streams of guidance, {self.layers} layers, "
-            f"{self.steps_reported} steps and the commit"
+            f"({self.last_frame().tokens_per_frame:,} in all), both streams of guidance, {self.layers} layers "
+            f"{self.of}, {self.steps_reported} steps and the commit"
         )
         if (self.layers, self.steps_reported) == (self.model.layers, self.steps):
             return f"{video}: all of it timed"
@@ -324,6 +326,8 @@ LUMOS_3B = ModelShape(
 )
 """The geometry of Llama 3.2 3B with the vocabulary of Lumos-1."""
 
+OF_3B = "of the size of a model of 3 billion parameters"
+
 QUICK = Plan(
     model=ModelShape(
         layers=1,
@@ -333,13 +337,14 @@ QUICK = Plan(
         hidden=64,
         intermediate=128,
         vocab=masked.VISUAL_BEGIN + 64,
-        dtype="float32",
-        bytes_per_element=4,
+        dtype="bfloat16",
+        bytes_per_element=2,
     ),
+    of="of a tiny model",
     layers=3,
     steps=2,
     steps_reported=50,
-    grid=(4, 6),
+    grid=(8, 12),
     text=30,
     frames=13,
     rounds=2,
@@ -349,6 +354,7 @@ QUICK = Plan(
 )
 ON_CPU = Plan(
     model=dataclasses.replace(LUMOS_3B, layers=1),
+    of=OF_3B,
     layers=LAYERS,
     steps=2,
     steps_reported=50,
@@ -358,10 +364,11 @@ ON_CPU = Plan(
     rounds=2,
     batch_grid=(16, 16),
     batch_given=3,
-    batch_rounds=3,
+    batch_rounds=2,
 )
 ON_GPU = Plan(
     model=LUMOS_3B,
+    of=OF_3B,
     layers=LAYERS,
     steps=50,
     steps_reported=50,

@@ -22,6 +22,10 @@ NAMES = {
 }
 
 
+Bar = tuple[str, float, tuple[float, float] | None, float | None]
+"""Name, value, spread and goal."""
+
+
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw a result of `run`, as PNG or SVG by the suffix of ``path``."""
     figure = new_figure(10, 4)
@@ -34,28 +38,32 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def _ratios(axes: Axes, result: Mapping[str, Any]) -> None:
     """A bar and a goal each; the floor beside the first."""
-    floor = result["last_frame"]["floors"]["whole_frame"]["full / packcache"]
-    bars: list[tuple[str, float, tuple[float, float] | None, float | None]] = [
-        ("the same by arithmetic: the floor", floor, None, None)
-    ]
+    bars: list[Bar] = []
     for target in result["targets"]:
         part = "batch" if target["ratio"] == "together / apart" else "last_frame"
         found = result[part]["whole_frame"]["ratios"][target["ratio"]][CPU]
         goal = target.get("at_least", target.get("at_most"))
         bars.append((NAMES[target["ratio"]], found["median"], (found["min"], found["max"]), goal))
-    bars = [bars[1], bars[0], *bars[2:]]
+    floor = result["last_frame"]["floors"]["whole_frame"]["full / packcache"]
+    bars.insert(1, ("the same by arithmetic: the floor", floor, None, None))
     for row, (_, value, spread, goal) in enumerate(bars):
         axes.barh(row, value, height=0.6, color=_RECKONED if spread is None else _MEASURED)
         if spread is not None:
             axes.plot(spread, (row, row), color="black", linewidth=1.2)
         if goal is not None:
             axes.plot((goal, goal), (row - 0.42, row + 0.42), color=_GOAL, linewidth=2)
-        axes.annotate(f"{value:.2f}", (max(value, goal or 0), row), (6, 0), textcoords="offset points", va="center")
+        axes.annotate(f"{value:.2f}", (_end(bars[row]), row), (6, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(value for _, value, *_ in bars))
+    axes.set_xlim(0, 1.15 * max(map(_end, bars)))
     axes.set_xlabel("ratio of processor time; red: the goal")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _end(bar: Bar) -> float:
+    """Where a bar, its spread and its goal end."""
+    _, value, spread, goal = bar
+    return max(value, goal or 0, *(spread or ()))
 
 
 def _memory(axes: Axes, memory: Mapping[str, Any]) -> None:

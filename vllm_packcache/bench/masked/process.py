@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-from vllm_packcache import masked
+from vllm_packcache import interpreted, masked
 from vllm_packcache.bench.decode.samples import CPU, WALL
 from vllm_packcache.bench.engine_process import Burst, Engine, EngineSettings
 
@@ -123,7 +121,7 @@ class MaskedEngine(Engine):
 
     def __init__(self, settings: EngineSettings) -> None:
         if settings.device == "cpu":
-            use_triton_on_a_cpu()
+            interpreted.prepare()
         super().__init__(settings)
         import torch
 
@@ -154,14 +152,3 @@ class MaskedEngine(Engine):
 
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def use_triton_on_a_cpu() -> None:
-    """Make vLLM see Triton, and Triton interpret. To be called before either is imported."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    # Where vLLM compiles a function, PyTorch would ask Triton for a compiler.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import triton.backends
-
-    driver: Any = SimpleNamespace(is_active=lambda: True, get_active_torch_device=lambda: "cpu")
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)

@@ -181,10 +181,11 @@ class Bench:
         ratios: Mapping[str, tuple[str, str]],
     ) -> dict[str, Any]:
         """Seconds of every pass; of all passes together; of the frame that is reported; and ratios of these."""
+        passes = _by_clock(frames, lambda _, own: own)
         timed = _by_clock(frames, lambda _, own: sum(own["passes"]))
         whole = _by_clock(frames, lambda name, own: reckoned(own, self._plan, videos[name]))
         return {
-            "passes": _by_clock(frames, lambda _, own: own),
+            "passes": {clock: {name: _by_pass(own) for name, own in passes[clock].items()} for clock in CLOCKS},
             "as_timed": timed | {"ratios": ratios_of(timed, ratios)},
             "whole_frame": whole | {"ratios": ratios_of(whole, ratios)},
         }
@@ -203,6 +204,11 @@ def _by_clock(
     return {
         clock: {name: [of(name, frame[clock]) for frame in own] for name, own in frames.items()} for clock in CLOCKS
     }
+
+
+def _by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list[float]]]:
+    """Samples of all rounds, by what they are of and by pass."""
+    return {what: [list(own) for own in zip(*(frame[what] for frame in rounds), strict=True)] for what in rounds[0]}
 
 
 def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -242,11 +248,13 @@ def rates(last_frame: Mapping[str, Any], plan: Plan) -> dict[str, float]:
     """
     passes = last_frame["passes"][CPU]
     work = {name: plan.work(plan.cases[name], layers=plan.model.layers, steps=plan.steps) for name in passes}
-    seconds = {name: median(sum(frame[LAYERS]) for frame in own) for name, own in passes.items()}
-    attention = (work["full"].attention - work["packcache"].attention) / (seconds["full"] - seconds["packcache"])
-    head = median(sum(frame[CHOOSING]) for own in passes.values() for frame in own)
+    layers, choosing = (
+        {name: sum(median(samples) for samples in own[part]) for name, own in passes.items()}
+        for part in (LAYERS, CHOOSING)
+    )
+    attention = (work["full"].attention - work["packcache"].attention) / (layers["full"] - layers["packcache"])
     return {
         "attention": attention,
-        "linear": work["full"].linear / (seconds["full"] - work["full"].attention / attention),
-        "head": work["full"].head / head,
+        "linear": work["full"].linear / (layers["full"] - work["full"].attention / attention),
+        "head": work["full"].head / median(choosing.values()),
     }

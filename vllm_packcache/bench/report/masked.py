@@ -54,23 +54,12 @@ def rows(result: Result) -> Iterator[Row]:
     yield from rows_of_goals(result["targets"])
     for part, place in PARTS.items():
         for key, what in WHAT.items():
-            own = result[part][key]
-            for name, by_clock in own["ratios"].items():
-                for clock, words in CLOCKS.items():
-                    yield row_of_ratio(name, f"ratio by {words}", f"{place}, {what}", by_clock[clock])
-            for clock, words in CLOCKS.items():
-                for name, samples in own[clock].items():
-                    seconds = row_of_ratio(name, f"seconds by {words}", f"{place}, {what}", summary(samples))
-                    yield seconds._replace(unit="s")
+            yield from _ratios(result[part][key], f"{place}, {what}")
         for clock, words in CLOCKS.items():
-            for name, frames in result[part]["passes"][clock].items():
-                for of in frames[0]:
-                    for number_ in range(len(frames[0][of])):
-                        samples = [frame[of][number_] for frame in frames]
-                        where = f"{place}, pass {number_ + 1}"
-                        yield row_of_ratio(name, f"seconds of {of} by {words}", where, summary(samples))._replace(
-                            unit="s"
-                        )
+            for name, own in result[part]["passes"][clock].items():
+                for of, passes in own.items():
+                    for number_, samples in enumerate(passes, 1):
+                        yield _seconds(name, f"seconds of {of} by {words}", f"{place}, pass {number_}", samples)
     for key, what in WHAT.items():
         for name, floor in result["last_frame"]["floors"][key].items():
             yield Row(name, "floor", f"last frame, {what}", floor)
@@ -91,6 +80,18 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(name, "check passed", "", passed)
 
 
+def _ratios(own: Mapping[str, Any], place: str) -> Iterator[Row]:
+    for clock, words in CLOCKS.items():
+        for name, by_clock in own["ratios"].items():
+            yield row_of_ratio(name, f"ratio by {words}", place, by_clock[clock])
+        for name, samples in own[clock].items():
+            yield _seconds(name, f"seconds by {words}", place, samples)
+
+
+def _seconds(name: str, measure: str, place: str, samples: list[float]) -> Row:
+    return row_of_ratio(name, measure, place, summary(samples))._replace(unit="s")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -102,13 +103,11 @@ def _measured(result: Result) -> str:
         f"thread{'s' if machine['threads_per_engine'] > 1 else ''})"
     )
     return (
-        f"{result['is']}. Geometry of a model of 3 billion parameters ({model['dtype']}, hidden {model['hidden']:,}, "
-        f"{model['heads']} heads, {model['kv_heads']} of keys and values, MLP {model['intermediate']:,}, vocabulary "
-        f"{model['vocab']:,}), weights made up, on {where}. All layers are alike. Given frames are not computed, as "
-        "what is cached does not matter to time. Ratios are of frames made in turn by one engine, by processor time: "
-        "median (quartiles)."
-        if not result["quick"]
-        else f"{result['is']}."
+        f"{result['is']}. The model ({model['dtype']}, hidden {model['hidden']:,}, {model['heads']} heads, "
+        f"{model['kv_heads']} of keys and values, MLP {model['intermediate']:,}, vocabulary {model['vocab']:,}) has "
+        f"made-up weights and is run on {where}; all layers are alike. Given frames are not computed: what is "
+        "cached does not matter to time. Ratios are of frames made in turn by one engine, by processor time: median "
+        "(quartiles)."
     )
 
 
@@ -147,8 +146,8 @@ def _memory(result: Result) -> str:
         f"{result['layers_reported']} layers in bfloat16. The published code needs an attention mask besides its two "
         f"caches: at its peak an int64 copy of it and its float32 result, 12 bytes for each of {tokens:,} x {tokens:,} "
         f"elements ({memory['published_frames']} frames without text), "
-        f"{number(memory['published_mask_bytes'] / GB, 1)} GB. Neither is needed here: a picture is one attention row "
-        "whose queries see the same keys."
+        f"{number(memory['published_mask_bytes'] / GB, 1)} GB. There is no mask here: a picture is one attention row, "
+        "whose queries all see the same keys."
     )
 
 
@@ -181,7 +180,7 @@ def _batch(result: Result) -> str:
     return (
         f"{batch['videos']} videos of {rows_} x {columns} visual tokens in one batch take "
         f"{with_quartiles(found[CPU])} of the time that they take one after another"
-        + (": a CPU has no idle units that a batch could fill." if result["engine"]["device"] == "cpu" else ".")
+        + ("." if result["engine"]["device"] == "cuda" else " (the goal is for a GPU, which one video does not fill).")
     )
 
 
@@ -198,8 +197,8 @@ def long(result: Result, files: Files) -> Iterator[str]:
         ("", "pass", "whole", "layers", "output layer and choice", "entering", "the rest"),
         [
             (VIDEOS[name], _pass(number_, result), *map(significant, own))
-            for name, frames in last["passes"][CPU].items()
-            for number_, own in enumerate(_medians(frames))
+            for name, passes in last["passes"][CPU].items()
+            for number_, own in enumerate(_medians(passes))
         ],
     )
     yield table(
@@ -218,7 +217,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     )
     yield (
         f"**Memory.** {_memory(result)} The engine's process held {number(result['engine']['peak_bytes'] / GB, 1)} GB "
-        f"at most, weights of {result['layers_timed']} layers and output layer included."
+        "at most, with the weights of the layers that were timed, of the embedding and of the output layer."
     )
     yield "**Checks.** " + "; ".join(
         f"{check}: {'yes' if passed else '**NO**'}" for check, passed in result["checks"].items()
@@ -226,10 +225,10 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield from files.picture("masked", "Ratios with their goals, and memory")
 
 
-def _medians(frames: list[Mapping[str, list[float]]]) -> Iterator[tuple[float, ...]]:
+def _medians(passes: Mapping[str, list[list[float]]]) -> Iterator[tuple[float, ...]]:
     """Of each pass: the whole, its parts, and the rest."""
-    for number_ in range(len(frames[0]["passes"])):
-        whole, *parts = (median(frame[of][number_] for frame in frames) for of in frames[0])
+    for of_all in zip(*passes.values(), strict=True):
+        whole, *parts = map(median, of_all)
         yield whole, *parts, max(0.0, whole - sum(parts))
 
 
@@ -240,7 +239,7 @@ def _pass(number_: int, result: Result) -> str:
 def short(result: Result, files: Files) -> Iterator[str]:
     """The section of a README."""
     yield (
-        f"**A masked model** (Lumos-1): {_measured(result)} {_floor(result)} {_readings(result)} {_batch(result)} "
+        f"**A masked model** (Lumos-1): {_measured(result)} {_floor(result)} {_batch(result)} "
         f"{_memory(result)} All samples: {files.link('masked.json')}."
     )
     yield _table(result)
