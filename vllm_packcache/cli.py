@@ -74,6 +74,65 @@ def demo(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What is to be seen.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="One folder with tokenizer.json (text), encoder.jit and decoder.jit (Cosmos DV4x8x8).")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the video: .mp4 or .gif. A server's log lies beside it.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Lumos-1 checkpoint, for which a server is started and stopped.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Address of a server that runs, such as http://127.0.0.1:8000, instead.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset, YAML or JSON file, or JSON text for the policy of the server that is started; by default "
+            "the preset of this size, and for other sizes the defaults."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture that the video begins with; its middle is cut out to fit.")
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video to continue. 1 + 4 k of its frames are used, up to 3 at its start are not."),
+    ] = None,
+    frames: Annotated[
+        int, typer.Option(help="Frames of the whole video, with what is given of it: whole seconds at --fps.")
+    ] = 48,
+    fps: Annotated[int, typer.Option(help="Frames a second.")] = 8,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 672,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 384,
+    seed: Annotated[int, typer.Option(help="Of the noise: the same seed makes the same video.")] = 0,
+    steps: Annotated[int, typer.Option(help="Passes for each latent frame.")] = 50,
+    guidance: Annotated[float, typer.Option(help="How much the prompt counts; 1: no guidance, half the work.")] = 15,
+) -> None:
+    """Have Lumos-1 make a video of a sentence, of a picture and a sentence, or go on with a video."""
+    from vllm_packcache.generate import Asked, generate
+    from vllm_packcache.masked import MaskedOptions
+
+    with _one_sentence():
+        try:
+            options = MaskedOptions(seed=seed, steps=steps, guidance=guidance)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+        asked = Asked(
+            prompt=prompt,
+            width=width,
+            height=height,
+            frames=frames,
+            rate=fps,
+            options=options,
+            image=image,
+            video=video,
+        )
+        generate(asked, out, tokenizer, model=model, url=url, config=config)
+
+
+@app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",
     policy: Annotated[

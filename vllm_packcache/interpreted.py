@@ -30,6 +30,14 @@ if __name__ in ("__main__", "__mp_main__"):
     prepare()
 
 if __name__ == "__main__":
+    # The answer must not start CUDA, which a process that forks could not use any more.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if torch.cuda.is_available():
+        raise SystemExit(
+            "error: this machine has a GPU, where vllm serve runs compiled what is interpreted here: use it"
+        )
     from vllm.entrypoints.cli.main import main
 
     main()

@@ -9,29 +9,99 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
+
+from vllm_packcache import masked
+from vllm_packcache.config import REQUEST_PREFIX
 
 
 class ServerError(ChildProcessError):
     """The server did not come up, and the message ends with the last lines of its log; or it failed a request."""
 
 
+def stream_frames(
+    client: httpx.Client,
+    prompt_ids: Sequence[int],
+    grid: masked.Grid,
+    options: Mapping[str, Any],
+    on_frame: Callable[[masked.Int64], None],
+) -> masked.Int64:
+    """Let the server of a masked model make the frames that follow a prompt.
+
+    Args:
+        client: of the server. Between two frames nothing arrives, for minutes on a CPU.
+        prompt_ids: of `masked.text_prompt`, and any frames that are given.
+        grid: of all frames.
+        options: of the request, without prefix; ``frames`` says how many to make.
+        on_frame: called with the codes of each as soon as it is made, [rows, columns].
+
+    Returns:
+        int64, [frames, rows, columns].
+
+    Raises:
+        ServerError: the server refused the request, or failed it.
+    """
+    length = masked.frame_layout(grid).tokens_per_frame
+    body = {
+        "prompt": list(prompt_ids),
+        "stream": True,
+        "return_token_ids": True,
+        "vllm_xargs": {f"{REQUEST_PREFIX}{name}": value for name, value in {"grid": list(grid), **options}.items()},
+    }
+    frames: list[masked.Int64] = []
+    ids: list[int] = []
+    try:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                text = response.read().decode(errors="replace").strip()
+                raise ServerError(f"the server refused the request: {_sentence(text) or response.status_code}")
+            for line in response.iter_lines():
+                ids += tokens_in(line)
+                while len(ids) >= length:
+                    frames.append(masked.codes_of_frame(ids[:length], grid))
+                    del ids[:length]
+                    on_frame(frames[-1])
+    except httpx.HTTPError as error:
+        raise ServerError(f"the server at {client.base_url} does not answer: {error}") from None
+    except ValueError as error:
+        raise ServerError(f"the server at {client.base_url} makes no frames of this grid: {error}") from None
+    if len(frames) != options["frames"]:
+        raise ServerError(f"the server ended the video after {len(frames)} of {options['frames']} frames")
+    return np.stack(frames)
+
+
+def _sentence(text: str) -> str:
+    """What an answer says that refuses a request: the message of an error, or all of it."""
+    try:
+        return _message(json.loads(text))
+    except (ValueError, LookupError, TypeError):
+        return text
+
+
+def _message(answer: Any) -> str:
+    error = answer["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
+
+
 def tokens_in(line: str) -> list[int]:
     """Token ids in a line of a streamed completion, which was asked for with ``return_token_ids``; often none.
 
     Raises:
-        ServerError: the server gave up on the request.
+        ServerError: the server refused the request, which with a stream it says in the stream, or gave up on it.
     """
     data = line.removeprefix("data: ")
     if not data or data == "[DONE]":
         return []
     event = json.loads(data)
     if "error" in event:
-        raise ServerError(f"the server gave up on the request: {event['error']}")
+        refused = isinstance(event["error"], dict) and event["error"].get("code") == 400
+        raise ServerError(f"the server {'refused' if refused else 'gave up on'} the request: {_message(event)}")
     return [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
 
 
