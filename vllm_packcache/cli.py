@@ -258,6 +258,26 @@ def bench_decode(
         run(json_path, plot_path, quick=quick)
 
 
+@bench.command("masked")
+def bench_masked(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Draw ratios, goals and memory, as a PNG or SVG.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
+    ] = False,
+) -> None:
+    """Time a frame of a masked model (Lumos-1), all its passes, with and without packcache."""
+    from vllm_packcache.bench.masked import run
+
+    with _one_sentence():
+        run(json_path, plot_path, quick=quick)
+
+
 @bench.command("serve")
 def bench_serve(
     json_path: Annotated[
@@ -332,7 +352,7 @@ def bench_all(
     ] = False,
     videos: Annotated[int | None, typer.Option(min=2, help="Held-out videos that bench quality makes; 200.")] = None,
 ) -> None:
-    """Run decode, serve, quality and calibrate one after another, and write their report."""
+    """Run decode, serve, masked, quality and calibrate one after another, and write their report."""
     from vllm_packcache.bench.everything import run
 
     with _one_sentence():

@@ -187,6 +187,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
     results = {
         "decode.json": decode(),
         "serve.json": read("serve.json"),
+        "masked.json": read("masked.json"),
         "quality.json": quality(),
         "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),

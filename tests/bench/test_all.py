@@ -22,12 +22,12 @@ from vllm_packcache.bench.report.parts import read
 from vllm_packcache.config import ConfigError
 from vllm_packcache.demo.server import ServerError
 
-ALL = ["decode", "serve", "quality", "calibrate"]
+ALL = ["decode", "serve", "masked", "quality", "calibrate"]
 JSON = [f"{name}.json" for name in ALL]
 STRIPS = ["videos.png", "videos.svg"]
 DRAWN = [
-    *("decode.png", "decode.svg", "frontier.png", "frontier.svg", "by_frame.png", "by_frame.svg", "quality.csv"),
-    *("calibrate.png", "calibrate.svg"),
+    *("decode.png", "decode.svg", "masked.png", "masked.svg", "frontier.png", "frontier.svg", "by_frame.png"),
+    *("by_frame.svg", "quality.csv", "calibrate.png", "calibrate.svg"),
 ]
 
 
@@ -56,6 +56,9 @@ class Fakes:
     def decode(self, json_path: Path, *, quick: bool, console: Console) -> None:
         self.write(json_path, results.decode(quick=quick))
 
+    def masked(self, json_path: Path, *, quick: bool, console: Console) -> None:
+        self.write(json_path, results.read("masked.json") | {"quick": quick})
+
     def serve(self, json_path: Path, *, plan: everything.serve.Plan, console: Console) -> None:
         video = {name: getattr(plan, name) for name in ("condition_tokens", "tokens_per_frame", "frames")}
         self.write(json_path, results.read("serve.json") | {"video": video, "pool_blocks": plan.pool_blocks})
@@ -78,7 +81,7 @@ class Fakes:
         path.write_text("a picture", encoding="utf-8")
 
     def draw_quality(self, result: dict[str, Any], folder: Path) -> None:
-        for name in DRAWN[2:6]:
+        for name in DRAWN[4:8]:
             self.draw(result, folder / name)
 
 
@@ -88,6 +91,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     for name in ALL:
         monkeypatch.setattr(getattr(everything, name), "run", getattr(fakes, name))
     monkeypatch.setattr(everything.decode_plot, "draw", fakes.draw)
+    monkeypatch.setattr(everything.masked_plot, "draw", fakes.draw)
     monkeypatch.setattr(everything.calibrate_report, "draw", fakes.draw)
     monkeypatch.setattr(everything.quality_show, "draw", fakes.draw_quality)
     monkeypatch.setattr(everything.quality_show, "write_csv", fakes.draw)
@@ -116,7 +120,7 @@ def test_everything_goes_into_one_folder(run, tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {*JSON, *DRAWN, *STRIPS, "calibrated.yaml", CSV, REPORT}
     assert all(path.stat().st_size for path in tmp_path.iterdir())
     assert [line for line in printed.splitlines() if line.startswith("[")] == [
-        f"[{number}/4] {name}" for number, name in enumerate(ALL, 1)
+        f"[{number}/5] {name}" for number, name in enumerate(ALL, 1)
     ]
     assert "Missing" not in (tmp_path / REPORT).read_text(encoding="utf-8")
     with (tmp_path / CSV).open(encoding="utf-8") as file:
@@ -183,7 +187,7 @@ def test_a_quick_run_says_so_and_its_results_are_not_those_of_a_full_one(run, tm
     measured, *_ = run(quick=True)
     assert measured == ALL
     assert all(read(tmp_path / name)["quick"] for name in JSON)
-    assert (tmp_path / REPORT).read_text(encoding="utf-8").count("**A quick run: ") == 4
+    assert (tmp_path / REPORT).read_text(encoding="utf-8").count("**A quick run: ") == 5
     assert run(quick=True)[0] == []
     assert run()[0] == ALL
     assert not any(read(tmp_path / name).get("quick") for name in JSON)
@@ -238,7 +242,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, fakes: Fakes, tmp_path: Pa
     fakes.failing["quality"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert fakes.measured == ["decode", "serve", "quality"]
+    assert fakes.measured == ["decode", "serve", "masked", "quality"]
     fakes.failing.clear()
     assert run()[0] == ["quality", "calibrate"]
 
@@ -288,7 +292,7 @@ def test_the_whole_command(tmp_path: Path):
     text = (tmp_path / REPORT).read_text(encoding="utf-8")
     assert "Missing" not in text
     assert "All frames one by one, end to end, and other policies: not measured" not in text
-    assert text.count("**A quick run: ") == 4
+    assert text.count("**A quick run: ") == 5
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert everything.run(tmp_path, quick=True, console=console) == {}
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

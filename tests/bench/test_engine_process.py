@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.serving.conftest import schedule_asynchronously
-from vllm_packcache.bench.engine_process import EngineSettings, _Engine
+from vllm_packcache.bench.engine_process import Engine, EngineSettings
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[_Engine]:
+def engine(checkpoint: Path) -> Iterator[Engine]:
     settings = EngineSettings(
         model=str(checkpoint),
         dtype="float32",
@@ -28,13 +28,13 @@ def engine(checkpoint: Path) -> Iterator[_Engine]:
     )
     with pytest.MonkeyPatch.context() as patch:
         schedule_asynchronously(patch, True)
-        yield _Engine(settings)
+        yield Engine(settings)
 
 
 PROMPTS = [list(range(150)), list(range(50, 150))]
 
 
-def test_requests_advance_together_and_leave_nothing(engine: _Engine) -> None:
+def test_requests_advance_together_and_leave_nothing(engine: Engine) -> None:
     assert engine.about()["async_scheduling"] is True
     begun = engine.begin(PROMPTS, 50, {})
     # 250 tokens in steps of 64: the first request is ahead when the second has its first token.
@@ -52,7 +52,7 @@ def test_requests_advance_together_and_leave_nothing(engine: _Engine) -> None:
     assert engine.end() == 0
 
 
-def test_a_burst_ends_when_the_gpu_is_idle(engine: _Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burst_ends_when_the_gpu_is_idle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.begin(PROMPTS[:1], 50, {})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.5))
     monkeypatch.setattr(engine, "_on_gpu", True)
@@ -61,7 +61,7 @@ def test_a_burst_ends_when_the_gpu_is_idle(engine: _Engine, monkeypatch: pytest.
     engine.end()
 
 
-def test_requests_that_end_early_are_told(engine: _Engine) -> None:
+def test_requests_that_end_early_are_told(engine: Engine) -> None:
     engine.begin(PROMPTS, 10, {})
     with pytest.raises(RuntimeError, match="the requests ended before 10 more tokens of each"):
         engine.decode(10)

@@ -23,7 +23,7 @@ def test_help_lists_every_command() -> None:
     for command in ("demo", "generate", "explain", "doctor", "bench", "calibrate"):
         assert command in result.stdout
     benchmarks = CliRunner().invoke(app, ["bench", "--help"]).stdout
-    for benchmark in ("decode", "serve", "quality", "long-video"):
+    for benchmark in ("decode", "masked", "serve", "quality", "long-video"):
         assert benchmark in benchmarks
 
 

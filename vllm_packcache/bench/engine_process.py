@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 Device = Literal["cpu", "cuda"]
@@ -141,20 +142,21 @@ class EngineProcess:
         name: for messages.
         settings: the engine.
         log: file that receives the output of the process.
+        engine: what the process makes of the settings and obeys.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, log: Path) -> None:
+    def __init__(self, name: str, settings: EngineSettings, log: Path, engine: type[Engine] | None = None) -> None:
         self.name = name
         self._log = log
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, settings, str(log)), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, engine or Engine, settings, str(log)), daemon=True)
         with child_environment(settings.environment()):
             self._process.start()
         theirs.close()
 
     def ask(self, order: str, *arguments: Any) -> None:
-        """Send an order: the name of a method of the process's `_Engine` and its arguments."""
+        """Send an order: the name of a method of the process's `Engine` and its arguments."""
         self._connection.send((order, arguments))
 
     def answer(self) -> Any:
@@ -226,14 +228,14 @@ def _set_environment(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _serve(connection: Connection, settings: EngineSettings, log: str) -> None:
+def _serve(connection: Connection, kind: type[Engine], settings: EngineSettings, log: str) -> None:
     """Body of the process: obey orders until the other end is closed."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())
     try:
-        engine = _Engine(settings)
+        engine = kind(settings)
         connection.send((None, None))
         while True:
             order, arguments = connection.recv()
@@ -244,7 +246,7 @@ def _serve(connection: Connection, settings: EngineSettings, log: str) -> None:
         connection.send((traceback.format_exc(), None))
 
 
-class _Engine:
+class Engine:
     """What the process obeys: some requests at a time, which begin and end together."""
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -289,6 +291,9 @@ class _Engine:
             detokenize=False,
             extra_args=extra_args or None,
         )
+        return self._begin(prompts, params)
+
+    def _begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Burst:
         self._running, self._sampled = [], {}
         for prompt in prompts:
             self._requests += 1

@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_packcache.bench import decode, files, report, serve
+from vllm_packcache.bench import decode, files, masked, report, serve
 from vllm_packcache.bench.calibrate import command as calibrate
 from vllm_packcache.bench.calibrate import report as calibrate_report
 from vllm_packcache.bench.decode import plan as decode_plan
 from vllm_packcache.bench.decode import plot as decode_plot
 from vllm_packcache.bench.engine_process import EngineFailed
+from vllm_packcache.bench.masked import plot as masked_plot
 from vllm_packcache.bench.quality import run as quality
 from vllm_packcache.bench.quality import show as quality_show
 from vllm_packcache.bench.report.parts import Part, Result
@@ -108,6 +109,9 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
     def measure_serve(folder: Path, console: Console) -> None:
         serve.run(folder / report.serve.PART.file, plan=served, console=console)
 
+    def measure_masked(folder: Path, console: Console) -> None:
+        masked.run(folder / report.masked.PART.file, quick=quick, console=console)
+
     def measure_quality(folder: Path, console: Console) -> None:
         quality.run(folder, plan=judged, console=console)
 
@@ -132,6 +136,12 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
             report.serve.PART,
             measure_serve,
             lambda result: _says(result, video=_video(served), pool_blocks=served.pool_blocks),
+        ),
+        Benchmark(
+            report.masked.PART,
+            measure_masked,
+            lambda result: _says(result, quick=quick),
+            {f"masked{suffix}": masked_plot.draw for suffix in FORMATS},
         ),
         Benchmark(
             report.quality.PART,

@@ -1,4 +1,4 @@
-"""A Llama with random weights, made on the fly: the cost of a step does not depend on what was learnt."""
+"""Models with made-up weights: the cost of a step does not depend on what was learnt."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from vllm_packcache.masked import ARCHITECTURES
+
 EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A Llama.
+    """A Llama, or a Lumos-1, which has the same matrices.
 
     Args:
         layers: transformer layers.
@@ -59,6 +61,12 @@ class ModelShape:
         """Bytes of the weights that a decode step reads: all but the embedding, of which it reads a row a token."""
         return self.weight_bytes - self.vocab * self.hidden * self.bytes_per_element
 
+    @property
+    def layer_weights(self) -> int:
+        """Elements of the matrices of one layer."""
+        own = f"{self._layer_prefixes()[0]}."
+        return sum(rows * columns for name, (rows, columns) in self.matrices().items() if name.startswith(own))
+
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Every matrix: its size, [out, in]."""
         attention, kv = self.heads * self.head_size, self.kv_heads * self.head_size
@@ -90,11 +98,11 @@ def write_model(folder: Path, shape: ModelShape, max_positions: int, seed: int) 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_config(folder: Path, shape: ModelShape, max_positions: int) -> None:
-    """Write ``config.json`` into ``folder``."""
+def write_config(folder: Path, shape: ModelShape, max_positions: int, *, masked: bool = False) -> None:
+    """Write ``config.json`` of a Llama, or of a Lumos-1 if ``masked``, into ``folder``."""
+    lumos = {"architectures": ARCHITECTURES[:1], "model_type": "chameleon", "mm_rope": True, "model_parallel_size": 1}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **(lumos if masked else {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}),
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,

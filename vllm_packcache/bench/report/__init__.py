@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 
-from vllm_packcache.bench.report import calibrate, decode, gpu, long_video, model, quality, serve
+from vllm_packcache.bench.report import calibrate, decode, gpu, long_video, masked, model, quality, serve
 from vllm_packcache.bench.report.markdown import Files, table
 from vllm_packcache.bench.report.parts import MET, NOT_MEASURED, Goal, Part, Result, Row
 from vllm_packcache.config import ConfigError
 
 PARTS = (
-    *(module.PART for module in (decode, serve, quality)),
+    *(module.PART for module in (decode, serve, masked, quality)),
     quality.MASKED,
     calibrate.PART,
     calibrate.MASKED,
