@@ -14,7 +14,7 @@ import httpx
 import imageio.v3 as iio
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
@@ -131,7 +131,9 @@ def read_picture(path: Path) -> Pixels:
         OSError: there is no such file, or it is no picture.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as opened:
+            # A photo is often stored as the camera was held.
+            picture = ImageOps.exif_transpose(opened)
             return np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))
     except OSError as error:
         raise OSError(f"{path} cannot be read as a picture: {error}") from None
