@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -235,3 +238,32 @@ def test_shows_finds_an_object_wherever_it_is():
     for number in range(len(world.objects)):
         assert evaluate.shows(world.frame_ids(0), world, number)
         assert not evaluate.shows(world.background, world, number)
+
+
+def test_the_bundle_is_as_good_as_its_evaluation_says(loaded):
+    """One short video with the recorded options, and the sentence that decides which way things go."""
+    recorded = json.loads((bundle.MODEL_DIR / "evaluation.json").read_text(encoding="utf-8"))
+    assert recorded["options"] == dataclasses.asdict(bundle.OPTIONS)
+    assert recorded["trained_frames"] == train.TRAINED_FRAMES
+    world = make_world(evaluate.FIRST_HELD_OUT_SEED)
+    codes = evaluate.generate(loaded, world, 2, "packcache", bundle.OPTIONS)
+    true = np.stack([world.frame_ids(k) for k in (1, 2)])
+    changed = true != np.stack([world.frame_ids(k) for k in (0, 1)])
+    assert (codes == true).mean() > 0.98
+    assert (codes == true)[changed].mean() > 0.8
+
+
+def test_the_text_says_which_way_things_go(loaded):
+    other = {"right": "left", "left": "right"}
+    said, contradicted = [], []
+    for seed in range(evaluate.FIRST_HELD_OUT_SEED, evaluate.FIRST_HELD_OUT_SEED + 3):
+        world = make_world(seed)
+        true, before = world.frame_ids(1), world.frame_ids(0)
+        for text, right in (
+            (world.prompt, said),
+            (" ".join(other.get(word, word) for word in world.prompt.split()), contradicted),
+        ):
+            codes = evaluate.generate(loaded, world, 1, "full", bundle.OPTIONS, text=text)
+            right.append((codes[0] == true)[true != before].mean())
+    assert np.mean(said) > 0.8
+    assert np.mean(contradicted) < 0.6

@@ -76,7 +76,7 @@ def generate(
     options: MaskedOptions,
     *,
     with_image: bool = True,
-    with_text: bool = True,
+    text: str | None = None,
 ) -> np.ndarray:
     """Make the frames of a world.
 
@@ -87,12 +87,12 @@ def generate(
         policy: one of `POLICIES`.
         options: of the request.
         with_image: image to video; else text to video.
-        with_text: else a prompt without words.
+        text: of the prompt; None: what the world does.
 
     Returns:
         Codes, int64 [frames, 16, 16]: of image to video frames 1, 2, ... of the world.
     """
-    ids = prompt(video.prompt if with_text else "", frames, build_text_tokenizer())
+    ids = prompt(video.prompt if text is None else text, frames, build_text_tokenizer())
     if with_image:
         ids += world_frame(video, 0).tolist()
     plan = ServerConfig.parse("packcache", PRESET).masked_plan(request_options(frames, policy, options), ids)
@@ -126,8 +126,9 @@ class Evaluation:
             with_text: whether the prompt has words.
         """
         worlds = self.worlds[:count]
+        text = None if with_text else ""
         made = [
-            generate(self._model, world, frames, policy, dataclasses.replace(options, seed=seed), with_text=with_text)
+            generate(self._model, world, frames, policy, dataclasses.replace(options, seed=seed), text=text)
             for seed, world in enumerate(track(worlds, f"{frames} frames, {policy}, {options}"))
         ]
         return self._summary(worlds, made)
