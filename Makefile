@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 # as part of a shell command.
 IMAGE ?=
 PROMPT ?=
-OUT ?= out/demo
+OUT ?=
 unexport IMAGE PROMPT OUT
 export DEMO_IMAGE := $(value IMAGE)
 export DEMO_PROMPT := $(value PROMPT)
@@ -26,10 +26,10 @@ export DEMO_OUT := $(value OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test test-long lint bench results clean
+.PHONY: help .venv demo demo-masked test test-long lint bench results clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 .venv: $(STAMP)  ## install everything for a CPU into .venv; PYTHON=python3.12 picks the interpreter
 
@@ -53,11 +53,17 @@ $(STAMP): pyproject.toml requirements/cpu.txt docker/cpu/pyproject.toml
 	@touch $@
 	@echo 'done: $(BIN)/vllm-packcache doctor looks it over'
 
+# What was given, as the arguments of a demo.
+GIVEN := set --; \
+	if [ -n "$$DEMO_IMAGE" ]; then set -- "$$@" --image "$$DEMO_IMAGE"; fi; \
+	if [ -n "$$DEMO_PROMPT" ]; then set -- "$$@" --prompt "$$DEMO_PROMPT"; fi; \
+	if [ -n "$$DEMO_OUT" ]; then set -- "$$@" --out "$$DEMO_OUT"; fi
+
 demo: $(STAMP)  ## a picture becomes a video, with and without packcache; IMAGE=photo.jpg PROMPT='...' OUT=out/demo
-	@set -- --out "$$DEMO_OUT"; \
-		if [ -n "$$DEMO_IMAGE" ]; then set -- "$$@" --image "$$DEMO_IMAGE"; fi; \
-		if [ -n "$$DEMO_PROMPT" ]; then set -- "$$@" --prompt "$$DEMO_PROMPT"; fi; \
-		$(BIN)/vllm-packcache demo "$$@"
+	@$(GIVEN); $(BIN)/vllm-packcache demo "$$@"
+
+demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passes, with guidance; PROMPT alone: no picture
+	@$(GIVEN); $(BIN)/vllm-packcache demo-masked "$$@"
 
 test: lint  ## lint, then the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long'

@@ -133,6 +133,19 @@ def generate(
 
 
 @app.command()
+def demo_masked(
+    image: Annotated[Path | None, typer.Option(help="A picture to start from; text to video without one.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo-masked"),
+) -> None:
+    """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
+    from vllm_packcache.demo.masked.run import run_masked_demo
+
+    with _one_sentence():
+        run_masked_demo(image, prompt, out)
+
+
+@app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",
     policy: Annotated[
@@ -165,7 +178,9 @@ def explain(
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="YAML file for the configuration, for --kv-cache-policy-config.")],
-    model: Annotated[str, typer.Argument(help="demo, the bundled model, or the folder of a causal LM.")] = "demo",
+    model: Annotated[
+        str, typer.Argument(help="demo or demo_masked, the bundled models, or the folder of a causal LM or a Lumos-1.")
+    ] = "demo",
     config: Annotated[
         str | None, typer.Option(help="Preset, YAML or JSON file, or JSON text with the layout of the MODEL's videos.")
     ] = None,
@@ -297,13 +312,19 @@ def bench_quality(
     out: Annotated[
         Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
     ] = Path("out/bench/quality"),
-    videos: Annotated[int, typer.Option(min=2, help="Held-out videos that every policy makes.")] = 200,
+    videos: Annotated[
+        int | None, typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 8 with --masked.")
+    ] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
+    ] = False,
 ) -> None:
-    """Measure the videos that the bundled model makes under every policy, at equal live tokens."""
+    """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
+    from vllm_packcache.bench.quality.generators import Causal, Masked
     from vllm_packcache.bench.quality.run import Plan, run
 
     with _one_sentence():
-        run(out, plan=Plan(videos=videos))
+        run(out, plan=Plan(generator=Masked() if masked else Causal(), videos=videos or 0))
 
 
 @bench.command("long-video")

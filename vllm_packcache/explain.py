@@ -1,6 +1,7 @@
 """Pictures and text of what a configuration keeps: which blocks live while each frame is made, and at which positions.
 
-Everything shown is asked of `Retention` and `Positions`, the same objects that scheduler and worker obey.
+Everything shown is asked of `Retention` and `Positions`, the same objects that scheduler and worker obey. Of a video
+that is made masked (`vllm_packcache.masked`) both streams are shown.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,9 +20,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
+from vllm_packcache import masked
 from vllm_packcache.config import ConfigError, ServerConfig, presets
 from vllm_packcache.figures import DOTS_PER_INCH, new_figure
 from vllm_packcache.layout import CONDITION, VideoLayout
+from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.policies import PackCache
 from vllm_packcache.positions import TIME, Int64, Positions
 from vllm_packcache.retention import Retention
@@ -108,12 +112,39 @@ class Explanation:
         retention: the decisions.
         positions: where the model sees what is kept.
         frames: how many frames to show.
+        unconditional: the same video in the other stream of masked generation; None: there is none, frames are made
+            token by token.
     """
 
     title: str
     retention: Retention
     positions: Positions
     frames: int
+    unconditional: Explanation | None = None
+
+    @property
+    def streams(self) -> dict[str, Explanation]:
+        """The sequences that make the video, by name."""
+        if self.unconditional is None:
+            return {"": self}
+        return {"conditional stream": self, "unconditional stream": self.unconditional}
+
+    @property
+    def passes_summary(self) -> list[str]:
+        """How a frame is made masked and what that reads, in sentences; none, if it is made token by token."""
+        if self.unconditional is None:
+            return []
+        options = MaskedOptions()
+        passes = options.steps + 1
+        last, other = (stream.overview.tokens[-1] for stream in self.streams.values())
+        read, full = (passes * (own + others) for own, others in zip(last[1:], other[1:], strict=True))
+        return [
+            f"A frame is made in {options.steps} + 1 passes of both streams: {options.steps} choose its tokens, the "
+            f"last commits it with {100 * options.remask:.0f} % of its content masked again. All of them read the same "
+            "history, compacted once when the frame begins, and the whole frame.",
+            f"To make frame {last.frame}, attention reads {passes} x ({last.live:,} + {other.live:,}) = {read:,} keys; "
+            f"with the full cache {passes} x ({last.full:,} + {other.full:,}) = {full:,}: {100 * read / full:.0f} %.",
+        ]
 
     @property
     def num_blocks(self) -> int:
@@ -259,14 +290,26 @@ def explain(
     elif condition_tokens < image_tokens:
         # As for a request: a prompt shorter than the server's usual image has none.
         image_tokens = 0
-    try:
-        layout = VideoLayout(config.layout.frame_layout(), condition_tokens, image_tokens)
+    frame = config.layout.frame_layout()
+    is_masked = masked.describes(frame, config.layout.axis_scale)
+    least = image_tokens + masked.LEAST_TEXT_TOKENS
+    if is_masked and condition_tokens < least:
+        raise ConfigError(
+            f"condition tokens must be {least} or more, not {condition_tokens}: so many has a prompt of this model "
+            "without any words"
+        )
+    name = "JSON" if source.lstrip().startswith("{") else Path(source).name
+
+    def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
+        retention = Retention(layout, config.policy, block_size)
+        return Explanation(f"{name}: {config.policy.name}", retention, positions, frames, unconditional)
+
+    try:
+        layout = VideoLayout(frame, condition_tokens, image_tokens)
+        return explanation(layout, explanation(masked.unconditional_layout(layout)) if is_masked else None)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    name = "JSON" if source.lstrip().startswith("{") else Path(source).name
-    retention = Retention(layout, config.policy, block_size)
-    return Explanation(f"{name}: {config.policy.name}", retention, positions, frames)
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -382,6 +425,18 @@ def _positions_width(explanation: Explanation, name: str, room: int, most: int) 
 
 def print_text(explanation: Explanation, console: Console) -> None:
     """Print one line a frame, one character a block (or a group of blocks where the terminal is narrow)."""
+    console.print(Text(f"{explanation.title} ({explanation.options})", style="bold"))
+    for name, stream in explanation.streams.items():
+        if name:
+            console.print()
+            console.print(Text(name.capitalize(), style="bold"))
+        _print_stream(stream, console)
+    for sentence in explanation.passes_summary:
+        console.print()
+        console.print(Text(sentence))
+
+
+def _print_stream(explanation: Explanation, console: Console) -> None:
     layout = explanation.retention.layout
     number_width = len(str(explanation.frames - 1))
     tokens_width = len(f"{layout.frame_start(explanation.frames):,}")
@@ -398,7 +453,6 @@ def print_text(explanation: Explanation, console: Console) -> None:
         width = console.width - (6 + number_width + 2)
     columns = min(explanation.num_blocks, max(_MIN_COLUMNS, room))
     per_character = explanation.num_blocks / columns
-    console.print(Text(f"{explanation.title} ({explanation.options})", style="bold"))
     console.print(Text(explanation.shape))
     console.print(_text_legend(explanation, per_character))
     console.print(Text(f"{name}{'' if beside else ', below each row'}: {meaning}, oldest first"))
@@ -471,21 +525,29 @@ _LABELLED_FRAMES = 32
 """Up to so many frames each one is labelled."""
 _OUTLINED_FRAMES = 64
 """Up to so many frames each one is outlined."""
+_WORDS_WIDTH = 160
+"""Characters of a line above the picture."""
 
 
 def draw(explanation: Explanation, path: Path) -> None:
     """Write a PNG, a row a frame: live blocks, positions of their frames, live tokens beside the full cache.
 
+    Of masked generation both streams are drawn, one below the other.
+
     Raises:
         OSError: the file cannot be written.
     """
     row_height = 0.32 if explanation.frames <= _LABELLED_FRAMES else 10 / explanation.frames
-    height = 2.8 + row_height * max(explanation.frames, 4)
+    streams = explanation.streams
+    height = 0.9 + (1.9 + row_height * max(explanation.frames, 4)) * len(streams)
     figure = new_figure(16, height)
-    blocks, positions, tokens = figure.subplots(1, 3, sharey=True, width_ratios=[3.2, 1.2, 1])
-    _draw_blocks(explanation, blocks)
-    _draw_positions(explanation, positions)
-    _draw_tokens(explanation.overview.tokens, tokens)
+    rows = figure.subplots(len(streams), 3, squeeze=False, sharey=True, width_ratios=[3.2, 1.2, 1])
+    for (name, stream), (blocks, positions, tokens) in zip(streams.items(), rows, strict=True):
+        _draw_blocks(stream, blocks)
+        _draw_positions(stream, positions)
+        _draw_tokens(stream.overview.tokens, tokens)
+        if name:
+            blocks.set_ylabel(f"frame being made,\n{name}")
     _draw_words(explanation, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
@@ -619,10 +681,9 @@ def _draw_words(explanation: Explanation, figure: Figure) -> None:
         entries.append((_COLOURS[DROPPED], "dropped"))
     patches = [Patch(facecolor=colour, edgecolor="#999999", label=label) for colour, label in entries]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
-    lines = (
-        f"{explanation.title} ({explanation.options})",
-        explanation.shape,
-        explanation.summary,
-        explanation.positions_summary,
-    )
+    lines = [f"{explanation.title} ({explanation.options})"]
+    for name, stream in explanation.streams.items():
+        shape = f"{name.capitalize()}: {stream.shape}" if name else stream.shape
+        lines += [shape, stream.summary, stream.positions_summary]
+    lines += [fill(sentence, _WORDS_WIDTH) for sentence in explanation.passes_summary]
     figure.suptitle("\n".join(lines), fontsize=11)

@@ -63,6 +63,8 @@ FRAME_END_TOKENS = 1
 
 VIDEO_START_TOKENS = 3
 """Video begin, duration and rate: what the unconditional stream has for a prompt."""
+LEAST_TEXT_TOKENS = 2 + VIDEO_START_TOKENS
+"""Tokens of a prompt without words: begin of the sequence and separator come first."""
 
 MM_ROPE_SCALE = (4, 8, 8)
 """By how much a position grows with a frame, a row and a column (see `vllm_packcache.positions`)."""
@@ -147,6 +149,18 @@ def question(caption: str, width: int, height: int, seconds: int, rate: int) -> 
 def frame_layout(grid: Grid) -> FrameLayout:
     """The shape of a frame with its special tokens."""
     return FrameLayout.from_grid(grid, FRAME_START_TOKENS, ROW_END_TOKENS, FRAME_END_TOKENS)
+
+
+def describes(frame: FrameLayout, axis_scale: Sequence[int] | None) -> bool:
+    """Whether videos of such frames, on axes of such a scale, are made as this module says.
+
+    Args:
+        frame: the shape of a frame.
+        axis_scale: by how much a position grows with a frame, a row and a column; None: positions have one axis.
+    """
+    if frame.grid is None or axis_scale is None:
+        return False
+    return tuple(axis_scale) == MM_ROPE_SCALE and frame == frame_layout(frame.grid)
 
 
 def text_prompt(text_ids: Sequence[int], seconds: int, rate: int) -> list[int]:

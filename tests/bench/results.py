@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from vllm_packcache.bench import files
-from vllm_packcache.bench.calibrate.attention import NEAREST, Mass, Video
-from vllm_packcache.bench.calibrate.command import analyse
+from vllm_packcache.bench.calibrate.command import ALL_QUERIES, analyse
+from vllm_packcache.bench.calibrate.mass import NEAREST, Mass
 from vllm_packcache.bench.decode import report as decode_report
 from vllm_packcache.bench.decode.plan import FRAME_RATIOS, FULL, described
 from vllm_packcache.bench.decode.samples import ratios_of, step_times, summed
 from vllm_packcache.bench.engine_process import Burst
+from vllm_packcache.bench.quality.generators import Causal, Generator, Masked
 from vllm_packcache.bench.quality.measures import MEASURES
 from vllm_packcache.bench.quality.run import Plan, Videos, summary
 from vllm_packcache.bench.statistics import Count
@@ -79,8 +80,8 @@ def _frames() -> dict[str, Any]:
 
 
 @cache
-def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
-    plan = Plan(videos=videos, trained_frames=trained_frames, frontier_videos=2)
+def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, Any]:
+    plan = Plan(generator=model, videos=videos, trained_frames=trained_frames, frontier_videos=2)
     generator = np.random.default_rng(0)
 
     def made(frames: int, count: int) -> Videos:
@@ -90,7 +91,7 @@ def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
         return Videos(np.zeros((count, frames, 1), np.int64), scores)
 
     return {
-        "benchmark": "quality",
+        "benchmark": model.benchmark,
         **ABOUT,
         "seconds_of_this_run": 12,
         "seeds": [10000, 10000 + videos - 1],
@@ -103,11 +104,17 @@ def _quality(videos: int, trained_frames: int) -> dict[str, Any]:
 
 def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:
     """Of videos with random scores."""
-    return json.loads(json.dumps(_quality(videos, trained_frames)))
+    return json.loads(json.dumps(_quality(Causal(), videos, trained_frames)))
+
+
+def quality_masked() -> dict[str, Any]:
+    """The same of a masked model."""
+    model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
+    return json.loads(json.dumps(_quality(Masked(), 3, 2) | {"model": model}))
 
 
 @cache
-def _calibrate(videos: int, target: float) -> dict[str, Any]:
+def _calibrate(videos: int, target: float, views: tuple[str, ...]) -> dict[str, Any]:
     server = ServerConfig.parse(PackCache.name, "demo")
     assert server.layout is not None
     frame = server.layout.frame_layout()
@@ -115,11 +122,13 @@ def _calibrate(videos: int, target: float) -> dict[str, Any]:
     frames, blocks = 2 * DISTANCES, -(-layout.frame_start(2 * DISTANCES) // 16)
     generator = np.random.default_rng(0)
     weights = np.concatenate([np.full(NEAREST, 0.3), 0.6 ** np.arange(DISTANCES)])
-    masses = []
-    for _ in range(videos):
+
+    def mass() -> Mass:
         by_segment = weights * generator.uniform(0.9, 1.1, (LAYERS, HEADS, len(weights)))
         by_block = generator.uniform(size=(frames - DISTANCES, LAYERS, blocks))
-        masses.append(Mass(by_segment / by_segment.sum(-1, keepdims=True), by_block / by_block.sum(-1, keepdims=True)))
+        return Mass(layout, by_segment / by_segment.sum(-1, keepdims=True), by_block / by_block.sum(-1, keepdims=True))
+
+    masses = {view: [mass() for _ in range(videos)] for view in views}
     return {
         "benchmark": "calibrate",
         **ABOUT,
@@ -134,13 +143,19 @@ def _calibrate(videos: int, target: float) -> dict[str, Any]:
         "block_size": 16,
         "target": target,
         "notes": ["shares"],
-        **analyse(masses, [Video([], layout)] * videos, frame, target, 16),
+        **analyse(masses, frame, target, 16),
     }
 
 
 def calibrate(videos: int = VIDEOS, target: float = 0.8) -> dict[str, Any]:
     """Of random attention that decays."""
-    return json.loads(json.dumps(_calibrate(videos, target)))
+    return json.loads(json.dumps(_calibrate(videos, target, (ALL_QUERIES,))))
+
+
+def calibrate_masked() -> dict[str, Any]:
+    """The same of two streams."""
+    result = _calibrate(VIDEOS, 0.8, ("conditional, half-way", "unconditional, half-way"))
+    return json.loads(json.dumps(result | {"benchmark": "calibrate-masked", "model": "demo_masked"}))
 
 
 def gpu() -> dict[str, Any]:
@@ -174,7 +189,9 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "serve.json": read("serve.json"),
         "masked.json": read("masked.json"),
         "quality.json": quality(),
+        "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),
+        "calibrate_masked.json": calibrate_masked(),
         "long_video.json": read("long_video.json"),
         "gpu.json": gpu(),
     }

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_packcache.bench.calibrate import attention, report
-from vllm_packcache.bench.calibrate.attention import NEAREST, Mass, Video
 from vllm_packcache.bench.calibrate.command import run
 from vllm_packcache.bench.calibrate.decay import allowed, fit, kept, measured, scale_at, suggest
+from vllm_packcache.bench.calibrate.mass import IMAGE, NEAREST, SEGMENTS, TEXT, Mass, Tally, Video
 from vllm_packcache.cli import app
 from vllm_packcache.config import ConfigError, ServerConfig, VideoPlan
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
@@ -77,7 +77,7 @@ def segment_of(query: int, key: int, layout: VideoLayout) -> str:
     return f"distance {distance}" if distance <= DISTANCES else "older frames"
 
 
-NAMES = [*attention.SEGMENTS, *(f"distance {d}" for d in range(1, DISTANCES + 1))]
+NAMES = [*SEGMENTS, *(f"distance {d}" for d in range(1, DISTANCES + 1))]
 QUERIES = range(LAYOUT.frame_start(DISTANCES), TOKENS)
 
 
@@ -110,7 +110,7 @@ def test_logits_are_those_of_eager_attention(models: Models, monkeypatch: pytest
     monkeypatch.setattr(attention, "MOST_SCORES", 1000)
     own = video(1)
     _, expected = true_weights(models["gqa"], own.token_ids)
-    token = attention._tally.set(attention._Tally(LAYOUT, DISTANCES, BLOCK))
+    token = attention._tally.set(Tally(LAYOUT, DISTANCES, BLOCK))
     with torch.inference_mode():
         logits = attention.load(models["gqa"])(torch.tensor([own.token_ids])).logits
     attention._tally.reset(token)
@@ -152,7 +152,7 @@ def test_measured_share_is_that_of_a_mask(models: Models, policy: PackCache, con
     live = visibility(VideoPlan(layout, policy, Positions(layout)), BLOCK, len(own.token_ids)).numpy()
     queries = slice(layout.frame_start(DISTANCES), None)
     expected = (weights * live)[:, :, queries].sum(-1).mean((1, 2))
-    np.testing.assert_allclose(measured(policy, [layout], [mass], BLOCK), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(measured(policy, [mass], BLOCK), expected, atol=1e-5, rtol=0)
     assert expected.max() < 0.99
 
 
@@ -284,7 +284,7 @@ def test_all_numbers_are_in_the_json(demo: tuple[Any, dict[str, Any], Path]) -> 
     assert (intervals[:, 0] <= np.array(result["mass"]) + 1e-12).all()
     assert result["versions"]["transformers"] == transformers.__version__
     # The condition is its first 32 tokens of text and 256 of the picture, of which the text gets little.
-    assert result["mass"][attention.TEXT] < result["mass"][attention.IMAGE]
+    assert result["mass"][TEXT] < result["mass"][IMAGE]
 
 
 def test_what_is_printed(demo: tuple[Any, dict[str, Any], Path]) -> None:
@@ -357,8 +357,8 @@ THREE_AXES = (
         (["--target", "1"], "--target must lie between"),
         (["--target", "nan"], "--target must lie between"),
         (["--plot", "plot.pdf"], "--plot must name a file that ends in .png or .svg"),
-        (["--config", "demo"], "--config: the bundled model has its own"),
-        (["--sequences", "x.jsonl"], "--sequences: the bundled model has its own"),
+        (["--config", "demo"], "--config: a bundled model has its own"),
+        (["--sequences", "x.jsonl"], "--sequences: a bundled model has its own"),
         (["MODEL"], "--config is needed"),
         (["MODEL", "--config", CONFIG], "--sequences is needed"),
         (["MODEL", "--config", "{}", "--sequences", "GOOD"], "has no layout"),
@@ -467,6 +467,6 @@ def test_sentences_say_what_is_odd() -> None:
 
 def test_measured_share_where_every_block_has_as_much() -> None:
     layout = VideoLayout(FrameLayout(4), 4)
-    even = Mass(np.full((1, 1, NEAREST + 2), 1 / 6), np.full((1, 1, 4), 0.25))
+    even = Mass(layout, np.full((1, 1, NEAREST + 2), 1 / 6), np.full((1, 1, 4), 0.25))
     # Frame 2 is block 3; the window of one frame is block 2; the condition is block 0.
-    assert measured(PackCache(history_frames=1, window=1), [layout], [even], 4) == pytest.approx([0.75])
+    assert measured(PackCache(history_frames=1, window=1), [even], 4) == pytest.approx([0.75])

@@ -1,4 +1,4 @@
-"""Quality of the bundled model's videos: the decoder against the reference, the measures, and the whole command."""
+"""Quality of the bundled models' videos: decoders against the references, the measures, and the whole command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,33 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from typer.testing import CliRunner
 
+from vllm_packcache import masked
+from vllm_packcache.bench.quality import run as quality_run
 from vllm_packcache.bench.quality.decoder import VideoCache, generate
+from vllm_packcache.bench.quality.generators import Causal, Masked
+from vllm_packcache.bench.quality.live_lumos import LiveLumos
 from vllm_packcache.bench.quality.measures import MEASURES, measure, recognises
 from vllm_packcache.bench.quality.run import COPY, TRUTH, Plan, run
-from vllm_packcache.bench.quality.variants import (
-    BLOCK_SIZE,
-    BUDGETS,
-    COMPARED,
-    DEFAULT_BUDGET,
-    FRONTIER,
-    FULL,
-    SELECTIONS,
-    Variant,
-)
+from vllm_packcache.bench.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
+from vllm_packcache.cli import app
+from vllm_packcache.config import VideoPlan
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.llama import Llama, load_pretrained
+from vllm_packcache.demo.masked.tokenizer import build_text_tokenizer
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
-from vllm_packcache.demo.world import make_world
+from vllm_packcache.demo.world import make_world, palette
 from vllm_packcache.figures import FORMATS
-from vllm_packcache.reference import LlamaReference
+from vllm_packcache.layout import VideoLayout
+from vllm_packcache.masked import MaskedOptions
+from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.positions import Positions
+from vllm_packcache.reference import LlamaReference, LumosReference, generate_masked, make_random_lumos
 
 TINY = Plan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
-VARIANTS = (FULL, *COMPARED, *SELECTIONS)
+CAUSAL = Causal().variants
+VARIANTS = CAUSAL.named
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +62,23 @@ def tokenizer() -> VideoTokenizer:
 # What is compared
 
 
-def test_a_budget_is_the_same_number_of_live_tokens_for_everyone():
+@pytest.mark.parametrize(
+    ("variants", "condition", "frame"),
+    [(CAUSAL, 288, 257), (Masked().variants, 21 + 276, 276)],
+    ids=["causal", "masked"],
+)
+def test_a_budget_is_the_same_number_of_live_tokens_for_everyone(variants: Variants, condition: int, frame: int):
     by_budget: dict[float | None, set[int]] = {}
-    for variant in (*COMPARED, *SELECTIONS, *FRONTIER):
+    for variant in (*variants.compared, *variants.selections, *variants.frontier):
         # Late: when a budget of 8 frames has long been used up.
         by_budget.setdefault(variant.budget, set()).add(variant.live_tokens(63))
 
-    assert set(by_budget) == set(BUDGETS)
-    assert len(by_budget[DEFAULT_BUDGET]) == 1
+    assert set(by_budget) == (set(BUDGETS) if variants.frontier else {1, DEFAULT_BUDGET})
+    assert len(by_budget[DEFAULT_BUDGET]) == 1 or not variants.frontier
     for live in by_budget.values():
         # A policy may round each of many frames up to a block.
         assert max(live) - min(live) <= 8 * BLOCK_SIZE
-    assert FULL.live_tokens(63) == 288 + 63 * 257
+    assert variants.full.live_tokens(63) == condition + 63 * frame
 
 
 def test_every_policy_of_the_comparison_is_a_configuration_of_its_own():
@@ -85,11 +95,13 @@ def test_generates_what_the_reference_finds_likeliest(model, tokenizer, variant:
     frames = 6
     world = make_world(FIRST_HELD_OUT_SEED + 3)
     prompt = world_prompt(tokenizer, world)
-    cache = VideoCache(model.size, variant.plan, BLOCK_SIZE, frames)
+    cache = VideoCache(model.size, variant.plan(), BLOCK_SIZE, frames)
 
     ids = generate(model, cache, prompt, frames, lambda made: made[-1] if len(made) else np.zeros(FRAME_TOKENS, int))
 
-    logits = LlamaReference.load(MODEL_DIR).logits([*prompt, *ids.reshape(-1).tolist()[:-1]], variant.plan, BLOCK_SIZE)
+    logits = LlamaReference.load(MODEL_DIR).logits(
+        [*prompt, *ids.reshape(-1).tolist()[:-1]], variant.plan(), BLOCK_SIZE
+    )
     assert logits[len(prompt) - 1 :].argmax(-1).tolist() == ids.reshape(-1).tolist()
 
 
@@ -103,11 +115,75 @@ def test_the_guess_decides_nothing(model, tokenizer):
         lambda made: generator.integers(tokenizer.vocab_size, size=FRAME_TOKENS),
     )
 
-    made = [
-        generate(model, VideoCache(model.size, COMPARED[0].plan, BLOCK_SIZE, 3), prompt, 3, guess) for guess in guesses
-    ]
+    plan = CAUSAL.compared[0].plan()
+    made = [generate(model, VideoCache(model.size, plan, BLOCK_SIZE, 3), prompt, 3, guess) for guess in guesses]
 
     assert made[0].tolist() == made[1].tolist()
+
+
+GRID, BLOCK = (3, 4), 8
+
+
+@pytest.fixture(scope="module", params=[(4, 2), (2, 2)], ids=["grouped heads", "as many heads"])
+def random_folder(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    heads, kv_heads = request.param
+    return make_random_lumos(tmp_path_factory.mktemp("lumos"), heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Full(),
+        PackCache(window=2, history_frames=1.0),
+        SlidingWindow(window=1),
+        AttentionSink(sink_tokens=8, recent_tokens=40),
+    ],
+    ids=lambda policy: policy.name,
+)
+@pytest.mark.parametrize("rebase", [True, False], ids=["rebase", "absolute"])
+def test_live_tokens_make_the_video_that_the_reference_makes(random_folder: Path, policy: Policy, rebase: bool):
+    codes = np.random.default_rng(0).integers(0, 64, (1, *GRID))
+    prompt = masked.text_prompt(list(range(100, 112)), 2, 12) + masked.frame_of_codes(codes[0]).tolist()
+    layout = masked.video_layout(prompt, GRID, 1)
+    plan = VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
+    options = MaskedOptions(seed=3, steps=4, guidance=3.0)
+
+    everything = VideoPlan(layout, Full(), Positions(layout, None, (4, 8, 8)))
+    fast, slow = LiveLumos.load(random_folder), LumosReference.load(random_folder)
+
+    made = generate_masked(fast, prompt, 7, plan, options, BLOCK).token_ids
+
+    assert made == generate_masked(slow, prompt, 7, plan, options, BLOCK).token_ids
+    kept_all = made == generate_masked(slow, prompt, 7, everything, options, BLOCK).token_ids
+    assert kept_all == isinstance(policy, Full)
+
+
+@pytest.fixture(scope="module")
+def masked_model(tmp_path_factory: pytest.TempPathFactory) -> Masked:
+    """A random one, with the ids of the bundled one."""
+    folder = make_random_lumos(tmp_path_factory.mktemp("lumos"), visual_codes=len(palette().patches))
+    return Masked(folder, MaskedOptions(steps=2, guidance=2.0))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_masked_video_is_that_of_a_request(masked_model: Masked, tokenizer, number: int):
+    variant = masked_model.variants.compared[number]
+    seed = FIRST_HELD_OUT_SEED + 1
+    world = make_world(seed)
+
+    made = masked_model.maker(variant, 3)(seed, world, np.zeros(0, int))
+
+    words = build_text_tokenizer().encode(world.prompt).ids
+    prompt = [0, *words, 8710, 9004, 8804 + 3, 8804 + 4, *masked.frame_of_codes(world.frame_ids(0)).tolist()]
+    layout = VideoLayout(masked.frame_layout((16, 16)), len(prompt), 276)
+    server = variant.server
+    plan = VideoPlan(layout, server.policy, server.positions_of(layout, server.policy))
+    assert plan.positions.scale == (4, 8, 8)
+    options = replace(masked_model.options, seed=seed)
+    frames = generate_masked(LumosReference.load(masked_model.checkpoint), prompt, 3, plan, options, BLOCK_SIZE).frames
+    codes = [masked.codes_of_frame(frame, (16, 16)) for frame in frames.numpy()]
+    assert made.tolist() == (np.stack(codes) + tokenizer.visual_offset).tolist()
+    assert made.min() >= tokenizer.visual_offset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +191,7 @@ def test_the_guess_decides_nothing(model, tokenizer):
 
 
 def measured(world, frames, truth, tokenizer) -> dict[str, Any]:
-    ids = sequence(tokenizer, frames).reshape(len(frames), FRAME_TOKENS)
-    return {name: (c.total[0], c.of[0]) for name, c in measure(world, ids, truth, tokenizer).items()}
+    return {name: (c.total[0], c.of[0]) for name, c in measure(world, frames, truth, tokenizer).items()}
 
 
 def test_the_true_video_is_perfect(tokenizer):
@@ -224,7 +299,7 @@ def test_scores_have_every_variant_and_the_lengths_it_reaches(done):
         for score in result["scores"][variant.name].values():
             assert list(score["spans"]) == result["spans"][:reached]
     assert result["scores"][TRUTH]["tokens_right"]["spans"]["frames 3-4"] == {"mean": 1, "ci95": 0}
-    assert [point["budget"] for point in result["frontier"]] == [None, *(variant.budget for variant in FRONTIER)]
+    assert [point["budget"] for point in result["frontier"]] == [None, *(variant.budget for variant in CAUSAL.frontier)]
 
 
 def test_differences_are_of_the_same_videos(done):
@@ -281,6 +356,53 @@ def test_what_is_done_is_not_done_again(done):
         assert again[key] == result[key]
 
 
+def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path):
+    plan = Plan(generator=masked_model, videos=2, trained_frames=1, lengths=2)
+    console = Console(file=io.StringIO(), width=100)
+    result = run(tmp_path, plan=plan, console=console)
+
+    names = [variant.name for variant in masked_model.variants.named]
+    assert list(result["scores"]) == [*names, TRUTH, COPY]
+    assert names[0] == FULL_CACHE
+    assert {variant["policy"] for variant in result["variants"].values()} == {
+        *("full", "packcache", "sliding_window", "attention_sink")
+    }
+    assert result["benchmark"] == "quality-masked"
+    assert result["frontier"] == []
+    assert result["model"]["options"]["steps"] == 2
+    assert json.loads((tmp_path / "quality_masked.json").read_text()) == json.loads(json.dumps(result))
+    pictures = {f"{stem}{suffix}" for stem in ("quality_masked", "videos_masked") for suffix in FORMATS}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("quality_masked.json", "quality_masked.csv", "parts"),
+        *pictures,
+    }
+    assert result["spans"] == ["frames 1-1", "frames 2-2"]
+    (part,) = tmp_path.glob("parts/packcache-1*.npz")
+    with np.load(part) as stored:
+        found = stored["tokens_right_total"][:, 0] / stored["tokens_right_of"][:, 0]
+    assert result["scores"]["packcache"]["tokens_right"]["spans"]["frames 1-1"]["mean"] == pytest.approx(
+        found.mean(), abs=1e-4
+    )
+    # Other steps are another video.
+    again = replace(masked_model, options=replace(masked_model.options, steps=3))
+    assert again.described != masked_model.described
+
+
+@pytest.mark.parametrize(
+    ("arguments", "generator", "videos", "frames"),
+    [([], Causal, 200, 64), (["--masked"], Masked, 8, 20), (["--masked", "--videos", "3"], Masked, 3, 20)],
+)
+def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
+    plans = []
+    monkeypatch.setattr(quality_run, "run", lambda out, *, plan: plans.append((out, plan)))
+    called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path), *arguments])
+    assert called.exit_code == 0, called.output
+    ((out, plan),) = plans
+    assert out == tmp_path
+    assert isinstance(plan.generator, generator)
+    assert (plan.videos, plan.frames) == (videos, frames)
+
+
 SCRIPT = """
 import signal
 import sys
@@ -321,4 +443,4 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path):
     assert 1 <= len(parts) <= 12
     for path in parts:
         with np.load(path) as part:
-            assert len(part["ids"]) == 4
+            assert part["frames"].shape[0] == 4

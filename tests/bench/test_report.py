@@ -120,7 +120,7 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
                 assert {str(own) for own in value if own is not None} <= values, path
             elif set(path) & {*CLOCKS} and isinstance(value, list):
                 assert any(float(own) == pytest.approx(median(value), rel=1e-12) for own in values if own), path
-        assert spreads or part.benchmark in ("serve", "calibrate", "model", "gpu")
+        assert spreads or part.benchmark in ("serve", "calibrate", "calibrate-masked", "model", "gpu")
 
 
 def test_every_sample_of_a_load_is_within_its_row(folder: Path):
@@ -196,7 +196,7 @@ def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: 
 
 def test_a_section_says_how_to_repeat_it(folder: Path):
     text = texts_of(folder)[REPORT]
-    section = text[text.index("## Quality of the videos") : text.index("## Calibration")]
+    section = text[text.index("## Quality of the videos") : text.index("## Quality of videos made masked")]
     for words in (
         "- Command: `vllm-packcache bench all --out here`",
         "torch 2.13.0",
@@ -245,8 +245,11 @@ def test_tables_are_whole_and_pictures_are_there(folder: Path, copy: Path):
         ("quality.json", ("scores", "packcache", "tokens_right", "spans", "frames 5-8", "mean"), 0.9876),
         ("quality.json", ("scores", "a copy of the first picture", "ssim", "spans", "frames 1-2", "mean"), 0.9876),
         ("quality.json", ("targets", 0, "mean"), 0.9876),
+        ("quality_masked.json", ("scores", "packcache", "tokens_right", "spans", "frames 1-2", "mean"), 0.9876),
+        ("quality_masked.json", ("model", "options", "steps"), 9),
         ("calibrate.json", ("fit", "rho"), 0.9876),
         ("calibrate.json", ("suggestion", "kept_measured"), 0.9876),
+        ("calibrate_masked.json", ("fit", "rho"), 0.9876),
         (
             "long_video.json",
             ("generated", "packcache, rebase", "tokens_right", "spans", "145-160", "mean"),
@@ -413,6 +416,34 @@ def test_the_best_selection_is_named(means: dict[str, float], difference: tuple[
 )
 def test_significant_digits(value: float, text: str):
     assert markdown.significant(value) == text
+
+
+def test_quality_of_a_masked_model_has_what_it_has(copy: Path):
+    for name in ("frontier", "by_frame", "quality_masked"):
+        (copy / f"{name}.png").write_bytes(b"a picture")
+    written = texts_of(copy)
+    text = written[REPORT]
+    section = text[text.index("## Quality of videos made masked") : text.index("## Calibration\n")]
+    assert "3 + 1 passes a frame with guidance 1.5" in section
+    assert "greedily" not in section
+    assert "](quality_masked.png)" in section
+    for words in ("frontier", "by_frame.png", "Selection inside"):
+        assert words not in section
+    assert "](quality_masked.png)" in written["README.md"]
+    assert "[`quality_masked.json`](quality_masked.json)" in written["README.md"]
+
+
+def test_passes_of_masked_generation_are_told_apart(copy: Path):
+    name = "unconditional, half-way"
+    change(copy, "calibrate_masked.json", "views", name, "mass", 0, value=0.12341)
+    change(copy, "calibrate_masked.json", "views", name, "rho", value=0.6789)
+    text = texts_of(copy)[REPORT]
+    causal, section = text[text.index("## Calibration\n") : text.index("## Long videos")].split("## Calibration of ")
+    (row,) = (line for line in section.splitlines() if line.startswith(f"| {name}"))
+    assert row.startswith(f"| {name} | 12.34 |")
+    assert row.endswith("| 0.679 |")
+    assert "of the bundled masked model" in section
+    assert "By pass" not in causal
 
 
 def test_numbers():

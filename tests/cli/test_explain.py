@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
-from vllm_packcache.config import ConfigError, presets
+from vllm_packcache.config import ConfigError, VideoPlan, load_mapping, presets
 from vllm_packcache.explain import DROPPED, IN_CONDITION, NOT_YET, _position_bars, _shown_states, draw, explain
 from vllm_packcache.policies import available
 from vllm_packcache.positions import TIME
+from vllm_packcache.reference.visibility import frame_visibility
 
 TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
@@ -62,26 +64,26 @@ def test_text_of_a_small_video_is_exact() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-@pytest.mark.parametrize("preset", ["demo", "lumos1_384p"])
-def test_lines_fit_the_terminal(preset: str, columns: int) -> None:
+@pytest.mark.parametrize(("preset", "streams"), [("demo", 1), ("lumos1_384p", 2)])
+def test_lines_fit_the_terminal(preset: str, streams: int, columns: int) -> None:
     output = run(preset, columns=columns)
     assert max(map(len, output.splitlines())) <= columns
-    assert sum("│" in line for line in output.splitlines()) == 12
+    assert sum("│" in line for line in output.splitlines()) == 12 * streams
 
 
 @pytest.mark.parametrize("policy", sorted(available()))
 @pytest.mark.parametrize("preset", sorted(presets()))
 def test_numbers_and_blocks_agree_with_each_other(preset: str, policy: str) -> None:
-    explanation = explain(preset, policy, frames=7, condition_tokens=100, block_size=32)
-    retention = explanation.retention
-    for view in explanation.views():
-        live = int(np.count_nonzero(view.states > DROPPED))
-        assert live == -(-view.tokens.live // 32)
-        made = -(-view.tokens.full // 32)
-        assert np.all(view.states[made:] == NOT_YET)
-        assert np.all(view.states[:made] != NOT_YET)
-        for block in np.flatnonzero(view.states >= 0):
-            assert view.states[block] == max(0, view.tokens.frame - retention.blocks.tag(int(block)))
+    for explanation in explain(preset, policy, frames=7, condition_tokens=100, block_size=32).streams.values():
+        retention = explanation.retention
+        for view in explanation.views():
+            live = int(np.count_nonzero(view.states > DROPPED))
+            assert live == -(-view.tokens.live // 32)
+            made = -(-view.tokens.full // 32)
+            assert np.all(view.states[made:] == NOT_YET)
+            assert np.all(view.states[:made] != NOT_YET)
+            for block in np.flatnonzero(view.states >= 0):
+                assert view.states[block] == max(0, view.tokens.frame - retention.blocks.tag(int(block)))
 
 
 @pytest.mark.parametrize("columns", [20, 60, 100, 333])
@@ -132,19 +134,20 @@ def test_picture_is_valid_and_not_blank(arguments: list[str], name: str, tmp_pat
 @pytest.mark.parametrize("policy", sorted(available()))
 @pytest.mark.parametrize("preset", ["demo", "lumos1_256p", "emu3_5"])
 def test_positions_are_those_of_the_retained_frames(preset: str, policy: str) -> None:
-    explanation = explain(preset, policy, frames=9)
-    layout, positions = explanation.retention.layout, explanation.positions
-    # Specification: with three axes a frame's picture begins after its special tokens.
-    before = layout.frame.frame_start_tokens if preset == "lumos1_256p" else 0
-    rows = shown_positions(run(preset, "--policy", policy, "--frames", "9", columns=300))
-    for view, row in zip(explanation.views(), rows, strict=True):
-        made = view.tokens.frame
-        owners = view.owners[view.states >= 0].tolist()
-        retained = sorted({*owners, made})
-        assert view.retained.tolist() == retained
-        first_tokens = np.array([layout.frame_start(frame) + before for frame in retained])
-        seen = positions.of(first_tokens, positions.window_start(made))[TIME]
-        assert row == [f"{position:,}" for position in seen]
+    rows = iter(shown_positions(run(preset, "--policy", policy, "--frames", "9", columns=300)))
+    for explanation in explain(preset, policy, frames=9).streams.values():
+        layout, positions = explanation.retention.layout, explanation.positions
+        # Specification: with three axes a frame's picture begins after its special tokens.
+        before = layout.frame.frame_start_tokens if preset == "lumos1_256p" else 0
+        for view in explanation.views():
+            made = view.tokens.frame
+            owners = view.owners[view.states >= 0].tolist()
+            retained = sorted({*owners, made})
+            assert view.retained.tolist() == retained
+            first_tokens = np.array([layout.frame_start(frame) + before for frame in retained])
+            seen = positions.of(first_tokens, positions.window_start(made))[TIME]
+            assert next(rows) == [f"{position:,}" for position in seen]
+    assert not list(rows)
 
 
 def test_positions_follow_the_configuration() -> None:
@@ -177,12 +180,48 @@ def test_three_axes_show_time() -> None:
     output = run("lumos1_384p", columns=200)
     assert "times (t): time axis of each retained frame's first visual token" in output
     # 32 tokens of text, the three that begin a frame, and the conditioning image, 4 before frame 0.
-    assert shown_positions(output)[-1] == ["39", "43", "47", "51", "55"]
+    assert shown_positions(output)[11] == ["39", "43", "47", "51", "55"]
     # The index on all axes of a token that ends a frame: condition 4,116 + 5 frames of 4,084.
     assert "Positions stay below 56 in time (t), below 24,536 on all axes, however long the video gets." in output
     output = run('{"layout": "lumos1_384p", "positions": "absolute"}', columns=200)
-    assert shown_positions(output)[-1] == ["67", "71", "75", "79", "83"]
+    assert shown_positions(output)[11] == ["67", "71", "75", "79", "83"]
     assert "below 84 in time (t), below 53,124 on all axes, after 12 frames." in output
+
+
+@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("condition_tokens", [None, 100])
+def test_both_streams_read_what_the_reference_sees(policy: str, condition_tokens: int | None) -> None:
+    streams = explain("lumos1_256p", policy, frames=7, condition_tokens=condition_tokens, block_size=32).streams
+    assert list(streams) == ["conditional stream", "unconditional stream"]
+    for stream, text in zip(streams.values(), (32 if condition_tokens is None else 100, 3), strict=True):
+        layout = stream.retention.layout
+        assert layout.condition_tokens - layout.condition_image_tokens == text
+        plan = VideoPlan(layout, stream.retention.policy, stream.positions)
+        for view in stream.views():
+            assert view.tokens.live == frame_visibility(plan, 32, view.tokens.frame).sum()
+            assert view.tokens.full == layout.frame_start(view.tokens.frame + 1)
+
+
+def test_passes_of_a_masked_frame_are_counted() -> None:
+    output = " ".join(run("lumos1_384p", "--frames", "8", columns=200).split())
+    # 32 or 3 tokens before the conditioning image, and eight frames.
+    conditional, unconditional = 32 + 9 * 4084, 3 + 9 * 4084
+    live = [int(row.replace(",", "")) for row in re.findall(r"frame 7 reads ([\d,]+) of", output)]
+    read, full = 51 * sum(live), 51 * (conditional + unconditional)
+    assert (
+        "A frame is made in 50 + 1 passes of both streams: 50 choose its tokens, the last commits it with 70 %"
+        in output
+    )
+    assert f"51 x ({live[0]:,} + {live[1]:,}) = {read:,} keys" in output
+    assert f"51 x ({conditional:,} + {unconditional:,}) = {full:,}: {100 * read / full:.0f} %." in output
+
+
+@pytest.mark.parametrize("changed", [{"axis_scale": [4, 8, 4]}, {"frame_start_tokens": 2, "condition_image_tokens": 0}])
+def test_a_layout_of_another_model_has_one_stream(changed: dict[str, Any]) -> None:
+    layout = load_mapping("lumos1_256p")["layout"]
+    assert len(explain(json.dumps({"layout": layout}), "packcache", frames=2).streams) == 2
+    assert len(explain(json.dumps({"layout": layout | changed}), "packcache", frames=2).streams) == 1
+    assert explain("demo", "packcache", frames=2).passes_summary == []
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
@@ -237,19 +276,25 @@ def test_old_frames_of_a_full_cache_are_one_bar() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "label"), [("demo", "position"), ("lumos1_256p", "position in time (t); frames are 4 apart")]
+    ("source", "label", "streams"),
+    [("demo", "position", [""]), ("lumos1_256p", "position in time (t); frames are 4 apart", ["con", "uncon"])],
 )
-def test_picture_has_three_panels(source: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_has_three_panels_for_every_stream(
+    source: str, label: str, streams: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     draw(explain(source, "packcache", frames=8), tmp_path / "x.png")
-    blocks, positions, tokens = figures[0].axes
-    assert blocks.get_xlabel().startswith("block of the sequence")
-    assert positions.get_xlabel() == label
-    assert tokens.get_xlabel() == "tokens"
-    assert blocks.get_ylim() == positions.get_ylim() == tokens.get_ylim() == (7.5, -0.5)
-    # A row a frame.
-    assert len(positions.collections) == 8
+    panels = figures[0].axes
+    assert len(panels) == 3 * len(streams)
+    for stream, (blocks, positions, tokens) in zip(streams, np.reshape(panels, (-1, 3)), strict=True):
+        assert blocks.get_xlabel().startswith("block of the sequence")
+        assert blocks.get_ylabel() == (f"frame being made,\n{stream}ditional stream" if stream else "frame being made")
+        assert positions.get_xlabel() == label
+        assert tokens.get_xlabel() == "tokens"
+        assert blocks.get_ylim() == positions.get_ylim() == tokens.get_ylim() == (7.5, -0.5)
+        # A row a frame.
+        assert len(positions.collections) == 8
 
 
 def test_other_policies_take_a_presets_layout_only() -> None:
@@ -271,6 +316,8 @@ def test_a_short_condition_has_no_image() -> None:
         ("demo", {"frames": 0}, "frames"),
         ("demo", {"block_size": 0}, "block size"),
         ("demo", {"condition_tokens": -1}, "condition_tokens"),
+        ("lumos1_256p", {"condition_tokens": 4}, "condition tokens must be 5 or more"),
+        ("lumos1_256p", {"condition_tokens": 1832}, "condition tokens must be 1833 or more"),
     ],
 )
 def test_impossible_numbers_are_named(source: str, options: dict[str, int], words: str) -> None:

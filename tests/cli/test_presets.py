@@ -8,16 +8,20 @@ import pytest
 
 from vllm_packcache.config import ServerConfig, load_mapping, presets
 from vllm_packcache.explain import TEXT_TOKENS
+from vllm_packcache.masked import MM_ROPE_SCALE
 from vllm_packcache.policies import PackCache
 
 FRAME_TOKENS = {
     "demo": 257,
+    "demo_masked": 276,
     "emu3": 8191,
     "emu3_5": 2077,
     "lumos1_256p": 1828,
     "lumos1_384p": 4084,
     "lumos1_480p": 5824,
 }
+
+LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p")
 
 
 def test_all_presets_are_known_here() -> None:
@@ -49,14 +53,14 @@ def test_positions(name: str) -> None:
     config = ServerConfig.parse("packcache", name)
     assert load_mapping(name)["positions"] == config.positions == "rebase"
     assert config.layout is not None
-    assert config.layout.axis_scale == ((4, 8, 8) if name.startswith("lumos1") else None)
+    assert config.layout.axis_scale == ((4, 8, 8) if name in LUMOS1 else None)
     plan = config.plan({"packcache_window": 3}, 20_000)
     assert plan is not None
     assert plan.positions.window == 3
     assert plan.positions.scale == config.layout.axis_scale
 
 
-@pytest.mark.parametrize("name", [name for name in FRAME_TOKENS if name.startswith("lumos1")])
+@pytest.mark.parametrize("name", LUMOS1)
 def test_lumos1_conditioning_image_is_a_frame(name: str) -> None:
     layout = ServerConfig.parse("packcache", name).layout
     assert layout is not None
@@ -72,3 +76,12 @@ def test_demo_agrees_with_its_tokenizer() -> None:
     assert layout.frame_layout().tokens_per_frame == tokenizer.FRAME_TOKENS
     assert layout.condition_image_tokens == tokenizer.VISUAL_TOKENS
     assert tokenizer.CONDITION_TOKENS == TEXT_TOKENS + tokenizer.VISUAL_TOKENS
+
+
+def test_masked_demo_agrees_with_its_tokenizer() -> None:
+    from vllm_packcache.demo.masked import tokenizer
+
+    layout = ServerConfig.parse("packcache", "demo_masked").layout
+    assert layout is not None
+    assert layout.frame_layout() == tokenizer.FRAME
+    assert layout.axis_scale == MM_ROPE_SCALE

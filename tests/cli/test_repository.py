@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = {".venv", "demo", "test", "test-long", "lint", "bench", "results", "clean", "help"}
+TARGETS = {".venv", "demo", "demo-masked", "test", "test-long", "lint", "bench", "results", "clean", "help"}
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -70,17 +70,19 @@ def installed(tmp_path: Path) -> Path:
         "a, b=c #d",
     ],
 )
-def test_demo_passes_words_literally(installed: Path, prompt: str) -> None:
-    result = make("demo", f"VENV={installed}", f"PROMPT={prompt}", "IMAGE=my photos/it's me.jpg", "OUT=some where")
+@pytest.mark.parametrize("demo", ["demo", "demo-masked"])
+def test_demo_passes_words_literally(installed: Path, prompt: str, demo: str) -> None:
+    result = make(demo, f"VENV={installed}", f"PROMPT={prompt}", "IMAGE=my photos/it's me.jpg", "OUT=some where")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "demo", "--out", "some where", "--image", "my photos/it's me.jpg", "--prompt", prompt,
+        demo, "--image", "my photos/it's me.jpg", "--prompt", prompt, "--out", "some where",
     ]  # fmt: skip
 
 
 @needs_make
-def test_demo_needs_no_words(installed: Path) -> None:
-    assert make("demo", f"VENV={installed}").stdout.splitlines() == ["demo", "--out", "out/demo"]
+@pytest.mark.parametrize("demo", ["demo", "demo-masked"])
+def test_demo_needs_no_words(installed: Path, demo: str) -> None:
+    assert make(demo, f"VENV={installed}").stdout.splitlines() == [demo]
 
 
 @needs_make

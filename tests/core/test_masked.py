@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_packcache import masked
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.layout import VideoLayout
+from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.positions import Positions, mm_rope_axes
 
@@ -35,6 +35,17 @@ def test_tokens_of_the_published_sizes(size, tokens):
     assert ids[:3] == [8197, 8804 + height // 32, 8804 + width // 32]
     assert ids[-1] == 8196
     assert ids[3:-1] == ([9003] * (width // 8) + [8803]) * (height // 8)
+
+
+def test_a_layout_is_recognised_by_its_special_tokens_and_its_axes():
+    frame = masked.frame_layout((3, 4))
+    assert masked.describes(frame, (4, 8, 8))
+    assert masked.describes(frame, [4, 8, 8])
+    assert not masked.describes(frame, None)
+    assert not masked.describes(frame, (4, 8, 4))
+    assert not masked.describes(FrameLayout.from_grid((3, 4), 3, 1, 0), (4, 8, 8))
+    assert not masked.describes(FrameLayout(frame.tokens_per_frame), (4, 8, 8))
+    assert len(masked.text_prompt([], 0, 0)) == masked.LEAST_TEXT_TOKENS
 
 
 @pytest.mark.parametrize("size", [(440, 256), (448, 250), (0, 256), (448, 0)])

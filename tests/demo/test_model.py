@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_packcache.demo import evaluate, train
+from vllm_packcache.demo import evaluate, train, training
 from vllm_packcache.demo.llama import Llama, LlamaSize, load_pretrained, rotary_table
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
 from vllm_packcache.demo.world import make_world
@@ -76,16 +76,16 @@ def test_psnr():
 
 
 def test_batches_mark_what_changes_and_keep_targets_clean(tokenizer):
-    clips = train.Clips(4, 3)
-    clean = train.make_batch(tokenizer, train.FIRST_TRAINING_SEED, clips, corrupt=False)
+    clips = training.Clips(4, 3)
+    clean = train.make_batch(tokenizer, training.FIRST_TRAINING_SEED, clips, corrupt=False)
     assert clean.inputs.shape == (3, 288 + 4 * FRAME_TOKENS - 1)
     assert (clean.inputs[:, 288:] == clean.targets[:, :-1]).all()
     assert 0.005 < clean.changed.float().mean() < 0.3
     assert (clean.weights[clean.changed] >= 0).all()
-    assert (clean.weights == train.CHANGED_WEIGHT).any()
-    big = train.Clips(4, 20)
-    noisy = train.make_batch(tokenizer, train.FIRST_TRAINING_SEED, big, corrupt=True)
-    pure = train.make_batch(tokenizer, train.FIRST_TRAINING_SEED, big, corrupt=False)
+    assert (clean.weights == training.CHANGED_WEIGHT).any()
+    big = training.Clips(4, 20)
+    noisy = train.make_batch(tokenizer, training.FIRST_TRAINING_SEED, big, corrupt=True)
+    pure = train.make_batch(tokenizer, training.FIRST_TRAINING_SEED, big, corrupt=False)
     assert (noisy.targets == pure.targets).all()
     assert (noisy.inputs != pure.inputs).any()
     assert (noisy.inputs[:, :289] == pure.inputs[:, :289]).all()
@@ -118,17 +118,17 @@ def test_looking_heads_find_their_distance_and_are_held(tokenizer):
 
 
 def test_training_writes_a_model_and_goes_on(tmp_path, monkeypatch):
-    small = train.Stage(1.0, (train.Clips(1, 1),))
+    small = training.Stage(1.0, (training.Clips(1, 1),))
     monkeypatch.setattr(train, "STAGES", (small,))
     monkeypatch.setattr(train, "LlamaSize", lambda vocab_size: LlamaSize(vocab_size, 32, 32, 2, 1))
     monkeypatch.setattr(train, "_LOOKS", ((256,), ()))
     monkeypatch.setattr(train, "_CONSTANT_SEEN", (12.0, 5.0))
-    train.train(tmp_path, minutes=0.003, seed=0)
+    train.train(training.Run(tmp_path, 0.003))
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert (tmp_path / "model.safetensors").is_file()
     assert (tmp_path / "tokenizer.json").is_file()
     # However long the first took: a slow machine may have overrun its time.
-    train.train(tmp_path, minutes=first["elapsed"] / 60 + 0.003, seed=0)
+    train.train(training.Run(tmp_path, first["elapsed"] / 60 + 0.003))
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert second["step"] > first["step"]
     assert second["next_seed"] > first["next_seed"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -98,7 +99,7 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
         videos: V, of the benchmark of quality; None: its own number.
     """
     served = SERVE_QUICK if quick else SERVE
-    sizes = (QUALITY_QUICK if quick else {}) | ({} if videos is None else {"videos": videos})
+    sizes: dict[str, Any] = (QUALITY_QUICK if quick else {}) | ({} if videos is None else {"videos": videos})
     judged = quality.Plan(**sizes)
     calibrated = CALIBRATE_VIDEOS_QUICK if quick else CALIBRATE_VIDEOS
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def stem(benchmark: str) -> str:
+    """Name of the files of a benchmark's result, without what follows the point."""
+    return benchmark.replace("-", "_")
+
+
 def claim(*paths: Path | None) -> None:
     """Make sure that files can be written, minutes before there is something to write; None is none.
 

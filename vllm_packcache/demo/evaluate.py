@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def _share(part: float, whole: float) -> float | None:
     return round(part / whole, 6) if whole else None
 
 
-def _summary(
-    videos: list[World], truths: list[np.ndarray], shown: list[np.ndarray], tokenizer: VideoTokenizer
+def summary(
+    videos: Sequence[World], truths: Sequence[np.ndarray], shown: Sequence[np.ndarray], tokenizer: VideoTokenizer
 ) -> dict[str, Any]:
     """Scores of shown frames (int [T, 16, 16] each) against truth (int [T + 1, 16, 16] each)."""
     hits = np.stack([s == t[1:] for s, t in zip(shown, truths, strict=True)])
@@ -180,13 +181,13 @@ def evaluate(model: Llama, tokenizer: VideoTokenizer, count: int, frames: int) -
         "videos": count,
         "frames": frames,
         "teacher_forced": {
-            "model": _summary(videos, truths, forced, tokenizer),
-            "copy_last_frame": _summary(videos, truths, [t[:-1] for t in truths], tokenizer),
+            "model": summary(videos, truths, forced, tokenizer),
+            "copy_last_frame": summary(videos, truths, [t[:-1] for t in truths], tokenizer),
             "frame_token_accuracy": round(forced_starts / count, 6),
         },
         "generated": {
-            "model": _summary(videos, truths, generated, tokenizer),
-            "copy_condition": _summary(videos, truths, [t[:1].repeat(frames, 0) for t in truths], tokenizer),
+            "model": summary(videos, truths, generated, tokenizer),
+            "copy_condition": summary(videos, truths, [t[:1].repeat(frames, 0) for t in truths], tokenizer),
             "frame_token_accuracy": round(generated_starts / count, 6),
         },
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,26 @@ class LlamaSize:
     max_position_embeddings: int = 20480
 
 
+class Widths(Protocol):
+    """What norms and feed-forward layers need to know of a model's size."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside a feed-forward layer."""
+
+    @property
+    def rms_norm_eps(self) -> float:
+        """Epsilon of `RMSNorm`."""
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned gain."""
 
-    def __init__(self, size: LlamaSize) -> None:
+    def __init__(self, size: Widths) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size.hidden_size))
         self.eps = size.rms_norm_eps
@@ -120,7 +136,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward layer."""
 
-    def __init__(self, size: LlamaSize) -> None:
+    def __init__(self, size: Widths) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)
         self.up_proj = nn.Linear(size.hidden_size, size.intermediate_size, bias=False)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import imageio.v3 as iio
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
@@ -28,13 +28,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.demo.server import serving, tokens_in
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, GRID, MODEL_DIR, VideoTokenizer
 from vllm_packcache.policies import Full
 from vllm_packcache.retention import Retention
 
 ASSETS = Path(__file__).parent / "assets"
+POLICIES = ("packcache", "full")
+"""What the request is made with, one after the other."""
 FRAMES = 16
 BLOCK_SIZE = 32
 FRAMES_PER_SECOND = 4
@@ -103,12 +105,23 @@ def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
     console.print(f"[bold]vllm serve[/] {MODEL_DIR} {' '.join(arguments)}", soft_wrap=True)
     with (
         console.status("starting the server") as status,
-        serving(MODEL_DIR, arguments, out / "server.log", lambda line: status.update(_one_line(line))) as url,
+        serving(MODEL_DIR, arguments, out / "server.log", lambda line: status.update(one_line(line))) as url,
     ):
         status.stop()
-        with httpx.Client(base_url=url, timeout=600) as client, _progress(console) as progress:
-            videos = [_generate(client, ids, policy, progress) for policy in ("packcache", "full")]
-    _report(console, tokenizer, videos, out, len(ids))
+        with httpx.Client(base_url=url, timeout=600) as client, progress_bars(console) as progress:
+            videos = [
+                stream_video(client, _body(ids, policy), policy, FRAMES, FRAME_TOKENS, progress) for policy in POLICIES
+            ]
+    plan = ServerConfig.parse("packcache", "demo").plan({"packcache_policy": "packcache"}, len(ids))
+    assert plan is not None
+    plans = {"packcache": plan, "full": replace(plan, policy=Full())}
+    report(
+        console,
+        videos,
+        {v.policy: tokenizer.decode_frames(tokenizer.frames_from_ids(v.token_ids)) for v in videos},
+        {policy: [own] for policy, own in plans.items()},
+        out,
+    )
 
 
 def read_picture(path: Path) -> Pixels:
@@ -118,13 +131,16 @@ def read_picture(path: Path) -> Pixels:
         OSError: there is no such file, or it is no picture.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as opened:
+            # A photo is often stored as the camera was held.
+            picture = ImageOps.exif_transpose(opened)
             return np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))
     except OSError as error:
         raise OSError(f"{path} cannot be read as a picture: {error}") from None
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """Bars for `stream_video`."""
     return Progress(
         TextColumn("[bold]{task.description:9}"),
         BarColumn(),
@@ -136,33 +152,47 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _generate(client: httpx.Client, ids: list[int], policy: str, progress: Progress) -> Video:
-    """Stream one video while watching the server's metrics."""
-    total = FRAMES * FRAME_TOKENS
-    task = progress.add_task(policy, total=total, note="frame 0")
-    body = {
-        "model": "demo",
+def _body(ids: list[int], policy: str) -> dict[str, Any]:
+    return {
         "prompt": ids,
-        "max_tokens": total,
+        "max_tokens": FRAMES * FRAME_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
         "vllm_xargs": {"packcache_grid": [GRID, GRID], "packcache_policy": policy},
     }
+
+
+def stream_video(
+    client: httpx.Client, body: dict[str, Any], policy: str, frames: int, frame_tokens: int, progress: Progress
+) -> Video:
+    """Stream one video while watching the server's metrics.
+
+    Args:
+        client: of the server.
+        body: of the request, with its ``max_tokens``.
+        policy: what the body asks for.
+        frames: of the video.
+        frame_tokens: tokens of each.
+        progress: of `progress_bars`.
+
+    Raises:
+        OSError: the server refused the request.
+    """
+    task = progress.add_task(policy, total=frames * frame_tokens, note="frame 0")
     video = Video(policy)
+    body = {"model": "demo", "stream": True, "return_token_ids": True, **body}
     began = time.monotonic()
     with watching(str(client.base_url)) as samples, client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise OSError(f"the server refused the request: {response.read().decode()}")
         for line in response.iter_lines():
             video.token_ids += tokens_in(line)
-            frame = min(len(video.token_ids) // FRAME_TOKENS, FRAMES - 1)
+            frame = min(len(video.token_ids) // frame_tokens, frames - 1)
             progress.update(task, completed=len(video.token_ids), note=f"frame {frame}")
     video.seconds = time.monotonic() - began
     video.resident_tokens = [
-        max((held for made, held in samples if made // FRAME_TOKENS == frame and held), default=None)
-        for frame in range(FRAMES)
+        max((held for made, held in samples if made // frame_tokens == frame and held), default=None)
+        for frame in range(frames)
     ]
     return video
 
@@ -206,16 +236,31 @@ def read_metrics(client: httpx.Client) -> tuple[int, float]:
     return int(made), usage * (int(info.labels["num_gpu_blocks"]) - 1) * int(info.labels["block_size"])
 
 
-def _report(console: Console, tokenizer: VideoTokenizer, videos: list[Video], out: Path, condition: int) -> None:
+def report(
+    console: Console,
+    videos: Sequence[Video],
+    frames: Mapping[str, Pixels],
+    streams: Mapping[str, Sequence[VideoPlan]],
+    out: Path,
+    also: Mapping[str, Pixels] | None = None,
+) -> None:
+    """Write both videos, their frames and what the server held, and say so.
+
+    Args:
+        console: to say it on.
+        videos: made with packcache and with the full cache.
+        frames: of each, by its policy, [T, H, W, 3].
+        streams: what each keeps in the KV cache, by its policy: of one sequence or, with guidance, of two.
+        out: folder.
+        also: other frames to show beside them, by what they are.
+    """
     packed, full = videos
-    pictures = {}
-    for video in videos:
-        frames = tokenizer.decode_frames(tokenizer.frames_from_ids(video.token_ids))
-        pictures[video.policy] = frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    pictures = {name: enlarged(own) for name, own in {**frames, **(also or {})}.items()}
     write_video(pictures["packcache"], out / "video")
     write_video(pictures["full"], out / "full")
     contact_sheet(pictures, out / "frames.png")
-    full_tokens, packed_tokens = (_held(video, condition) for video in (full, packed))
+    full_tokens, packed_tokens = (_held(video, streams[video.policy]) for video in (full, packed))
+    condition = sum(plan.layout.condition_tokens for plan in streams["full"])
     draw_resident(packed_tokens, full_tokens, condition, out / "resident.png")
 
     table = Table(title="most KV-cache tokens the server held while it made a frame")
@@ -290,25 +335,28 @@ def draw_resident(packed: list[Held], full: list[Held], condition: int, path: Pa
     pyplot.close(figure)
 
 
-def _held(video: Video, condition: int) -> list[Held]:
+def enlarged(frames: Pixels) -> Pixels:
+    """Frames [T, H, W, 3] as they are written, `SCALE` times as large."""
+    return frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+
+
+def _held(video: Video, streams: Sequence[VideoPlan]) -> list[Held]:
     """What was seen, and for frames that no reading caught what the policy holds at their last token."""
-    options = {"packcache_policy": "packcache"}
-    plan = ServerConfig.parse("packcache", "demo").plan(options, condition)
-    assert plan is not None
-    layout = plan.layout
-    policy = plan.policy if video.policy == "packcache" else Full()
-    retention = Retention(layout, policy, BLOCK_SIZE)
     return [
-        Held(seen, True)
-        if seen is not None
-        else Held(len(retention.live_blocks(layout.frame_start(frame + 1) - 1)) * BLOCK_SIZE, False)
+        Held(seen, True) if seen is not None else Held(sum(_scheduled(plan, frame) for plan in streams), False)
         for frame, seen in enumerate(video.resident_tokens)
     ]
+
+
+def _scheduled(plan: VideoPlan, frame: int) -> int:
+    retention = Retention(plan.layout, plan.policy, BLOCK_SIZE)
+    return len(retention.live_blocks(plan.layout.frame_start(frame + 1) - 1)) * BLOCK_SIZE
 
 
 def _shown(held: Held) -> str:
     return f"{held.tokens:,.0f}{' ' if held.seen else '*'}"
 
 
-def _one_line(line: str) -> str:
+def one_line(line: str) -> str:
+    """The end of a line of the server's log, beside what is waited for."""
     return f"starting the server  [dim]{escape(line[-90:])}[/]"

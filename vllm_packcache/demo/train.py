@@ -8,56 +8,36 @@ A run that was stopped goes on from ``DIR/checkpoint.pt``.
 
 from __future__ import annotations
 
-import argparse
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vllm_packcache.demo.llama import Llama, LlamaSize, rotary_frequencies, save_pretrained
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
     FRAME_TOKENS,
-    GRID,
     VideoTokenizer,
     save_tokenizer,
     world_prompt,
 )
+from vllm_packcache.demo.training import (
+    CHANGED_WEIGHT,
+    CORRUPT_RATE,
+    CORRUPT_SHARE,
+    EMERGING_WEIGHT,
+    PHOTO_SHARE,
+    SEEDS_PER_VIDEO,
+    Clips,
+    Run,
+    Stage,
+    from_command_line,
+    longest,
+    train_by_the_clock,
+)
 from vllm_packcache.demo.world import PHOTO, World, make_world
-
-FIRST_TRAINING_SEED = 1_000_000
-"""Worlds with smaller seeds are never trained on; evaluation uses those."""
-
-PHOTO_SHARE = 0.12
-CHANGED_WEIGHT = 8.0
-"""Loss weight of a token that differs from the last frame; most tokens only have to be copied."""
-EMERGING_WEIGHT = 24.0
-"""Loss weight of a part of an object that comes out from behind the pillar; rare, and what memory is for."""
-CORRUPT_SHARE, CORRUPT_RATE = 0.3, 0.003
-PEAK_LEARNING_RATE = 3e-3
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What one step trains on: ``batch`` videos of ``frames`` frames."""
-
-    frames: int
-    batch: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the schedule: until this fraction of the time, steps take turns through these clips."""
-
-    until: float
-    turns: tuple[Clips, ...]
-
 
 # Short clips teach movement and the look of things soonest, as many fit in a step.  Only long ones have an object
 # come out from behind a wide pillar, and only full ones have every distance of a 16-frame video.
@@ -67,7 +47,7 @@ STAGES = (
     Stage(1.0, (Clips(16, 1), Clips(3, 6), Clips(16, 1))),
 )
 
-TRAINED_FRAMES = max(clips.frames for stage in STAGES for clips in stage.turns)
+TRAINED_FRAMES = longest(STAGES)
 """Of the longest videos that the model was trained on."""
 
 
@@ -101,15 +81,8 @@ def _changed(ids: np.ndarray, frames: int) -> np.ndarray:
 def _emerging(video: World, frames: int) -> np.ndarray:
     """Where parts of objects show that were behind the pillar one frame before, bool [frames * 257]."""
     emerging = np.zeros((frames, FRAME_TOKENS), bool)
-    pillar = video.pillar
-    if pillar is None:
-        return emerging.reshape(-1)
-    for i in range(len(video.objects)):
-        for k in range(1, frames + 1):
-            rows, columns, _ = video.object_cells(i, k).T
-            before = columns - (video.position(i, k)[0] - video.position(i, k - 1)[0])
-            hidden = (pillar.left <= before) & (before < pillar.left + pillar.width)
-            emerging[k - 1, 1 + rows[hidden] * GRID + columns[hidden]] = True
+    for k in range(1, frames + 1):
+        emerging[k - 1, 1:] = video.emerging(k).reshape(-1)
     return emerging.reshape(-1)
 
 
@@ -122,9 +95,9 @@ def make_batch(tokenizer: VideoTokenizer, first_seed: int, clips: Clips, corrupt
     that a mistake made in free generation is mended in the next frame and not copied for ever.
     """
     inputs, targets, weights, changes = [], [], [], []
-    for seed in range(first_seed, first_seed + 2 * clips.batch, 2):
+    for seed in range(first_seed, first_seed + SEEDS_PER_VIDEO * clips.batch, SEEDS_PER_VIDEO):
         rng = np.random.default_rng((seed, 1))
-        choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 3))]
+        choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 1 + SEEDS_PER_VIDEO))]
         video = max(choice, key=lambda world: _emerging(world, clips.frames).sum())
         ids = video_ids(tokenizer, video, clips.frames)
         changed = _changed(ids, clips.frames)
@@ -226,111 +199,42 @@ def initialise(model: Llama, generator: torch.Generator) -> None:
             key[rows, 0] = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])
 
 
-def _stage(fraction: float) -> Stage:
-    return next(stage for stage in STAGES if fraction < stage.until or stage is STAGES[-1])
-
-
-def _learning_rate(fraction: float) -> float:
-    return PEAK_LEARNING_RATE * min(1.0, fraction / 0.01) * min(1.0, max(0.02, (1 - fraction) / 0.6))
-
-
-def _save(path: Path, **state: object) -> None:
-    """Write a checkpoint so that a crash never leaves half of one."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def train(out: Path, minutes: float, seed: int) -> None:
-    """Train for ``minutes`` of wall clock and write the model directory ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(out)
-    tokenizer = VideoTokenizer(out)
+def train(run: Run) -> None:
+    """Train, and write the model to ``run.out``."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(run.out)
+    tokenizer = VideoTokenizer(run.out)
     special_ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
     model = Llama(LlamaSize(vocab_size=tokenizer.vocab_size))
-    initialise(model, torch.Generator().manual_seed(seed))
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
-    )
-    elapsed, step, next_seed = 0.0, 0, FIRST_TRAINING_SEED * (1 + seed)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        elapsed, step, next_seed = state["elapsed"], state["step"], state["next_seed"]
+    initialise(model, torch.Generator().manual_seed(run.seed))
 
-    def save() -> None:
-        _save(
-            checkpoint,
-            model=model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            elapsed=elapsed,
-            step=step,
-            next_seed=next_seed,
+    def compute(first_seed: int, clips: Clips, fraction: float) -> str:
+        batch = make_batch(tokenizer, first_seed, clips, corrupt=fraction > STAGES[0].until)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden(batch.inputs)[:, CONDITION_TOKENS - 1 :]
+            logits = model.logits(hidden)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
+        loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
+        loss.backward()
+        right = (logits.argmax(-1) == batch.targets) | (batch.weights == 0)
+        return (
+            f"loss {loss.item():.4f} accuracy {right.float().mean():.4f} "
+            f"changed {right[batch.changed].float().mean():.4f}"
         )
-        save_pretrained(model, out, special_ids)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    last_save = last_print = elapsed
-    with Progress(*columns, refresh_per_second=1) as progress:
-        bar = progress.add_task("starting", total=minutes * 60)
-        while elapsed < minutes * 60:
-            begin = time.monotonic()
-            fraction = elapsed / (minutes * 60)
-            turns = _stage(fraction).turns
-            clips = turns[step % len(turns)]
-            batch = make_batch(tokenizer, next_seed, clips, corrupt=fraction > STAGES[0].until)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = _learning_rate(fraction)
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = model.hidden(batch.inputs)[:, CONDITION_TOKENS - 1 :]
-                logits = model.logits(hidden)
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
-            loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
-            model.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-
-            step += 1
-            next_seed += 2 * clips.batch
-            elapsed += time.monotonic() - begin
-            right = (logits.argmax(-1) == batch.targets) | (batch.weights == 0)
-            progress.update(
-                bar,
-                completed=elapsed,
-                description=f"step {step} frames {clips.frames} loss {loss.item():.4f} "
-                f"accuracy {right.float().mean():.4f} changed {right[batch.changed].float().mean():.4f}",
-            )
-            if elapsed - last_print > 10 and not progress.console.is_terminal:
-                progress.console.print(progress.tasks[0].description)
-                last_print = elapsed
-            if elapsed - last_save > 60:
-                save()
-                last_save = elapsed
-    save()
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train the demo video model on the toy world.")
-    parser.add_argument("--out", type=Path, required=True, help="model directory to write, or to go on with")
-    parser.add_argument("--minutes", type=float, default=40.0, help="length of the whole schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(args.out, args.minutes, args.seed)
+    train_by_the_clock(
+        model,
+        matrices=lambda name: name.endswith("_proj.weight"),
+        stages=STAGES,
+        compute=compute,
+        publish=lambda out: save_pretrained(model, out, special_ids),
+        run=run,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    train(from_command_line("Train the demo video model on the toy world.", minutes=40.0))

@@ -318,6 +318,22 @@ class World:
         """Frame ``k`` as a picture, uint8 [64, 64, 3]."""
         return palette().patches[self.frame_ids(k)].swapaxes(1, 2).reshape(SIZE, SIZE, 3)
 
+    def emerging(self, k: int) -> np.ndarray:
+        """Cells of frame ``k`` that show a part of an object which was behind the pillar one frame before.
+
+        Returns:
+            bool [16, 16].
+        """
+        mask = np.zeros((GRID, GRID), bool)
+        if self.pillar is None:
+            return mask
+        for i in range(len(self.objects)):
+            rows, columns, _ = self.object_cells(i, k).T
+            before = columns - (self.position(i, k)[0] - self.position(i, k - 1)[0])
+            hidden = (self.pillar.left <= before) & (before < self.pillar.left + self.pillar.width)
+            mask[rows[hidden], columns[hidden]] = True
+        return mask
+
     def unseen(self) -> np.ndarray:
         """Cells covered by an object in frame 0, bool [16, 16]: what lies behind them cannot be known."""
         mask = np.zeros((GRID, GRID), bool)

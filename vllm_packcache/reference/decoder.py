@@ -56,6 +56,8 @@ class Decoder:
         halves = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
         self._frequencies = config.rope_theta ** (-halves / config.head_dim)
         self._axis_of = axis_of
+        self.watch: Callable[[Tensor], None] | None = None
+        """Is shown the weights of attention, [H, n, m], of some queries after the others, layer after layer."""
 
     def new_cache(self, length: int) -> Tensor:
         """Un-rotated keys and values, [layers, 2, T, G, D]."""
@@ -131,7 +133,10 @@ class Decoder:
         for some, seen in zip(grouped.split(QUERIES_AT_ONCE), mask.split(QUERIES_AT_ONCE), strict=True):
             scores = torch.einsum("ngrd,mgd->grnm", some, keys) * config.head_dim**-0.5
             scores = scores.masked_fill(~seen, float("-inf"))
-            read.append(torch.einsum("grnm,mgd->ngrd", scores.softmax(-1), values))
+            weights = scores.softmax(-1)
+            if self.watch is not None:
+                self.watch(weights.flatten(0, 1))
+            read.append(torch.einsum("grnm,mgd->ngrd", weights, values))
         return torch.cat(read).flatten(1, 2)
 
     def rotate(self, heads: Tensor, at: Tensor) -> Tensor:

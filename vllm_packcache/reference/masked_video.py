@@ -128,6 +128,11 @@ class MaskedVideo:
             margins.append(done[1:])
         return ids, torch.tensor(margins, dtype=torch.float64)
 
+    def states(self, frame: int, ids: Tensor) -> list[Tensor]:
+        """One pass of a frame [F], which the next writes over: states of all streams [F, hidden], conditional first."""
+        streams = (self._conditional, self._unconditional)
+        return [stream.picture(frame, ids) for stream in streams if stream is not None]
+
     @torch.inference_mode()
     def commit(self, frame: int, ids: Tensor) -> None:
         """Compute a finished frame once more, some of it masked, for later frames to see.
@@ -149,9 +154,7 @@ class MaskedVideo:
     def _guided_logits(self, frame: int, ids: Tensor) -> Tensor:
         """Logits of the visual ids at the visual tokens, [N, V]: ``u + s (c - u)``. Source: arXiv 2207.12598."""
         conditional, *unconditional = (
-            self._model.visual_logits(stream.picture(frame, ids)[self._offsets])
-            for stream in (self._conditional, self._unconditional)
-            if stream is not None
+            self._model.visual_logits(states[self._offsets]) for states in self.states(frame, ids)
         )
         if not unconditional:
             return conditional

@@ -7,22 +7,16 @@ and adds up what every key gets. What is measured is the full cache: nothing is 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from vllm_packcache.bench.calibrate.mass import Mass, Tally, Video
 from vllm_packcache.config import ConfigError
-from vllm_packcache.layout import VideoLayout
-
-Float64 = npt.NDArray[np.float64]
 
 NAME = "packcache_calibrate"
 """Under which transformers knows the attention function."""
@@ -30,106 +24,11 @@ NAME = "packcache_calibrate"
 MOST_SCORES = 2**23
 """Scores that are held at once, of all heads: 32 MiB. Weights and temporaries are as many again."""
 
-SEGMENTS = ("text", "conditioning image", "own frame", "older frames")
-"""What the first columns of a measurement stand for; behind them come the frames at distance 1, 2, ... D."""
-
-TEXT, IMAGE, OWN, OLDER, NEAREST = range(len(SEGMENTS) + 1)
-"""Columns of a measurement."""
-
 _HARMLESS = {"dropout", "is_causal", "output_attentions", "position_embeddings", "position_ids", "use_cache"}
 """Arguments of an attention function that do not change what a query of a whole sequence attends to."""
 
 
-@dataclass(frozen=True)
-class Video:
-    """A video as a model sees it.
-
-    Args:
-        token_ids: condition and whole frames.
-        layout: which of them is what.
-    """
-
-    token_ids: list[int]
-    layout: VideoLayout
-
-
-class Mass(NamedTuple):
-    """Attention mass of one video: shares of a query's attention, averaged over queries.
-
-    Only queries of frames with D frames before them count, so that every distance has the same queries.
-
-    Args:
-        by_segment: [layers, heads, 4 + D], see `SEGMENTS`; over the last axis they sum to 1.
-        by_block: [frames - D, layers, blocks], averaged over heads; row i is of the queries of frame D + i.
-    """
-
-    by_segment: Float64
-    by_block: Float64
-
-
-@dataclass
-class _Tally:
-    """What is known so far of one video.
-
-    Args:
-        layout: of the video.
-        distances: D.
-        block_size: tokens of a block.
-    """
-
-    layout: VideoLayout
-    distances: int
-    block_size: int
-    by_segment: dict[int, list[Tensor]] = field(default_factory=dict)
-    by_block: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def begin(self, layer: int) -> None:
-        """A layer attends.
-
-        Raises:
-            ConfigError: it has done so before.
-        """
-        if layer in self.by_segment:
-            raise ConfigError(f"MODEL: layer {layer} attends twice: attention of such a model cannot be measured")
-        self.by_segment[layer] = []
-        self.by_block[layer] = []
-
-    def add(self, layer: int, frame: int, mass: Tensor) -> None:
-        """Count the queries of ``frame``: what every token got of them on average, [heads, tokens] in float64."""
-        if frame < self.distances:
-            return
-        condition = self.layout.condition_tokens
-        first = frame - self.distances
-        starts = torch.tensor([self.layout.frame_start(k) for k in range(first, frame + 2)])
-        before = F.pad(mass.cumsum(-1), (1, 0))
-        of_frames = before[:, starts].diff()
-        condition_edges = [0, condition - self.layout.condition_image_tokens, condition, int(starts[0])]
-        text, image, older = before[:, condition_edges].diff().unbind(-1)
-        of_condition = torch.stack([text, image, of_frames[:, -1], older], -1)
-        # The nearest frame is the last one before the query's own.
-        self.by_segment[layer].append(torch.cat([of_condition, of_frames[:, :-1].flip(-1)], -1))
-        blocks = -(-self.layout.frame_start(frame + 1) // self.block_size)
-        padded = F.pad(mass.mean(0), (0, blocks * self.block_size - mass.shape[1]))
-        self.by_block[layer].append(padded.view(blocks, self.block_size).sum(-1))
-
-    def mass(self, layers: int) -> Mass:
-        """The measurement of a model of so many layers.
-
-        Raises:
-            ConfigError: not all of them, or others, have attended.
-        """
-        if sorted(self.by_segment) != list(range(layers)):
-            raise ConfigError(
-                f"MODEL: {len(self.by_segment)} of {layers} layers attend by way of transformers' AttentionInterface: "
-                "only models all of whose layers do can be measured"
-            )
-        by_segment = [torch.stack(self.by_segment[layer]).mean(0) for layer in range(layers)]
-        # Later frames see more blocks: rows are as long as the last.
-        by_block = [nn.utils.rnn.pad_sequence(self.by_block[layer], batch_first=True) for layer in range(layers)]
-        return Mass(torch.stack(by_segment).numpy(), torch.stack(by_block, 1).numpy())
-
-
-_tally: ContextVar[_Tally] = ContextVar("tally")
+_tally: ContextVar[Tally] = ContextVar("tally")
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -181,7 +80,7 @@ def measure(model: PreTrainedModel, video: Video, distances: int, block_size: in
         )
     if not 0 <= min(video.token_ids) <= max(video.token_ids) < text.vocab_size:
         raise ConfigError(f"--sequences: token_ids must lie between 0 and {text.vocab_size - 1}, the model's last one")
-    tally = _Tally(video.layout, distances, block_size)
+    tally = Tally(video.layout, distances, block_size)
     token = _tally.set(tally)
     try:
         with torch.inference_mode():
@@ -189,7 +88,13 @@ def measure(model: PreTrainedModel, video: Video, distances: int, block_size: in
             model.base_model(input_ids=torch.tensor([video.token_ids]), use_cache=False)
     finally:
         _tally.reset(token)
-    return tally.mass(text.num_hidden_layers)
+    layers = text.num_hidden_layers
+    if sorted(tally.by_segment) != list(range(layers)):
+        raise ConfigError(
+            f"MODEL: {len(tally.by_segment)} of {layers} layers attend by way of transformers' AttentionInterface: "
+            "only models all of whose layers do can be measured"
+        )
+    return tally.mass()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -226,7 +131,8 @@ def _attention(
     """What transformers calls: query [1, heads, T, D], key and value [1, KV heads, T, ...]; to [1, T, heads, E]."""
     _check_plain(module, attention_mask, options)
     tally, layer = _tally.get(), _layer(module)
-    tally.begin(layer)
+    if layer in tally.by_segment:
+        raise ConfigError(f"MODEL: layer {layer} attends twice: attention of such a model cannot be measured")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     heads, tokens = query.shape[1:3]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,9 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
+from vllm_packcache import masked
 from vllm_packcache.bench import files
-from vllm_packcache.bench.calibrate import report
-from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER, SEGMENTS, Float64, Mass, Video, load, measure
+from vllm_packcache.bench.calibrate import attention, report
+from vllm_packcache.bench.calibrate import masked as masked_attention
 from vllm_packcache.bench.calibrate.decay import (
     BOOTSTRAP_SEED,
     PAPER_DECAY,
@@ -32,10 +35,14 @@ from vllm_packcache.bench.calibrate.decay import (
     scale_at,
     suggest,
 )
+from vllm_packcache.bench.calibrate.mass import NEAREST, OLDER, SEGMENTS, Float64, Mass, Video
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.progress import counting
 from vllm_packcache.config import REQUEST_PREFIX, ConfigError, ServerConfig
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED
+from vllm_packcache.demo.masked import bundle
+from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
+from vllm_packcache.demo.masked import train as masked_train
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.train import TRAINED_FRAMES, video_ids
 from vllm_packcache.demo.world import make_world
@@ -43,10 +50,16 @@ from vllm_packcache.figures import check_format
 from vllm_packcache.layout import FrameLayout
 from vllm_packcache.policies.packcache import MAX_WINDOW, PackCache
 
-DEMO = "demo"
-"""Names the bundled model, and the preset of its layout."""
+DEMO, MASKED_DEMO = "demo", bundle.PRESET
+"""Name the bundled models, and the presets of their layouts."""
 
 DEMO_VIDEOS = 20
+
+TRAINED = {DEMO: TRAINED_FRAMES, MASKED_DEMO: masked_train.TRAINED_FRAMES}
+"""Frames of the longest videos that a bundled model was trained on."""
+
+ALL_QUERIES = "all queries"
+"""The one view of a causal model's attention: every token is computed once."""
 
 LEAST_FRAMES = 6
 """Of a video: a line through fewer than three distances says nothing."""
@@ -78,12 +91,12 @@ def run(
     """Measure, print tables and write the suggested configuration.
 
     Args:
-        model: `DEMO`, or the folder of a causal LM.
-        config: whose layout the videos have; None with the bundled model only.
-        sequences: JSON lines with the videos; None with the bundled model only.
+        model: `DEMO`, `MASKED_DEMO`, or the folder of a causal LM or of a Lumos-1.
+        config: whose layout the videos have; None with a bundled model only.
+        sequences: JSON lines with the videos; None with a bundled model only.
         out: YAML file for the configuration.
         videos: how many; None: all of ``sequences``, or `DEMO_VIDEOS`.
-        frames: T, of each; None: as many as the shortest of ``sequences`` has, or `TRAINED_FRAMES`.
+        frames: T, of each; None: as many as the shortest of ``sequences`` has, or as the bundled model was trained on.
         target: share of all attention mass that is to be kept.
         block_size: tokens of a KV-cache block, for the mass on what is really kept.
         plot_path: PNG or SVG file; None: none.
@@ -102,26 +115,28 @@ def run(
     if not 0 < target < 1:
         raise ConfigError(f"--target must lie between 0 and 1, not {target:g}: it is a share of all attention mass")
     check_format("--plot", plot_path)
-    server = _server(model, config, sequences)
-    chosen = _demo_videos(videos, frames) if sequences is None else _read(sequences, server, videos, frames)
+    makes_masked = model == MASKED_DEMO or masked_attention.recognises(Path(model))
+    server = _server(model, config, sequences, makes_masked)
+    chosen = _demo_videos(model, videos, frames) if sequences is None else _read(sequences, server, videos, frames)
     files.claim(plot_path, json_path, out)
     if out.stat().st_size == 0:
         # Should this be interrupted, nobody is to start a server with an empty configuration.
         out.unlink()
     assert server.layout is not None
-    result: dict[str, Any] = about("calibrate", threads=torch.get_num_threads())
+    benchmark = "calibrate-masked" if makes_masked else "calibrate"
+    result: dict[str, Any] = about(benchmark, threads=torch.get_num_threads())
     result["versions"]["transformers"] = version("transformers")
-    length = _frames(chosen[0])
+    length = chosen[0].frames
     distances = length // 2
     seeds = _held_out(len(chosen))
     start = time.monotonic()
-    masses = _measure(MODEL_DIR if model == DEMO else Path(model), chosen, distances, block_size, console)
+    masses = _measure(model, makes_masked, chosen, distances, block_size, console)
     result |= {
         "seconds": round(time.monotonic() - start),
         "model": model,
         "videos": len(chosen),
         "frames": length,
-        "trained_frames": TRAINED_FRAMES if model == DEMO else None,
+        "trained_frames": TRAINED.get(model),
         "seeds": {"videos": None if sequences is not None else [seeds[0], seeds[-1]], "bootstrap": BOOTSTRAP_SEED},
         "sequences": None if sequences is None else str(sequences),
         "layout": server.layout.model_dump(mode="json", exclude_none=True),
@@ -133,13 +148,14 @@ def run(
         "target": target,
         "notes": [
             "shares of a query's attention with the full cache, averaged over queries, heads, layers and videos",
+            *(masked_attention.NOTES if makes_masked else ()),
             "every distance is averaged over the same queries: of the frames query_frames (counted from 1), which have "
             "at least largest_distance frames before them",
             f"ci95 are percentiles of {RESAMPLES} bootstrap samples over videos",
             "the fit is least squares on the logarithm of the mean mass",
             "kept: a frame's mass taken as even over its tokens; kept_measured: mass on the blocks that live",
         ],
-        **analyse(masses, chosen, server.layout.frame_layout(), target, block_size),
+        **analyse(masses, server.layout.frame_layout(), target, block_size),
     }
     suggestion = result["suggestion"]
     if suggestion is not None:
@@ -164,29 +180,27 @@ def run(
     return result
 
 
-def analyse(
-    masses: Sequence[Mass], videos: Sequence[Video], frame: FrameLayout, target: float, block_size: int
-) -> dict[str, Any]:
+def analyse(masses: Mapping[str, Sequence[Mass]], frame: FrameLayout, target: float, block_size: int) -> dict[str, Any]:
     """Means, fit and suggestion of measured videos, as plain data.
 
     Args:
-        masses: of V videos.
-        videos: the same.
+        masses: of V videos, as often as each was looked at, by the name of the view; all views count alike.
         frame: the shape of a frame.
         target: share to be kept.
         block_size: tokens of a block, as measured with.
     """
-    by_head = np.stack([mass.by_segment for mass in masses])
+    of_views = np.stack([[mass.by_segment for mass in own] for own in masses.values()])
+    by_head = of_views.mean(0)
     by_video = by_head.mean((1, 2))
     mean = by_video.mean(0)
     by_layer = by_head.mean((0, 2))
     distances = len(mean) - NEAREST
-    intervals = [list(percentiles(column)) for column in resampled_means(by_video).T] if len(masses) > 1 else None
+    intervals = [list(percentiles(column)) for column in resampled_means(by_video).T] if len(by_video) > 1 else None
     fitted = fit(by_video[:, NEAREST:])
     best = suggest(mean, fitted.decay, frame, target)
 
     def described(policy: PackCache) -> dict[str, Any]:
-        layers = measured(policy, [video.layout for video in videos], masses, block_size)
+        layers = measured(policy, [mass for own in masses.values() for mass in own], block_size)
         return {
             "history_frames": policy.history_frames,
             "window": policy.window,
@@ -197,6 +211,14 @@ def analyse(
             "kept_measured_by_layer": layers.tolist(),
         }
 
+    views = {}
+    if len(masses) > 1:
+        by_view = of_views.mean((1, 2, 3))
+        rhos = np.exp(lines(by_view[:, NEAREST:].T)[0])
+        views = {
+            name: {"mass": own.tolist(), "rho": float(rho)}
+            for name, own, rho in zip(masses, by_view, rhos, strict=True)
+        }
     # The paper's rho at the same budget and window; where nothing is suggested, both at the defaults.
     usual = PackCache(window=min(PackCache.window, distances))
     base = best or replace(usual, decay=fitted.decay)
@@ -209,6 +231,7 @@ def analyse(
         "mass_by_video": by_video.tolist(),
         "mass_by_layer": by_layer.tolist(),
         "mass_by_head": by_head.mean(0).tolist(),
+        **({"views": views} if views else {}),
         "fit": {
             **asdict(fitted),
             "decay": fitted.decay,
@@ -233,35 +256,58 @@ def _curve(window: int, decay: float, mean: Float64, frame: FrameLayout) -> list
     return [[policy.history_frames, kept(policy, mean, frame)] for policy in policies if allowed(policy, frame)]
 
 
-def _measure(folder: Path, videos: Sequence[Video], distances: int, block_size: int, console: Console) -> list[Mass]:
-    with counting(console, "videos") as progress:
-        model = load(folder)
-        return [
-            measure(model, video, distances, block_size) for video in progress.track(videos, description="attention")
-        ]
+def _measure(
+    model: str, makes_masked: bool, videos: Sequence[Video], distances: int, block_size: int, console: Console
+) -> dict[str, list[Mass]]:
+    """What every view of the model's attention gives of the videos."""
+    masses: dict[str, list[Mass]] = {}
+    with counting(console, "videos") as progress, TemporaryDirectory() as written:
+        if model == MASKED_DEMO:
+            folder = bundle.write_checkpoint(written)
+        else:
+            folder = MODEL_DIR if model == DEMO else Path(model)
+        of_video = _opened(folder, makes_masked)
+        for video in progress.track(videos, description="attention"):
+            for view, mass in of_video(video, distances, block_size).items():
+                masses.setdefault(view, []).append(mass)
+    return masses
+
+
+def _opened(folder: Path, makes_masked: bool) -> Callable[[Video, int, int], dict[str, Mass]]:
+    """What measures the videos of a checkpoint: from video, distances and block size to mass by view."""
+    if makes_masked:
+        return partial(masked_attention.measure, masked_attention.load(folder))
+    model = attention.load(folder)
+    return lambda *asked: {ALL_QUERIES: attention.measure(model, *asked)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos
 
 
-def _server(model: str, config: str | None, sequences: Path | None) -> ServerConfig:
+def _server(model: str, config: str | None, sequences: Path | None, makes_masked: bool) -> ServerConfig:
     """The configuration whose layout the videos have."""
-    if model == DEMO:
+    if model in TRAINED:
         for option, given in (("--config", config), ("--sequences", sequences)):
             if given is not None:
-                raise ConfigError(f"{option}: the bundled model has its own: leave it out, or give another MODEL")
-    elif config is None:
+                raise ConfigError(f"{option}: a bundled model has its own: leave it out, or give another MODEL")
+        return ServerConfig.parse(PackCache.name, model)
+    if config is None:
         raise ConfigError("--config is needed: the layout of the videos of this MODEL, as a preset, a file or JSON")
-    elif sequences is None:
+    if sequences is None:
         raise ConfigError("--sequences is needed: a file of videos of this MODEL, one JSON object a line")
-    server = ServerConfig.parse(PackCache.name, DEMO if config is None else config)
+    server = ServerConfig.parse(PackCache.name, config)
     if server.layout is None:
         raise ConfigError(f"--config: {config!r} has no layout: without it nobody can tell frames apart")
-    if server.layout.axis_scale is not None:
+    if makes_masked and not masked.describes(server.layout.frame_layout(), server.layout.axis_scale):
         raise ConfigError(
-            "--config: models whose positions have three axes (axis_scale) cannot be measured: they would be given the "
-            "index of a token on every axis"
+            f"--config: {config!r} has not the layout of this MODEL, a Lumos-1: take that of the preset lumos1_384p "
+            "and give it your grid"
+        )
+    if not makes_masked and server.layout.axis_scale is not None:
+        raise ConfigError(
+            "--config: causal LMs whose positions have three axes (axis_scale) cannot be measured: they would be given "
+            "the index of a token on every axis"
         )
     return server
 
@@ -270,15 +316,22 @@ def _held_out(videos: int) -> range:
     return range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + videos)
 
 
-def _demo_videos(videos: int | None, frames: int | None) -> list[Video]:
-    """True videos of held-out worlds."""
-    server = ServerConfig.parse(PackCache.name, DEMO)
-    tokenizer = VideoTokenizer()
-    length = TRAINED_FRAMES if frames is None else frames
-    return [
-        _video(video_ids(tokenizer, make_world(seed), length).tolist(), CONDITION_TOKENS, server)
-        for seed in _held_out(DEMO_VIDEOS if videos is None else videos)
-    ]
+def _demo_videos(model: str, videos: int | None, frames: int | None) -> list[Video]:
+    """True videos of held-out worlds for a bundled model."""
+    server = ServerConfig.parse(PackCache.name, model)
+    length = TRAINED[model] if frames is None else frames
+    worlds = [make_world(seed) for seed in _held_out(DEMO_VIDEOS if videos is None else videos)]
+    if model == DEMO:
+        tokenizer = VideoTokenizer()
+        return [_video(video_ids(tokenizer, world, length).tolist(), CONDITION_TOKENS, server) for world in worlds]
+    text = masked_tokenizer.build_text_tokenizer()
+    chosen = []
+    for world in worlds:
+        ids = masked_tokenizer.prompt(world.prompt, length, text)
+        pictures = np.concatenate([masked_tokenizer.world_frame(world, k) for k in range(length + 1)]).tolist()
+        image = len(pictures) // (length + 1)
+        chosen.append(_video(ids + pictures, len(ids) + image, server))
+    return chosen
 
 
 def _read(path: Path, server: ServerConfig, videos: int | None, frames: int | None) -> list[Video]:
@@ -302,7 +355,7 @@ def _read(path: Path, server: ServerConfig, videos: int | None, frames: int | No
             raise ConfigError(f"--sequences: line {number} of {path}: {error}") from None
     if not read or (videos is not None and len(read) < videos):
         raise ConfigError(f"--sequences: {path} has {len(read)} videos, not {videos or 'any'}")
-    shortest = min(map(_frames, read))
+    shortest = min(video.frames for video in read)
     length = shortest if frames is None else frames
     if shortest < length:
         raise ConfigError(f"--frames {length}: the shortest video of --sequences has {shortest} frames: ask for fewer")
@@ -317,8 +370,3 @@ def _video(token_ids: list[int], condition_tokens: int, server: ServerConfig) ->
     plan = server.plan({f"{REQUEST_PREFIX}condition_tokens": condition_tokens}, len(token_ids))
     assert plan is not None
     return Video(token_ids, plan.layout)
-
-
-def _frames(video: Video) -> int:
-    """Whole frames of a video."""
-    return (len(video.token_ids) - video.layout.condition_tokens) // video.layout.tokens_per_frame

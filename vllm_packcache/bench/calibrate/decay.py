@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER, Float64, Mass
-from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.bench.calibrate.mass import NEAREST, OLDER, Float64, Mass
+from vllm_packcache.layout import FrameLayout
 from vllm_packcache.policies.packcache import MAX_WINDOW, PackCache
 from vllm_packcache.retention import Retention
 
@@ -167,18 +167,17 @@ def suggest(mean: Float64, decay: float, frame: FrameLayout, target: float) -> P
     return None
 
 
-def measured(policy: PackCache, layouts: Sequence[VideoLayout], masses: Sequence[Mass], block_size: int) -> Float64:
+def measured(policy: PackCache, masses: Sequence[Mass], block_size: int) -> Float64:
     """Share of all attention mass that falls on blocks that live under a policy, by layer, [layers].
 
     Args:
         policy: what is kept.
-        layouts: of the videos.
         masses: of the videos, with the full cache.
-        block_size: tokens of a block, as in `attention.measure`.
+        block_size: tokens of a block, as measured with.
     """
     by_video = []
-    for layout, mass in zip(layouts, masses, strict=True):
-        retention = Retention(layout, policy, block_size)
+    for mass in masses:
+        retention = Retention(mass.layout, policy, block_size)
         frames = len(mass.by_block)
         distances = mass.by_segment.shape[-1] - NEAREST
         shares = [

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_packcache.bench.calibrate.attention import IMAGE, NEAREST, OLDER, OWN, TEXT
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
+from vllm_packcache.bench.calibrate.mass import IMAGE, NEAREST, OLDER, OWN, TEXT
 from vllm_packcache.figures import new_figure, save
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ FAR_OFF = 1.25
 def print_tables(result: Mapping[str, Any], console: Console) -> None:
     """Print the masses, the fit, and what configurations keep."""
     console.print(_mass_table(result))
+    if "views" in result:
+        console.print(_view_table(result))
     for sentence in sentences(result):
         console.print(sentence)
     console.print(_kept_table(result))
@@ -130,8 +132,7 @@ def _mass_table(result: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     intervals = result["mass_ci95"] or [None] * len(result["mass"])
     rows = list(zip(result["segments"], result["mass"], intervals, strict=True))
-    # Older frames come after those that are told apart.
-    for name, mass, interval in [*rows[:OLDER], *rows[NEAREST:], rows[OLDER]]:
+    for name, mass, interval in _told_apart_first(rows):
         cells = [f"{100 * mass:.2f}", "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"]
         if name.startswith("distance"):
             distance = result["segments"].index(name) - NEAREST + 1
@@ -142,6 +143,24 @@ def _mass_table(result: Mapping[str, Any]) -> Table:
             cells += [f"{100 * model:.2f}", f"{100 * half:.2f}", f"{ratio:.2f}{' !' if off else ''}"]
         table.add_row(name, *cells)
     table.caption = f"older: at a distance above {distances};  !: off the fit by more than a factor of {FAR_OFF:g}"
+    return table
+
+
+def _told_apart_first(rows: list[Any]) -> list[Any]:
+    """Rows of all segments in another order: older frames come after those that are told apart."""
+    return [*rows[:OLDER], *rows[NEAREST:], rows[OLDER]]
+
+
+def _view_table(result: Mapping[str, Any]) -> Table:
+    table = Table(title="Attention by pass, %", box=SIMPLE_HEAD)
+    table.add_column("on", no_wrap=True)
+    views = result["views"]
+    for name in views:
+        table.add_column(name, justify="right")
+    rows = list(zip(result["segments"], *(own["mass"] for own in views.values()), strict=True))
+    for segment, *shares in _told_apart_first(rows):
+        table.add_row(segment, *(f"{100 * share:.2f}" for share in shares))
+    table.add_row("rho", *(f"{own['rho']:.3f}" for own in views.values()))
     return table
 
 

@@ -56,19 +56,18 @@ right objects: of those that can be seen in the true frame, how many show up who
 colour and shape that the prompt gave them; after occlusion: the same, once the object has been hidden."""
 
 
-def measure(video: World, ids: Int64, truth: Int64, tokenizer: VideoTokenizer) -> dict[str, Count]:
+def measure(video: World, shown: Int64, truth: Int64, tokenizer: VideoTokenizer) -> dict[str, Count]:
     """Every one of `MEASURES` for one video.
 
     Args:
         video: the world.
-        ids: generated token ids, [T, 257].
-        truth: true token ids, with the condition's picture, [T + 1, 16, 16].
+        shown: generated frames, token ids [T, 16, 16].
+        truth: true frames, with the condition's picture, [T + 1, 16, 16].
         tokenizer: the demo's.
 
     Returns:
         Counts of shape [1, T].
     """
-    shown = tokenizer.frames_from_ids(ids.reshape(-1).tolist())
     pictures = tokenizer.decode_frames(np.concatenate([truth[:1], shown]))
     true_pictures = tokenizer.decode_frames(truth)
     right = (shown == truth[1:]).sum((1, 2))

@@ -1,8 +1,8 @@
 """Generate held-out videos under every variant, measure them, and write what came out.
 
-Every variant gets the same worlds and makes their videos from the condition alone, greedily, in float32. A part of the
-work is a few videos of one variant. Each is written to the folder as it is done, and one that is there is not done
-again: an interrupted run goes on where it was.
+Every variant gets the same worlds and makes their videos from the condition alone; how, is the generator's business. A
+part of the work is a few videos of one variant. Each is written to the folder as it is done, and one that is there is
+not done again: an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,23 +29,19 @@ from vllm_packcache.bench.engine_process import child_environment
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.progress import counting
 from vllm_packcache.bench.quality import show
+from vllm_packcache.bench.quality.generators import Causal, Generator
 from vllm_packcache.bench.quality.measures import MEASURES, measure
 from vllm_packcache.bench.quality.variants import (
     BLOCK_SIZE,
-    COMPARED,
-    FRONTIER,
-    FULL,
     FULL_CACHE,
     LAST_FRAME,
     LAST_FRAME_ABSOLUTE,
     PACKCACHE,
-    SELECTIONS,
     Variant,
 )
 from vllm_packcache.bench.statistics import Count, mean_of_videos
-from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, sequence, true_frames
-from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
-from vllm_packcache.demo.train import TRAINED_FRAMES
+from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED, true_frames
+from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
 
 Int64 = npt.NDArray[np.int64]
@@ -64,16 +60,18 @@ class Plan:
     """Sizes of everything that is run.
 
     Args:
-        videos: V, worlds that every variant gets.
+        generator: what makes the videos.
+        videos: V, worlds that every variant gets; 0: as many as is usual.
         frontier_videos: of the points of the frontier, which have ``trained_frames``; no more than ``videos``.
-        trained_frames: of the longest videos that the model was trained on.
-        lengths: as many of those the longest videos have at most; see `Variant.lengths`.
+        trained_frames: of the longest videos that the model was trained on; 0: the generator's.
+        lengths: as many of those the longest videos have at most; see `Variant.lengths`. 0: as many as is usual.
     """
 
-    videos: int = 200
+    generator: Generator = field(default_factory=Causal)
+    videos: int = 0
     frontier_videos: int = 50
-    trained_frames: int = TRAINED_FRAMES
-    lengths: int = 4
+    trained_frames: int = 0
+    lengths: int = 0
 
     @property
     def frames(self) -> int:
@@ -81,6 +79,8 @@ class Plan:
         return self.lengths * self.trained_frames
 
     def __post_init__(self) -> None:
+        for name in ("videos", "trained_frames", "lengths"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(self.generator, name))
         object.__setattr__(self, "frontier_videos", min(self.videos, self.frontier_videos))
 
     @property
@@ -95,10 +95,10 @@ class Plan:
     def works(self) -> dict[str, _Work]:
         """What is generated, by variant's key: the frontier shares what is compared."""
         works: dict[str, _Work] = {}
-        for variant in (FULL, *COMPARED, *SELECTIONS):
+        for variant in self.generator.variants.named:
             frames = min(variant.lengths, self.lengths) * self.trained_frames
             works[_key(variant)] = _Work(variant, frames, self.videos)
-        for variant in FRONTIER:
+        for variant in self.generator.variants.frontier:
             works.setdefault(_key(variant), _Work(variant, self.trained_frames, self.frontier_videos))
         return works
 
@@ -117,6 +117,7 @@ class _Work(NamedTuple):
 
 
 class _Part(NamedTuple):
+    generator: Generator
     variant: Variant
     frames: int
     seeds: range
@@ -127,11 +128,11 @@ class Videos(NamedTuple):
     """What came of a variant.
 
     Args:
-        ids: generated token ids, [V, T, 257].
+        frames: what was generated, token ids of the demo's tokenizer, [V, T, 16, 16].
         scores: by measure, each [V, T].
     """
 
-    ids: Int64
+    frames: Int64
     scores: dict[str, Count]
 
 
@@ -139,12 +140,13 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
     """Measure, print tables and write everything into a folder.
 
     Args:
-        folder: gets ``quality.json``, ``quality.csv``, pictures as PNG and SVG, and ``parts/`` with what is done.
+        folder: gets a JSON and a CSV named like the benchmark, pictures as PNG and SVG, and ``parts/`` with what is
+            done.
         plan: what is run; None: all of it.
         console: where progress and tables go.
 
     Returns:
-        What is written to ``quality.json``.
+        What is written to the JSON.
 
     Raises:
         OSError: a file cannot be written.
@@ -155,12 +157,13 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     processes = os.cpu_count() or 1
-    result: dict[str, Any] = about("quality", processes=processes, threads_per_process=1)
+    generator = plan.generator
+    result: dict[str, Any] = about(generator.benchmark, processes=processes, threads_per_process=1)
     start = time.monotonic()
     videos = _generate_all(plan, parts, processes, console)
     result |= {
         "seconds_of_this_run": round(time.monotonic() - start),
-        "model": {"name": "the bundled one", "sha256": _model_hash()},
+        "model": generator.described,
         "seeds": [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.videos - 1],
         "videos": plan.videos,
         "trained_frames": plan.trained_frames,
@@ -168,14 +171,15 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
         "notes": [
             "ci95 is the half-width of the 95 % confidence interval of a mean over videos (normal approximation)",
             "differences are of the same worlds: the interval is that of the mean of the differences",
-            "greedy, float32, generated from the condition alone",
+            generator.how,
         ],
         **summary(plan, videos),
     }
-    files.write(folder / "quality.json", result)
-    show.write_csv(result, folder / "quality.csv")
+    stem = files.stem(generator.benchmark)
+    files.write(folder / f"{stem}.json", result)
+    show.write_csv(result, folder / f"{stem}.csv")
     show.draw(result, folder)
-    show.draw_videos(_strips(plan, videos), folder)
+    show.draw_videos(_strips(plan, videos), folder / show.PICTURES[generator.benchmark].videos)
     show.print_tables(result, console)
     return result
 
@@ -183,10 +187,10 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
 def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
     """The videos of every variant by key, as far as they are not in ``folder`` already from new processes."""
     missing = [
-        _Part(work.variant, work.frames, seeds, path)
+        _Part(plan.generator, work.variant, work.frames, seeds, path)
         for work in plan.works.values()
         for seeds in work.parts
-        if not (path := _path(folder, work, seeds)).is_file()
+        if not (path := _path(folder, plan.generator, work, seeds)).is_file()
     ]
     total = sum(work.frames * work.videos for work in plan.works.values())
     done = total - sum(part.frames * len(part.seeds) for part in missing)
@@ -211,7 +215,8 @@ def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) ->
             pool.shutdown(cancel_futures=True)
             raise
     return {
-        key: _joined([_load(_path(folder, work, seeds)) for seeds in work.parts]) for key, work in plan.works.items()
+        key: _joined([_load(_path(folder, plan.generator, work, seeds)) for seeds in work.parts])
+        for key, work in plan.works.items()
     }
 
 
@@ -220,40 +225,23 @@ def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _make_part(variant: Variant, frames: int, seeds: range, path: Path) -> None:
+def _make_part(generator: Generator, variant: Variant, frames: int, seeds: range, path: Path) -> None:
     """Body of a process: generate and measure the videos of some worlds."""
-    from vllm_packcache.bench.quality.decoder import VideoCache, generate
-    from vllm_packcache.demo.llama import load_pretrained
-
-    model, tokenizer, plan = load_pretrained(MODEL_DIR), VideoTokenizer(), variant.plan
+    tokenizer, make = VideoTokenizer(), generator.maker(variant, frames)
     made = []
     for seed in seeds:
         world = make_world(seed)
         truth = true_frames(tokenizer, world, frames)
-        cache = VideoCache(model.size, plan, BLOCK_SIZE, frames)
-        draft = _draft(sequence(tokenizer, truth[1:]).reshape(frames, FRAME_TOKENS))
-        ids = generate(model, cache, world_prompt(tokenizer, world), frames, draft)
-        made.append(Videos(ids[None], measure(world, ids, truth, tokenizer)))
+        shown = make(seed, world, truth)
+        made.append(Videos(shown[None], measure(world, shown, truth, tokenizer)))
     videos = _joined(made)
     arrays = {
         f"{name}_{field}": array for name, count in videos.scores.items() for field, array in count._asdict().items()
     }
     # A file with this name is a finished part.
     unfinished = path.with_suffix(".unfinished.npz")
-    np.savez_compressed(unfinished, ids=videos.ids.astype(np.uint16), **arrays)
+    np.savez_compressed(unfinished, frames=videos.frames.astype(np.uint16), **arrays)
     unfinished.rename(path)
-
-
-def _draft(truth: Int64) -> Callable[[Int64], Int64]:
-    """A guess of the next frame, [257]: the true one, or the last one once the video has gone its own way."""
-
-    def guess(made: Int64) -> Int64:
-        number = len(made)
-        if number >= 2 and (made[-1] != truth[number - 1]).sum() > (made[-1] != made[-2]).sum():
-            return made[-1]
-        return truth[number]
-
-    return guess
 
 
 def _joined(videos: Sequence[Videos]) -> Videos:
@@ -261,13 +249,13 @@ def _joined(videos: Sequence[Videos]) -> Videos:
         name: Count(*(np.concatenate(arrays) for arrays in zip(*(own.scores[name] for own in videos), strict=True)))
         for name in MEASURES
     }
-    return Videos(np.concatenate([own.ids for own in videos]), scores)
+    return Videos(np.concatenate([own.frames for own in videos]), scores)
 
 
 def _load(path: Path) -> Videos:
     with np.load(path) as part:
         scores = {name: Count(part[f"{name}_total"], part[f"{name}_of"]) for name in MEASURES}
-        return Videos(part["ids"].astype(np.int64), scores)
+        return Videos(part["frames"].astype(np.int64), scores)
 
 
 def _key(variant: Variant) -> str:
@@ -275,16 +263,13 @@ def _key(variant: Variant) -> str:
     return json.dumps([variant.policy, variant.server.as_mapping()], sort_keys=True)
 
 
-def _path(folder: Path, work: _Work, seeds: range) -> Path:
+def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
     """Where a part is kept. Another model, configuration or length has another name."""
-    decides = json.dumps([_key(work.variant), _model_hash(), BLOCK_SIZE, work.frames, seeds.start, seeds.stop])
+    decides = json.dumps(
+        [_key(work.variant), generator.described, BLOCK_SIZE, work.frames, seeds.start, seeds.stop], sort_keys=True
+    )
     name = work.variant.name.replace(" ", "-").replace(",", "")
     return folder / f"{name}-{seeds.start}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npz"
-
-
-@cache
-def _model_hash() -> str:
-    return hashlib.sha256((MODEL_DIR / "model.safetensors").read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +279,9 @@ def _model_hash() -> str:
 def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     """Scores of every variant, paired differences, the frontier, and whether the goals are met."""
     spans = plan.spans
-    own = {variant.name: videos[_key(variant)].scores for variant in (FULL, *COMPARED, *SELECTIONS)}
+    variants = plan.generator.variants
+    points = (variants.full, *variants.frontier) if variants.frontier else ()
+    own = {variant.name: videos[_key(variant)].scores for variant in variants.named}
     scores = own | _references(plan)
     differences = {
         f"{PACKCACHE} - {name}": _differences(own[PACKCACHE], counts, spans)
@@ -306,7 +293,7 @@ def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
         "variants": described(plan),
         "scores": {name: _summaries(counts, spans) for name, counts in scores.items()},
         "differences": differences,
-        "frontier": [_point(variant, plan, videos[_key(variant)].scores) for variant in (FULL, *FRONTIER)],
+        "frontier": [_point(variant, plan, videos[_key(variant)].scores) for variant in points],
         "targets": _targets(differences, list(spans)),
     }
 
@@ -319,7 +306,7 @@ def described(plan: Plan) -> dict[str, Any]:
             "config": variant.server.as_mapping(),
             "live_tokens": variant.live_tokens(plan.trained_frames - 1),
         }
-        for variant in (FULL, *COMPARED, *SELECTIONS)
+        for variant in plan.generator.variants.named
     }
 
 
@@ -350,8 +337,7 @@ def _references(plan: Plan) -> dict[str, dict[str, Count]]:
         world = make_world(seed)
         truth = true_frames(tokenizer, world, plan.frames)
         for name, frames in ((TRUTH, truth[1:]), (COPY, np.broadcast_to(truth[:1], truth[1:].shape))):
-            ids = sequence(tokenizer, frames).reshape(plan.frames, FRAME_TOKENS)
-            made[name].append(Videos(ids[None], measure(world, ids, truth, tokenizer)))
+            made[name].append(Videos(frames[None], measure(world, frames, truth, tokenizer)))
     return {name: _joined(videos).scores for name, videos in made.items()}
 
 
@@ -399,8 +385,8 @@ def _strips(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     # Most is told early on.
     shown = np.unique(np.geomspace(1, plan.frames, STRIP_FRAMES).round().astype(int)).tolist()
     rows = {TRUTH: np.stack([world.frame(k) for k in shown])}
-    for variant in (FULL, *COMPARED):
-        made = tokenizer.frames_from_ids(videos[_key(variant)].ids[number].reshape(-1).tolist())
+    for variant in (plan.generator.variants.full, *plan.generator.variants.compared):
+        made = videos[_key(variant)].frames[number]
         # One that ends earlier leaves the rest empty.
         rows[variant.name] = tokenizer.decode_frames(made[[k - 1 for k in shown if k <= len(made)]])
     return {"prompt": world.prompt, "frames": shown, "rows": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -35,6 +35,28 @@ COLOURS = {
     "strided blocks": "#17a2c9",
 }
 """Of variants and of the families of the frontier."""
+
+
+class Pictures(NamedTuple):
+    """Names of a benchmark's pictures, without what follows the point.
+
+    Args:
+        by_frame: quality over the frames.
+        videos: one world under every variant.
+    """
+
+    by_frame: str
+    videos: str
+
+
+PICTURES = {
+    "quality": Pictures("by_frame", "videos"),
+    "quality-masked": Pictures("quality_masked", "videos_masked"),
+}
+"""By benchmark, so that both can lie in one folder."""
+
+FRONTIER = "frontier"
+"""Name of the picture of the frontier, which one benchmark has."""
 
 
 def cell(found: Mapping[str, float] | None, measure: Measure) -> str:
@@ -108,9 +130,10 @@ def _numbers(found: Mapping[str, float] | None) -> list[float | None]:
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> None:
-    """Write ``frontier`` and ``by_frame`` as PNG and SVG."""
-    _save(_frontier(result), folder / "frontier")
-    _save(_by_frame(result), folder / "by_frame")
+    """Write quality over the frames and, if there is one, the frontier, each as PNG and SVG; see `PICTURES`."""
+    if result["frontier"]:
+        _save(_frontier(result), folder / FRONTIER)
+    _save(_by_frame(result), folder / PICTURES[result["benchmark"]].by_frame)
 
 
 def _frontier(result: Mapping[str, Any]) -> Figure:
@@ -180,12 +203,12 @@ def _by_frame(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_videos(strips: Mapping[str, Any], folder: Path) -> None:
-    """Write ``videos`` as PNG and SVG: one world under every variant, some of its frames.
+def draw_videos(strips: Mapping[str, Any], path: Path) -> None:
+    """Write one picture as PNG and SVG: one world under every variant, some of its frames.
 
     Args:
         strips: ``prompt``, ``frames`` (their numbers, n) and ``rows``: uint8 [up to n, 64, 64, 3] by name.
-        folder: where to.
+        path: where to, without what follows the point.
     """
     rows, frames = strips["rows"], strips["frames"]
     figure = new_figure(1.05 * len(frames) + 2.4, 1.12 * len(rows) + 0.5)
@@ -199,7 +222,7 @@ def draw_videos(strips: Mapping[str, Any], folder: Path) -> None:
     for axes, frame in zip(grid[0], frames, strict=True):
         axes.set_title(f"frame {frame}", fontsize=9)
     figure.suptitle(strips["prompt"], fontsize=10)
-    _save(figure, folder / "videos")
+    _save(figure, path)
 
 
 def _legend(figure: Figure) -> None:

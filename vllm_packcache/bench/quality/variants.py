@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_packcache.config import ConfigError, ServerConfig, VideoPlan, load_mapping
-from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS
 from vllm_packcache.layout import VideoLayout
 from vllm_packcache.policies import PackCache
 from vllm_packcache.retention import Retention
@@ -22,13 +22,46 @@ BLOCK_SIZE = 16
 FULL_CACHE, PACKCACHE = "full cache", "packcache"
 LAST_FRAME, LAST_FRAME_ABSOLUTE = "last frame", "last frame, absolute"
 
+SELECTIONS = ("rows", "tail", "random")
+"""Of blocks inside a frame, besides packcache's own."""
+
 BUDGETS = (0.5, 1, 2, 4, 8)
 """H of the frontier, in frames; beyond them is the full cache."""
 
-LAYOUT = load_mapping("demo")["layout"]
-"""The bundled model's."""
-
 DEFAULT_BUDGET = PackCache().history_frames
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the videos of a model are like.
+
+    Args:
+        preset: name of the preset that has their layout.
+        condition_tokens: C, of a usual prompt.
+    """
+
+    preset: str
+    condition_tokens: int
+
+    @cached_property
+    def layout(self) -> Mapping[str, Any]:
+        """The preset's."""
+        return load_mapping(self.preset)["layout"]
+
+    @cached_property
+    def frame_tokens(self) -> int:
+        """F."""
+        layout = ServerConfig.parse("full", {"layout": self.layout}).layout
+        assert layout is not None
+        return layout.frame_layout().tokens_per_frame
+
+    def accepts(self, options: Mapping[str, Any]) -> bool:
+        """Whether packcache can have these options."""
+        try:
+            ServerConfig.parse("packcache", {"layout": self.layout, **options})
+        except ConfigError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -36,6 +69,7 @@ class Variant:
     """One way to keep the past.
 
     Args:
+        shape: of the videos.
         name: in tables and plots.
         policy: name of the policy.
         options: of the policy, and ``positions``.
@@ -45,6 +79,7 @@ class Variant:
             a CPU, so only those that the goals are about have them.
     """
 
+    shape: Shape
     name: str
     policy: str
     options: Mapping[str, Any]
@@ -54,109 +89,146 @@ class Variant:
 
     @property
     def server(self) -> ServerConfig:
-        """Its configuration, with the bundled model's layout."""
-        return ServerConfig.parse(self.policy, {"layout": LAYOUT, **self.options})
+        """Its configuration, with the layout of the videos."""
+        return ServerConfig.parse(self.policy, {"layout": self.shape.layout, **self.options})
 
-    @property
-    def plan(self) -> VideoPlan:
-        """What a video of the bundled model keeps."""
+    def plan(self, condition_tokens: int | None = None) -> VideoPlan:
+        """What a video keeps whose condition has so many tokens; None: as many as is usual."""
         server = self.server
         assert server.layout is not None
-        layout = VideoLayout(server.layout.frame_layout(), CONDITION_TOKENS, server.layout.condition_image_tokens)
+        condition = self.shape.condition_tokens if condition_tokens is None else condition_tokens
+        layout = VideoLayout(server.layout.frame_layout(), condition, server.layout.condition_image_tokens)
         return VideoPlan(layout, server.policy, server.positions_of(layout, server.policy))
 
     def live_tokens(self, frame: int) -> int:
-        """Tokens of the past that are read when ``frame`` begins."""
-        plan = self.plan
+        """Tokens of the past that are read when ``frame`` of a usual video begins."""
+        plan = self.plan()
         return Retention(plan.layout, plan.policy, BLOCK_SIZE).live_tokens(plan.layout.frame_start(frame))
 
 
-def _packcache(budget: float, **options: Any) -> dict[str, Any]:
-    """Options for a budget: a window as many times as long as the default's, and no shorter than that."""
-    default = PackCache()
-    most = max(default.window, int(budget * default.window / default.history_frames))
-    # Of a long window the oldest frames may be left nothing, which is refused.
-    window = max(w for w in range(1, most + 1) if _accepted({"history_frames": budget, "window": w, **options}))
-    return {"history_frames": budget, "window": window, **options}
+@dataclass(frozen=True)
+class Variants:
+    """Everything that is compared.
+
+    Args:
+        full: the full cache.
+        compared: policies and ablations; the full cache comes besides.
+        selections: other blocks of each frame; ``spatial`` is packcache itself.
+        frontier: points of quality against live tokens, without the full cache's.
+    """
+
+    full: Variant
+    compared: tuple[Variant, ...]
+    selections: tuple[Variant, ...] = ()
+    frontier: tuple[Variant, ...] = ()
+
+    @property
+    def named(self) -> tuple[Variant, ...]:
+        """All but the frontier's, each with a name of its own."""
+        return (self.full, *self.compared, *self.selections)
 
 
-def _accepted(options: Mapping[str, Any]) -> bool:
-    try:
-        ServerConfig.parse("packcache", {"layout": LAYOUT, **options})
-    except ConfigError:
-        return False
-    return True
+@dataclass(frozen=True)
+class _Make:
+    """Variants of videos of one shape."""
+
+    shape: Shape
+
+    def variant(self, name: str, policy: str, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Variant:
+        return Variant(self.shape, name, policy, options, *args, **kwargs)
+
+    def options(self, budget: float, **options: Any) -> dict[str, Any]:
+        """Of packcache: a window as many times as long as the default's, and no shorter than that."""
+        default = PackCache()
+        most = max(default.window, int(budget * default.window / default.history_frames))
+        # Of a long window the oldest frames may be left nothing, which is refused.
+        choices = ({"history_frames": budget, "window": window, **options} for window in range(most, 0, -1))
+        return next(filter(self.shape.accepts, choices))
+
+    def packcache(self, budget: float) -> Variant:
+        """The policy itself."""
+        return self.variant(PACKCACHE, "packcache", self.options(budget), PACKCACHE, budget, lengths=4)
+
+    def absolute(self) -> Variant:
+        return self.variant("packcache, absolute", "packcache", self.options(DEFAULT_BUDGET, positions="absolute"))
+
+    def not_anchored(self) -> Variant:
+        """What the condition would take goes to the history; rounding up to blocks takes the last of it."""
+        more = (self.shape.condition_tokens - BLOCK_SIZE) / self.shape.frame_tokens
+        options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0, "gamma_condition": 0}
+        return self.variant("packcache, not anchored", "packcache", options)
+
+    def last_frames(self, budget: int) -> Variant:
+        """The paper's other baseline: as many whole frames, positions re-based."""
+        name = LAST_FRAME if budget == 1 else f"last {budget} frames"
+        options = {"window": budget, "positions": "rebase"}
+        return self.variant(name, "sliding_window", options, "last frames", budget, lengths=4 if budget == 1 else 2)
+
+    def last_frame_absolute(self) -> Variant:
+        options = {"window": 1, "positions": "absolute"}
+        return self.variant(LAST_FRAME_ABSOLUTE, "sliding_window", options, budget=1, lengths=4)
+
+    def attention_sink(self, budget: float) -> Variant:
+        """The first block, and as many recent tokens as make up for the rest of the condition."""
+        recent = self.shape.condition_tokens + round(budget * self.shape.frame_tokens) - BLOCK_SIZE
+        options = {"sink_tokens": BLOCK_SIZE, "recent_tokens": recent}
+        return self.variant("attention sink", "attention_sink", options, "attention sink", budget)
+
+    def random_blocks(self, budget: float) -> Variant:
+        """The same number of blocks of every frame of the window, drawn by lot."""
+        options = self.options(budget, decay=1, selection="random")
+        return self.variant("random blocks", "packcache", options, "random blocks", budget)
+
+    def strided_blocks(self, budget: float) -> Variant:
+        """The same number of blocks of every frame of the window, evenly spread."""
+        options = self.options(budget, decay=1)
+        return self.variant("strided blocks", "packcache", options, "strided blocks", budget)
+
+    def selected(self, selection: str) -> Variant:
+        options = self.options(DEFAULT_BUDGET, selection=selection)
+        return self.variant(f"packcache, {selection}", "packcache", options)
+
+    def full(self) -> Variant:
+        return self.variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
 
 
-def packcache(budget: float) -> Variant:
-    """The policy itself."""
-    return Variant(PACKCACHE, "packcache", _packcache(budget), PACKCACHE, budget, lengths=4)
-
-
-def last_frames(budget: int) -> Variant:
-    """The paper's other baseline: as many whole frames, positions re-based."""
-    name = LAST_FRAME if budget == 1 else f"last {budget} frames"
-    options = {"window": budget, "positions": "rebase"}
-    return Variant(name, "sliding_window", options, "last frames", budget, lengths=4 if budget == 1 else 2)
-
-
-def attention_sink(budget: float) -> Variant:
-    """The first block, and as many recent tokens as make up for the rest of the condition."""
-    recent = CONDITION_TOKENS + round(budget * FRAME_TOKENS) - BLOCK_SIZE
-    options = {"sink_tokens": BLOCK_SIZE, "recent_tokens": recent}
-    return Variant("attention sink", "attention_sink", options, "attention sink", budget)
-
-
-def random_blocks(budget: float) -> Variant:
-    """The same number of blocks of every frame of the window, drawn by lot."""
-    options = _packcache(budget, decay=1, selection="random")
-    return Variant("random blocks", "packcache", options, "random blocks", budget)
-
-
-def strided_blocks(budget: float) -> Variant:
-    """The same number of blocks of every frame of the window, evenly spread."""
-    return Variant("strided blocks", "packcache", _packcache(budget, decay=1), "strided blocks", budget)
-
-
-FULL = Variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
-
-COMPARED = (
-    packcache(DEFAULT_BUDGET),
-    Variant("packcache, absolute", "packcache", _packcache(DEFAULT_BUDGET, positions="absolute")),
-    # What the condition would take goes to the history; rounding up to blocks takes the last of it.
-    Variant(
-        "packcache, not anchored",
-        "packcache",
-        {
-            "history_frames": DEFAULT_BUDGET + (CONDITION_TOKENS - BLOCK_SIZE) / FRAME_TOKENS,
-            "gamma_text": 0,
-            "gamma_condition": 0,
-        },
-    ),
-    last_frames(int(DEFAULT_BUDGET)),
-    last_frames(1),
-    Variant(LAST_FRAME_ABSOLUTE, "sliding_window", {"window": 1, "positions": "absolute"}, budget=1, lengths=4),
-    attention_sink(DEFAULT_BUDGET),
-    random_blocks(DEFAULT_BUDGET),
-    strided_blocks(DEFAULT_BUDGET),
-)
-"""Policies and ablations; the full cache comes besides."""
-
-SELECTIONS = tuple(
-    Variant(f"packcache, {selection}", "packcache", _packcache(DEFAULT_BUDGET, selection=selection))
-    for selection in ("rows", "tail", "random")
-)
-"""Other blocks of each frame; ``spatial`` is packcache itself."""
-
-FRONTIER = tuple(
-    variant
-    for budget in BUDGETS
-    for variant in (
-        packcache(budget),
-        *([last_frames(int(budget))] if budget >= 1 else []),
-        attention_sink(budget),
-        random_blocks(budget),
-        strided_blocks(budget),
+def all_variants(shape: Shape) -> Variants:
+    """Policies, ablations, selections and the frontier."""
+    make = _Make(shape)
+    compared = (
+        make.packcache(DEFAULT_BUDGET),
+        make.absolute(),
+        make.not_anchored(),
+        make.last_frames(int(DEFAULT_BUDGET)),
+        make.last_frames(1),
+        make.last_frame_absolute(),
+        make.attention_sink(DEFAULT_BUDGET),
+        make.random_blocks(DEFAULT_BUDGET),
+        make.strided_blocks(DEFAULT_BUDGET),
     )
-)
-"""The points of the frontier, without the full cache's."""
+    frontier = tuple(
+        variant
+        for budget in BUDGETS
+        for variant in (
+            make.packcache(budget),
+            *([make.last_frames(int(budget))] if budget >= 1 else []),
+            make.attention_sink(budget),
+            make.random_blocks(budget),
+            make.strided_blocks(budget),
+        )
+    )
+    return Variants(make.full(), compared, tuple(map(make.selected, SELECTIONS)), frontier)
+
+
+def policies_only(shape: Shape) -> Variants:
+    """The policies, without ablations and frontier."""
+    make = _Make(shape)
+    compared = (
+        make.packcache(DEFAULT_BUDGET),
+        make.absolute(),
+        make.last_frames(int(DEFAULT_BUDGET)),
+        make.last_frames(1),
+        make.last_frame_absolute(),
+        make.attention_sink(DEFAULT_BUDGET),
+    )
+    return Variants(make.full(), compared)

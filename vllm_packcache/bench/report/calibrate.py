@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_packcache.bench.calibrate.attention import NEAREST, OLDER
 from vllm_packcache.bench.calibrate.decay import PAPER_DECAY
+from vllm_packcache.bench.calibrate.mass import NEAREST, OLDER
 from vllm_packcache.bench.calibrate.report import sentences
+from vllm_packcache.bench.files import stem
 from vllm_packcache.bench.report.markdown import Files, number, percent, table
 from vllm_packcache.bench.report.parts import Goal, Part, Result, Row, notes, provenance, verdict
+
+BUNDLED = {"demo": "the bundled model", "demo_masked": "the bundled masked model"}
 
 
 def goals(result: Result) -> list[Goal]:
@@ -34,6 +37,9 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(f"layer {layer}", "rho", "", result["fit"]["rho_by_layer"][layer])
         for head, mass in enumerate(result["mass_by_head"][layer]):
             yield from _masses(f"layer {layer}, head {head}", segments, mass)
+    for name, own in result.get("views", {}).items():
+        yield from _masses(name, segments, own["mass"])
+        yield Row(name, "rho", "", own["rho"])
     for video, own in enumerate(result["mass_by_video"]):
         yield from _masses(f"video {video}", segments, own)
     fit = result["fit"]
@@ -74,7 +80,7 @@ def _kept(result: Result) -> list[dict[str, Any]]:
 
 def _measured(result: Result) -> str:
     first, last = result["query_frames"]
-    model = "the bundled model" if result["model"] == "demo" else f"`{result['model']}`"
+    model = BUNDLED.get(result["model"], f"`{result['model']}`")
     return (
         f"where the attention of {model} goes with its full cache, on {result['videos']} videos of {result['frames']} "
         f"frames: shares of the attention of the queries of frames {first} to {last}."
@@ -141,18 +147,30 @@ def long(result: Result, files: Files) -> Iterator[str]:
             ("rho", *(number(rho, 3) for rho in result["fit"]["rho_by_layer"])),
         ],
     )
+    if "views" in result:
+        yield "**By pass**, %: every frame is shown to both streams at two steps of its schedule."
+        yield table(
+            ("pass", *(result["segments"][n] for n in _segments(result)), "rho"),
+            [
+                (name, *(number(100 * own["mass"][n], 2) for n in _segments(result)), number(own["rho"], 3))
+                for name, own in result["views"].items()
+            ],
+        )
     yield f"**Suggestion** for {percent(result['target'], 0)} of all attention:"
     yield _kept_table(result)
     if result["suggestion"] is None:
         yield f"Nothing is suggested: all frames that were told apart hold {percent(result['most_kept'])}."
-    yield from files.picture("calibrate", "Attention by temporal distance, and what options keep of it")
+    yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
 def short(result: Result, files: Files) -> Iterator[str]:
     """The section of a README."""
-    yield f"**Calibration**: {_measured(result)} {' '.join(sentences(result))} More: {files.link('calibrate.json')}."
+    more = files.link(f"{stem(result['benchmark'])}.json")
+    yield f"**Calibration**: {_measured(result)} {' '.join(sentences(result))} More: {more}."
     yield _kept_table(result)
-    yield from files.picture("calibrate", "Attention by temporal distance, and what options keep of it")
+    yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
 PART = Part("calibrate", "Calibration", goals, rows, long, short)
+
+MASKED = Part("calibrate-masked", "Calibration of masked generation", goals, rows, long, short, required=False)

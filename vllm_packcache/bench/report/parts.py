@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_packcache.bench import files
 from vllm_packcache.bench.report.markdown import Files, ratio, with_quartiles
 
 Result = Mapping[str, Any]
@@ -86,7 +87,7 @@ class Part:
     @property
     def file(self) -> str:
         """Name of its result in a folder."""
-        return f"{self.benchmark.replace('-', '_')}.json"
+        return f"{files.stem(self.benchmark)}.json"
 
     def read(self, folder: Path) -> Result | None:
         """Its result; None: there is none that is whole."""

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm_packcache.bench.files import stem
 from vllm_packcache.bench.quality.measures import MEASURES
-from vllm_packcache.bench.quality.show import cell
+from vllm_packcache.bench.quality.show import FRONTIER, PICTURES, cell
 from vllm_packcache.bench.quality.variants import PACKCACHE, SELECTIONS
 from vllm_packcache.bench.report.markdown import Files, listed, table
 from vllm_packcache.bench.report.parts import (
@@ -28,7 +29,7 @@ FIRST = next(iter(MEASURES))
 SPATIAL = "spatial"
 """How packcache itself selects blocks."""
 
-SELECTED = {SPATIAL: PACKCACHE} | {variant.options["selection"]: variant.name for variant in SELECTIONS}
+SELECTED = {SPATIAL: PACKCACHE} | {selection: f"{PACKCACHE}, {selection}" for selection in SELECTIONS}
 """Selections inside a frame, and the variants that have them."""
 
 
@@ -89,10 +90,20 @@ def _point(point: Mapping[str, Any]) -> str:
 def _measured(result: Result) -> str:
     first, last = result["seeds"]
     return (
-        f"{result['videos']} held-out videos (worlds {first} to {last}), each made by the bundled model from its "
-        f"condition alone, greedily, in float32, under every policy at equal live tokens; the model was trained on "
-        f"videos of {result['trained_frames']} frames. Means and 95 % confidence intervals over videos, against the "
-        "true continuation."
+        f"{result['videos']} held-out videos (worlds {first} to {last}), each made by {_made(result)}, in float32, "
+        f"under every policy at equal live tokens; the model was trained on videos of {result['trained_frames']} "
+        "frames. Means and 95 % confidence intervals over videos, against the true continuation."
+    )
+
+
+def _made(result: Result) -> str:
+    """By what, and how."""
+    options = result.get("model", {}).get("options")
+    if options is None:
+        return "the bundled model from its condition alone, greedily"
+    return (
+        f"the bundled masked model from its text and its picture, {options['steps']} + 1 passes a frame with guidance "
+        f"{options['guidance']:g} and the world's own seed"
     )
 
 
@@ -167,32 +178,39 @@ def long(result: Result, files: Files) -> Iterator[str]:
                 for cells in (_by_span(result, own[label], label),)
             ],
         )
-    yield f"**Selection inside a frame**, {spans[0]}. {selection_sentence(result, spans[0])}"
-    yield table(
-        ("selection", *(measure.title for measure in MEASURES.values())),
-        [
-            (
-                selection,
-                *(cell(result["scores"][name][label]["spans"][spans[0]], MEASURES[label]) for label in MEASURES),
-            )
-            for selection, name in SELECTED.items()
-        ],
-    )
-    yield f"**Frontier**: quality against live tokens, {spans[0]}."
-    yield table(
-        ("point", "live tokens", *(measure.title for measure in MEASURES.values())),
-        [
-            (
-                _point(point),
-                f"{point['live_tokens']:,}",
-                *(cell(point["scores"][label], measure) for label, measure in MEASURES.items()),
-            )
-            for point in result["frontier"]
-        ],
-    )
-    yield from files.picture("frontier", "Quality against live tokens")
-    yield from files.picture("by_frame", "Quality by frame")
-    yield from files.picture("videos", "One world under every policy")
+    if _has_selections(result):
+        yield f"**Selection inside a frame**, {spans[0]}. {selection_sentence(result, spans[0])}"
+        yield table(
+            ("selection", *(measure.title for measure in MEASURES.values())),
+            [
+                (
+                    selection,
+                    *(cell(result["scores"][name][label]["spans"][spans[0]], MEASURES[label]) for label in MEASURES),
+                )
+                for selection, name in SELECTED.items()
+            ],
+        )
+    if result["frontier"]:
+        yield f"**Frontier**: quality against live tokens, {spans[0]}."
+        yield table(
+            ("point", "live tokens", *(measure.title for measure in MEASURES.values())),
+            [
+                (
+                    _point(point),
+                    f"{point['live_tokens']:,}",
+                    *(cell(point["scores"][label], measure) for label, measure in MEASURES.items()),
+                )
+                for point in result["frontier"]
+            ],
+        )
+        yield from files.picture(FRONTIER, "Quality against live tokens")
+    pictures = PICTURES[result["benchmark"]]
+    yield from files.picture(pictures.by_frame, "Quality by frame")
+    yield from files.picture(pictures.videos, "One world under every policy")
+
+
+def _has_selections(result: Result) -> bool:
+    return all(name in result["scores"] for name in SELECTED.values())
 
 
 def _options(config: Mapping[str, Any]) -> str:
@@ -209,7 +227,8 @@ def short(result: Result, files: Files) -> Iterator[str]:
     others = [label for label in MEASURES if label != FIRST]
     # Means say enough of what is beside the tokens and the objects.
     exact = {FIRST, "identity", "identity_after_occlusion"}
-    yield f"**Quality**: {_measured(result)} More in {files.link('report.md')} and {files.link('quality.json')}."
+    own_file = f"{stem(result['benchmark'])}.json"
+    yield f"**Quality**: {_measured(result)} More in {files.link('report.md')} and {files.link(own_file)}."
     yield table(
         (
             "",
@@ -231,8 +250,14 @@ def short(result: Result, files: Files) -> Iterator[str]:
             for name, own in result["scores"].items()
         ],
     )
-    yield selection_sentence(result, spans[0])
-    yield from files.picture("frontier", "Quality against live tokens")
+    if _has_selections(result):
+        yield selection_sentence(result, spans[0])
+    if result["frontier"]:
+        yield from files.picture(FRONTIER, "Quality against live tokens")
+    else:
+        yield from files.picture(PICTURES[result["benchmark"]].by_frame, "Quality by frame")
 
 
 PART = Part("quality", "Quality of the videos", goals, rows, long, short)
+
+MASKED = Part("quality-masked", "Quality of videos made masked", goals, rows, long, short, required=False)

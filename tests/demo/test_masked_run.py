@@ -1,0 +1,51 @@
+"""The masked demo as a user runs it: what a server makes is what the reference makes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.demo.test_run import COMMAND, ENVIRONMENT, processes_of
+from vllm_packcache.demo.masked import evaluate, run
+from vllm_packcache.demo.masked.bundle import OPTIONS
+from vllm_packcache.demo.tokenizer import VideoTokenizer
+from vllm_packcache.demo.world import make_world
+
+
+@pytest.mark.timeout(500)
+def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: evaluate.FusedLumos) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [COMMAND, "demo-masked", "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=450
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = iio.imread(out / "video.gif")
+    assert shown.shape == (run.FRAMES, 256, 256, 3)
+    for name in ("frames.png", "resident.png"):
+        assert np.asarray(Image.open(out / name).convert("L")).std() > 0
+    assert "most KV-cache tokens" in done.stdout
+    assert "of the tokens are true" in done.stdout
+    assert processes_of(out / "server.log") == []
+
+    tokenizer = VideoTokenizer()
+    codes = evaluate.generate(loaded, make_world(run.EXAMPLE), run.FRAMES, "packcache", OPTIONS)
+    expected = tokenizer.decode_frames(codes + tokenizer.visual_offset).repeat(4, 1).repeat(4, 2)
+    # GIF has 256 colours, and rounding may turn a token that is near a tie.
+    near = np.abs(shown.astype(int) - expected).max(-1) <= 8
+    assert near.mean() > 0.98
+
+
+@pytest.mark.timeout(500)
+def test_a_sentence_alone_is_text_to_video(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["demo-masked", "--prompt", "a red [zebra] moves right at sea", "--out", str(out)]
+    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=450)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "zebra" in done.stdout, "words the model does not know are named"
+    assert iio.imread(out / "full.mp4").shape == (run.FRAMES, 256, 256, 3)
+    assert "of the tokens are true" not in done.stdout
