@@ -123,7 +123,8 @@ def _floor(result: Result) -> str:
     attention, linear, head = (number(rates[part] / 1e9, 0) for part in ("attention", "linear", "head"))
     return (
         f"{text} Attention ran at {attention}, the layers' matrices at {linear} and the output layer, in float32, at "
-        f"{head} GFLOP/s: the slower attention is beside matrices, the further the ratio lies above its floor."
+        f"{head} GFLOP/s: where attention is slower than matrices, the ratio lies above its floor; where both are "
+        "equally fast, it is the floor."
     )
 
 
