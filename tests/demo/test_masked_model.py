@@ -42,7 +42,9 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
 
 def rounded(model: train.Lumos) -> train.Lumos:
     """As the model is after its bundle was written."""
-    model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
+    state = model.state_dict()
+    state[bundle.LAST_NORM] = bundle.SHARPNESS * state[bundle.LAST_NORM]
+    model.load_state_dict({name: value.bfloat16().float() for name, value in state.items()})
     return model
 
 

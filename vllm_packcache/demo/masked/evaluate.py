@@ -42,9 +42,7 @@ POLICIES = ("full", "packcache")
 CHANGES: tuple[Mapping[str, Any], ...] = (
     {"guidance": 1.0},
     {"guidance": 4.0},
-    {"steps": 2},
     {"steps": 4},
-    {"steps": 16},
     {"temperature": 0.0},
     {"remask": 0.0},
 )
