@@ -390,7 +390,7 @@ def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "generator", "videos", "frames"),
-    [([], Causal, 200, 64), (["--masked"], Masked, 8, 20), (["--masked", "--videos", "3"], Masked, 3, 20)],
+    [([], Causal, 200, 64), (["--masked"], Masked, 8, 10), (["--masked", "--videos", "3"], Masked, 3, 10)],
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
     plans = []

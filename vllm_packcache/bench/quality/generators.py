@@ -124,7 +124,7 @@ class Masked(Generator):
     benchmark = "quality-masked"
     trained_frames = masked_train.TRAINED_FRAMES
     videos = 8
-    lengths = 2
+    lengths = 1
 
     @property
     def how(self) -> str:
