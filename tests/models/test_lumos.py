@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
@@ -73,12 +75,14 @@ UNCONDITIONAL = stream((4, 3), 2, seed=2)
 def configured(folder: Path, dtype: str = "float32", ranks: int = 1) -> VllmConfig:
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, LumosForConditionalGeneration)
-    return VllmConfig(
-        model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=4096),
-        cache_config=CacheConfig(block_size=32),
-        parallel_config=ParallelConfig(tensor_parallel_size=ranks),
-        device_config=DeviceConfig("cpu"),
-    )
+    # Where an engine has run in this process the plugin is there, which wants a runner for such a model.
+    with patch.dict(MODELS_CONFIG_MAP, dict.fromkeys(ARCHITECTURES, VerifyAndUpdateConfig)):
+        return VllmConfig(
+            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=4096),
+            cache_config=CacheConfig(block_size=32),
+            parallel_config=ParallelConfig(tensor_parallel_size=ranks),
+            device_config=DeviceConfig("cpu"),
+        )
 
 
 def load(config: VllmConfig) -> Any:
