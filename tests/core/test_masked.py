@@ -203,7 +203,8 @@ def test_every_step_reveals_one_token_at_least_and_leaves_one(steps, tokens, dat
     assert 1 <= left <= max(1, unknown - 1)
     exact = tokens * math.cos(math.pi / 2 * (step + 1) / steps)
     if unknown == tokens and 1 < exact < tokens - 1:
-        assert left in {math.floor(exact), math.ceil(exact) - 1, math.floor(exact + 1e-3)}
+        # In float32 a number that is all but whole is on either side of it.
+        assert left in {math.floor(exact - 1e-3), math.floor(exact + 1e-3)}
 
 
 def test_temperature_decays_to_nothing_over_the_first_frame_and_is_not_reset():
