@@ -66,6 +66,9 @@ VIDEO_START_TOKENS = 3
 LEAST_TEXT_TOKENS = 2 + VIDEO_START_TOKENS
 """Tokens of a prompt without words: begin of the sequence and separator come first."""
 
+LEAST_PROBABILITY = 1e-20
+"""Confidence is the logarithm of a probability that is this at least."""
+
 MM_ROPE_SCALE = (4, 8, 8)
 """By how much a position grows with a frame, a row and a column (see `vllm_packcache.positions`)."""
 

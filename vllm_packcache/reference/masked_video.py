@@ -24,9 +24,6 @@ from vllm_packcache.positions import Positions
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.visibility import frame_visibility, positions
 
-LEAST_PROBABILITY = 1e-20
-"""Confidence is the logarithm of a probability that is this at least."""
-
 
 class Step(NamedTuple):
     """What one step did, and how near it came to doing something else.
@@ -223,7 +220,7 @@ def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: 
         return Step(proposed, drawing_margin, float("inf"))
 
     drawn = torch.where(unknown, probabilities.gather(1, codes)[:, 0], torch.finfo(torch.float32).max)
-    confidence = drawn.clamp(min=LEAST_PROBABILITY).log() + tau * torch.from_numpy(noise.gumbel)
+    confidence = drawn.clamp(min=masked.LEAST_PROBABILITY).log() + tau * torch.from_numpy(noise.gumbel)
     ascending = confidence.sort().values
     cut = ascending[masked.still_masked(step, steps, len(current), int(unknown.sum()))]
     again = confidence < cut

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 2**25
 """Numbers of one stream's logits that there are at a time: 128 MiB in float32."""
 
-LEAST_PROBABILITY = 1e-20
-"""Confidence is the logarithm of a probability that is this at least."""
-
 
 class Canvas:
     """The frame that a request is making. What is counted here is known without the device.
@@ -95,7 +92,7 @@ class Canvas:
         if self.step < options.steps - 1:
             tau = masked.temperature(options, self.frame - self.plan.first_frame, self.step)
             gumbel = async_tensor_h2d(noise.gumbel, device=device)
-            confidence = probability.clamp(min=LEAST_PROBABILITY).log() + tau * gumbel
+            confidence = probability.clamp(min=masked.LEAST_PROBABILITY).log() + tau * gumbel
             scheduled = masked.still_masked(self.step, options.steps, count, count + 1)
             rank = (unknown.sum() - 1).clamp(min=1, max=scheduled)
             cut = confidence.sort().values.gather(0, rank[None])
