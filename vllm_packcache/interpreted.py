@@ -1,7 +1,7 @@
 """vLLM's Model Runner V2 on a machine without a GPU, by Triton's interpreter.
 
 Masked models need that runner, the runner needs Triton, and Triton compiles for GPUs only. Its interpreter runs the
-runner's kernels on a CPU, some milliseconds each: slow beside a GPU, and exactly the code that runs there.
+runner's kernels on a CPU: slow beside a GPU, and exactly the code that runs there.
 
 ``python -m vllm_packcache.interpreted serve MODEL ...`` is ``vllm serve MODEL ...`` prepared so. vLLM starts its other
 processes from the same module, which prepares each of them.
