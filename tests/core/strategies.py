@@ -1,4 +1,8 @@
-"""Random policies and layouts for the property tests."""
+"""Random policies and layouts for the property tests, and what a question costs."""
+
+import sys
+import tracemalloc
+from collections.abc import Callable
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -82,3 +86,22 @@ def one_axis(window: st.SearchStrategy[int | None] = windows) -> st.SearchStrate
 
 def three_axes(window: st.SearchStrategy[int | None] = windows) -> st.SearchStrategy[Positions]:
     return st.builds(Positions, grid_layouts(), window, axis_scales)
+
+
+def cost(question: Callable[[], object]) -> tuple[int, int]:
+    """Function calls (Python's and C's) and peak bytes of ``question()``."""
+    calls = 0
+
+    def count(_frame, event, _argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    tracemalloc.start()
+    sys.setprofile(count)
+    try:
+        question()
+    finally:
+        sys.setprofile(None)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return calls, peak

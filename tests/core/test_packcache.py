@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
-from vllm_packcache.policies.packcache import allotment, shares
+from vllm_packcache.policies.packcache import MAX_WINDOW, allotment, shares
 from vllm_packcache.retention import Retention
 
-from .strategies import layouts, packcaches, quick, retentions
+from .strategies import cost, layouts, packcaches, quick, retentions
 
 
 @quick
@@ -141,6 +141,69 @@ def test_quotas_do_not_apply_while_everything_fits():
 
     assert retention.past(2).tolist() == list(range(32))
     assert len(retention.past(3)) < 32
+
+
+def literal_kept(policy: PackCache, tokens_per_frame: int, frames: int) -> list[list[int]]:
+    """Tokens kept of the frames at distance 1, 2, ... while each frame is made, worked out number by number."""
+    rho, rows = policy.decay, [[]]
+    for frame in range(1, frames):
+        history = min(frame, policy.window)
+        weights = [rho ** (distance - 1) for distance in range(1, history)] or [1.0]
+        if history > 1:
+            weights.append(weights[-1] * min(1.0, rho / (1 - rho) if rho < 1 else 1.0))
+        total = 0.0
+        for weight in weights:
+            total += weight
+        given, surplus = [], 0.0
+        for weight in weights:
+            wanted = weight / total * policy.history_frames * tokens_per_frame + surplus
+            tokens = float(tokens_per_frame) if history <= policy.history_frames else min(tokens_per_frame, wanted)
+            surplus = wanted - tokens
+            given.append(int(tokens + 1e-6))
+        aged = [min(kept, now) for kept, now in zip(rows[-1], given[1:], strict=False)]
+        rows.append([given[0], *aged])
+    return rows
+
+
+windows = st.one_of(st.integers(1, 12), st.integers(1, 48))
+budgets = st.one_of(st.floats(0.01, 50), st.integers(1, 50).map(float), st.just(1e308))
+decays = st.one_of(st.sampled_from([1e-5, 1 / 3, 0.5, 2 / 3, 0.99, 1.0]), st.floats(0.001, 1))
+frame_sizes = st.one_of(st.integers(1, 16), st.integers(1, 5000), st.just(2**31 - 1))
+
+
+@quick
+@given(window=windows, budget=budgets, decay=decays, size=frame_sizes, block_size=st.sampled_from([1, 8, 16, 100]))
+def test_what_is_kept_is_the_number_by_number_statement(window, budget, decay, size, block_size):
+    policy = PackCache(window=window, history_frames=budget, decay=decay)
+    stated = literal_kept(policy, size, 2 * window + 3)
+
+    assert [list(policy.kept_tokens(size, frame)) for frame in range(len(stated))] == stated
+
+    layout = VideoLayout(FrameLayout(size), 0)
+    most = max(
+        min(
+            ceil(Fraction(newest * size, block_size)) + sum(ceil(Fraction(kept, block_size)) for kept in row[newest:])
+            for newest in range(len(row) + 1)
+        )
+        for row in stated
+    )
+    assert policy.most_past_blocks(Retention(layout, policy, block_size).blocks) == most
+
+
+@pytest.mark.parametrize("budget", [20.5, 130.25, 255.5])
+def test_the_largest_window_is_planned_with_little_work(budget):
+    """A request may choose it, and every process plans for every request."""
+    layout = VideoLayout(FrameLayout(4084), 100)
+
+    def plan():
+        policy = PackCache(window=MAX_WINDOW, history_frames=budget, decay=0.99)
+        policy.check(layout.frame)
+        Retention(layout, policy, 16).most_blocks()
+
+    calls, peak = cost(plan)
+    # Some for every distance and for every frame until nothing changes; not for every distance of every frame.
+    assert calls < 40 * MAX_WINDOW
+    assert peak < 8 * MAX_WINDOW * MAX_WINDOW * 16
 
 
 def literal_packcache(

@@ -1,7 +1,5 @@
 """What every policy must satisfy, whatever its rule."""
 
-import sys
-import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +11,7 @@ from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.retention import Retention
 
-from .strategies import BOUNDED, POLICY_NAMES, layouts, packcaches, policies_called, quick, retentions
+from .strategies import BOUNDED, POLICY_NAMES, cost, layouts, packcaches, policies_called, quick, retentions
 
 FRAMES = 24
 
@@ -245,25 +243,6 @@ def test_a_step_handles_as_much_at_frame_100_000_as_early_on(name, data):
 
     for few, many in zip(sizes(early), sizes(late), strict=True):
         assert abs(few - many) <= boundaries
-
-
-def cost(question) -> tuple[int, int]:
-    """Function calls (Python's and C's) and peak bytes of ``question()``."""
-    calls = 0
-
-    def count(_frame, event, _argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    tracemalloc.start()
-    sys.setprofile(count)
-    try:
-        question()
-    finally:
-        sys.setprofile(None)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    return calls, peak
 
 
 @pytest.mark.parametrize(

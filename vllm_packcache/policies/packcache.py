@@ -7,14 +7,18 @@ from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_packcache.layout import FrameLayout
 from vllm_packcache.policies.base import Policy, check_range
 from vllm_packcache.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
 from vllm_packcache.retention import BlockIndices, BlockMap
 
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
 MAX_WINDOW = 256
-"""Most history frames: the table of shares grows with the square of the window, and requests may choose it."""
+"""Most history frames: the table of what is kept grows with the square of the window, and requests may choose it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class PackCache(Policy):
         A frame cannot grow again, so each gets the least of what it was ever given.
         """
         table = _kept_tokens(self, tokens_per_frame)
-        return table[min(frame, len(table) - 1)]
+        return tuple(table[min(frame, len(table) - 1), : min(frame, self.window)].tolist())
 
     @property
     def history_window(self) -> int:
@@ -110,14 +114,20 @@ def shares(decay: float, frames: int) -> tuple[float, ...]:
 
     Source: arXiv 2601.04359, mean attention modelled as ``mu_d = C rho^d``.
     """
-    weights = [decay ** (distance - 1) for distance in range(1, frames)]
-    if weights:
-        # All in units of 1 - rho, which may be 0.
-        weights.append(weights[-1] * min(1.0, decay / (1 - decay) if decay < 1 else 1.0))
-    else:
-        weights.append(1.0)
-    total = sum(weights)
-    return tuple(weight / total for weight in weights)
+    return tuple(_shares(decay, np.array([frames]))[0].tolist())
+
+
+def _shares(decay: float, histories: Int64) -> Float64:
+    """`shares` for several numbers of frames, [n, most frames]; 0 behind the last frame of each."""
+    # By Python's own power and in the order of the sum: what is rounded decides which blocks live.
+    powers = np.array([decay**distance for distance in range(int(histories.max()))])
+    # All in units of 1 - rho, which may be 0.
+    rest = min(1.0, decay / (1 - decay) if decay < 1 else 1.0)
+    last = np.where(histories > 1, powers[np.maximum(histories - 2, 0)] * rest, 1.0)
+    before = np.concatenate([[0.0], np.cumsum(powers)])[histories - 1]
+    weights = np.where(np.arange(len(powers)) < histories[:, None], powers, 0.0)
+    weights[np.arange(len(histories)), histories - 1] = last
+    return weights / (before + last)[:, None]
 
 
 def allotment(policy: PackCache, tokens_per_frame: int, frame: int) -> tuple[int, ...]:
@@ -126,45 +136,53 @@ def allotment(policy: PackCache, tokens_per_frame: int, frame: int) -> tuple[int
     A share above a whole frame is capped, the surplus goes to the next older frame.
     """
     history = min(frame, policy.window)
-    if history <= policy.history_frames:
-        return (tokens_per_frame,) * history
-    given = []
-    surplus = 0.0
-    for share in shares(policy.decay, history):
-        wanted = share * policy.history_frames * tokens_per_frame + surplus
-        tokens = min(float(tokens_per_frame), wanted)
-        surplus = wanted - tokens
-        given.append(int(tokens + 1e-6))
-    return tuple(given)
+    return tuple(_allotments(policy, tokens_per_frame, np.array([history]))[0].tolist()) if history else ()
 
 
-@lru_cache(maxsize=64)
-def _kept_tokens(policy: PackCache, tokens_per_frame: int) -> tuple[tuple[int, ...], ...]:
-    """Row k: tokens kept of the frames at distance 1, 2, ... while frame k is made; the last row holds for ever.
+def _allotments(policy: PackCache, tokens_per_frame: int, histories: Int64) -> Int64:
+    """`allotment` for several numbers of history frames, [n, most frames]; 0 behind the last frame of each."""
+    shared = _shares(policy.decay, histories)
+    distances = shared.shape[1]
+    # A budget above all frames is no other than that of all frames, and does not overflow.
+    wanted = np.ascontiguousarray((shared * min(policy.history_frames, distances) * tokens_per_frame).T)
+    wanted[:, histories <= policy.history_frames] = tokens_per_frame
+    capped = np.flatnonzero(wanted.max(axis=1) > tokens_per_frame)
+    surplus = np.zeros(len(histories))
+    # Of the newest frames only: what no longer overflows is final.
+    for distance in range(capped[0] if len(capped) else distances, distances):
+        with_surplus = wanted[distance] + surplus
+        np.minimum(tokens_per_frame, with_surplus, out=wanted[distance])
+        surplus = with_surplus - wanted[distance]
+        if distance >= capped[-1] and not surplus.any():
+            break
+    given = (wanted + 1e-6).astype(np.int64)
+    given[np.arange(distances)[:, None] >= histories] = 0
+    return given.T
+
+
+@lru_cache(maxsize=256)
+def _kept_tokens(policy: PackCache, tokens_per_frame: int) -> Int64:
+    """Row k: tokens kept of the frames at distance 1, 2, ... W while frame k is made; the last row holds for ever.
 
     What a frame was given depends on how many history frames there were at the time: from frame W on that is
     always W, and W frames later the last frame that saw anything else has gone.
     """
-    table: list[tuple[int, ...]] = [()]
-    for frame in range(1, 2 * policy.window + 1):
-        given = allotment(policy, tokens_per_frame, frame)
-        aged = (min(kept, now) for kept, now in zip(table[-1], given[1:], strict=False))
-        table.append((given[0], *aged))
-    return tuple(table)
+    given = _allotments(policy, tokens_per_frame, np.arange(1, policy.window + 1))
+    table = np.zeros((2 * policy.window + 1, policy.window), dtype=np.int64)
+    for frame in range(1, len(table)):
+        now = given[min(frame, policy.window) - 1]
+        table[frame, 0] = now[0]
+        np.minimum(table[frame - 1, :-1], now[1:], out=table[frame, 1:])
+    changing = np.flatnonzero((table != table[-1]).any(axis=1))
+    return table[: changing.max(initial=-1) + 2].copy()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _most_history_blocks(policy: PackCache, tokens_per_frame: int, block_size: int) -> int:
     """Blocks tagged with any frame of the history that are ever kept at once, at most."""
-
-    def blocks(tokens: int) -> int:
-        return -(-tokens // block_size)
-
+    kept = -(-_kept_tokens(policy, tokens_per_frame) // block_size)
     # Frames in a row share blocks: the newest i of them never end more than those of all their tokens.
-    return max(
-        min(
-            blocks(newest * tokens_per_frame) + sum(blocks(kept) for kept in row[newest:])
-            for newest in range(len(row) + 1)
-        )
-        for row in _kept_tokens(policy, tokens_per_frame)
-    )
+    older = np.zeros((len(kept), policy.window + 1), dtype=np.int64)
+    older[:, :-1] = np.cumsum(kept[:, ::-1], axis=1)[:, ::-1]
+    newest = -(-np.arange(policy.window + 1) * tokens_per_frame // block_size)
+    return int((newest + older).min(axis=1).max())
