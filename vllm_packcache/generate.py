@@ -25,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_packcache import masked
 from vllm_packcache.config import CONFIG_KEY, POLICY_KEY, ConfigError, ServerConfig, load_mapping, presets
-from vllm_packcache.demo.run import read_picture
 from vllm_packcache.demo.server import ServerError, serving, stream_frames
 from vllm_packcache.masked import FRAMES_PER_LATENT, MaskedOptions
+from vllm_packcache.media.pictures import Pixels, fit, read_picture
 from vllm_packcache.tokenizers.text import TextTokenizer
-from vllm_packcache.tokenizers.video import Codes, CosmosTokenizer, Pixels, VideoTokenizer, fit
+from vllm_packcache.tokenizers.video import Codes, CosmosTokenizer, VideoTokenizer
 
 SUFFIXES = (".mp4", ".gif")
 

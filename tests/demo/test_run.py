@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import Image
 
 from vllm_packcache.demo import run
 from vllm_packcache.demo.server import ServerError, serving
@@ -114,13 +114,3 @@ def test_condition_of_the_demo_fits_its_preset() -> None:
     plan = ServerConfig.parse("packcache", "demo").plan({"packcache_policy": "packcache"}, CONDITION_TOKENS)
     assert plan is not None
     assert plan.layout.tokens_per_frame == FRAME_TOKENS
-
-
-def test_a_photo_is_seen_as_the_camera_was_held(tmp_path: Path) -> None:
-    """Stored upright and marked to be turned by a quarter, as a phone does."""
-    stored = np.zeros((4, 6, 3), dtype=np.uint8)
-    stored[0] = 255
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
-    assert np.array_equal(run.read_picture(tmp_path / "photo.png"), np.rot90(stored, -1))

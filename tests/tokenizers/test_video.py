@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tokenizers.files import random_video, write_video_tokenizer
-from vllm_packcache.tokenizers.video import CODES, CosmosTokenizer, VideoTokenizer, fit
+from vllm_packcache.tokenizers.video import CODES, CosmosTokenizer, VideoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +105,3 @@ def test_a_tokenizer_of_another_kind_is_found_out(tmp_path: Path) -> None:
     torch.jit.script(Failing()).save(str(tmp_path / "decoder.jit"))
     with pytest.raises(ValueError, match=r"decoder\.jit fails with an input of shape \[1, 1, 4, 4\]: "):
         CosmosTokenizer(tmp_path).decode(np.zeros((1, 4, 4), dtype=np.int64))
-
-
-def test_a_picture_is_made_to_fit() -> None:
-    picture = np.zeros((90, 40, 3), dtype=np.uint8)
-    picture[30:50] = 255  # What is left of the height: 20 of 40 pixels of width, so 20 of the middle's.
-    fitted = fit(picture, 64, 32)
-    assert fitted.shape == (32, 64, 3)
-    assert fitted[4:12].min() > 200
-    assert fitted[28:].max() == 0
-
-
-def test_what_is_transparent_is_white() -> None:
-    picture = np.zeros((32, 32, 4), dtype=np.uint8)
-    picture[:, :16, 3] = 255
-    fitted = fit(picture, 32, 32)
-    assert fitted[:, 0].max() == 0
-    assert fitted[:, -1].min() == 255

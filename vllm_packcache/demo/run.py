@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 import imageio.v3 as iio
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
@@ -31,6 +30,7 @@ from rich.table import Table
 from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.demo.server import serving, tokens_in
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, GRID, MODEL_DIR, VideoTokenizer
+from vllm_packcache.media.pictures import Pixels, read_picture
 from vllm_packcache.policies import Full
 from vllm_packcache.retention import Retention
 
@@ -42,8 +42,6 @@ BLOCK_SIZE = 32
 FRAMES_PER_SECOND = 4
 SCALE = 4
 """Pixels of the written pictures for each pixel of the model's."""
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass
@@ -122,21 +120,6 @@ def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
         {policy: [own] for policy, own in plans.items()},
         out,
     )
-
-
-def read_picture(path: Path) -> Pixels:
-    """A picture file as RGB or RGBA, [height, width, 3 or 4].
-
-    Raises:
-        OSError: there is no such file, or it is no picture.
-    """
-    try:
-        with Image.open(path) as opened:
-            # A photo is often stored as the camera was held.
-            picture = ImageOps.exif_transpose(opened)
-            return np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))
-    except OSError as error:
-        raise OSError(f"{path} cannot be read as a picture: {error}") from None
 
 
 def progress_bars(console: Console) -> Progress:

@@ -12,13 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from vllm_packcache import masked
 from vllm_packcache.masked import FRAMES_PER_LATENT, PIXELS_PER_TOKEN
+from vllm_packcache.media.pictures import Pixels
 
-Pixels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
 
 CODES = 64_000
@@ -122,17 +121,6 @@ class CosmosTokenizer:
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{file} fails with an input of shape {list(given.shape)}: {reason}") from None
-
-
-def fit(picture: Pixels, width: int, height: int) -> Pixels:
-    """A picture, [H, W, 3 or 4], resized to cover ``width`` x ``height`` pixels, of which the middle is cut out.
-
-    What is transparent is laid over white.
-    """
-    image = Image.fromarray(picture)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS))
 
 
 def _load(file: Path, device: str) -> torch.jit.ScriptModule:

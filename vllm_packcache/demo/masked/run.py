@@ -23,13 +23,13 @@ from vllm_packcache.demo.run import (
     Video,
     one_line,
     progress_bars,
-    read_picture,
     report,
     stream_video,
 )
 from vllm_packcache.demo.server import serving
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import World, make_world
+from vllm_packcache.media.pictures import read_picture
 
 FRAMES = 12
 EXAMPLE = 10_003

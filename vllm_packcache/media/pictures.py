@@ -1,0 +1,122 @@
+"""Pictures: files of any kind as a person sees them, and the middle of them that is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+MOST_PIXELS = 178_956_970
+"""A picture or a frame with more is not decoded: Pillow's own limit, for which it raises."""
+
+
+def read_picture(path: Path) -> Pixels:
+    """A picture file as it is meant to be seen: upright, over white where it is transparent.
+
+    Of several pictures in a file it is the first.
+
+    Returns:
+        uint8, [height, width, 3].
+
+    Raises:
+        OSError: there is no such file, it is no picture, it is damaged, or larger than `MOST_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # From half its limit on, and of damage that it raises for as well.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as opened:
+                _scale_key(opened)
+                # A photo is often stored as the camera was held.
+                return np.asarray(over_white(_of_eight_bits(ImageOps.exif_transpose(opened))))
+    except Image.DecompressionBombError:
+        raise OSError(f"{path} has more than {MOST_PIXELS:,} pixels: give a smaller picture") from None
+    except UnidentifiedImageError:
+        reason = "it is of no known kind" if path.stat().st_size else "it is empty"
+    except _Unscalable as error:
+        reason = str(error)
+    # Of damaged files, decoders raise whatever they stumble over: SyntaxError, IndexError, struct.error.
+    except Exception as error:
+        told = error.strerror if isinstance(error, OSError) else None
+        reason = told or f"it is cut off or damaged ({' '.join(str(error).split())[:80]})"
+    raise OSError(f"{path} cannot be read as a picture: {reason}")
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """A picture without transparency, by alpha channel, palette or key colour: in RGB, laid over white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def middle(width: int, height: int, wide: int, high: int) -> tuple[float, float, float, float]:
+    """The largest box of a shape in the middle of a picture.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        wide: width of the shape, to its height.
+        high: height of the shape.
+
+    Returns:
+        Left, top, right and bottom, in pixels of the picture.
+    """
+    across, down = (
+        min(Fraction(width), Fraction(height * wide, high)),
+        min(Fraction(height), Fraction(width * high, wide)),
+    )
+    left, top = (width - across) / 2, (height - down) / 2
+    return float(left), float(top), float(left + across), float(top + down)
+
+
+def fit(picture: Pixels, width: int, height: int) -> Pixels:
+    """A picture, [H, W, 3], resized to cover ``width`` x ``height`` pixels, of which the middle is cut out."""
+    image = Image.fromarray(picture)
+    box = middle(image.width, image.height, width, height)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+class _Unscalable(ValueError):
+    """Values of grey whose white is not known."""
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture with 8 bits a channel: Pillow has deeper ones in grey only, and converts them by clipping.
+
+    Raises:
+        _Unscalable: where white lies is not known.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    white = 1 if image.mode == "F" else 2**16 - 1
+    if not (values.min() >= 0 and values.max() <= white):
+        raise _Unscalable(
+            f"its grey lies between {values.min():g} and {values.max():g}, and must between 0 and {white}"
+        )
+    grey = Image.fromarray(np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _scale_key(image: ImageFile.ImageFile) -> None:
+    """Bring the transparent colour of a PNG to the 8 bits to which Pillow brings its pixels, and only these."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None or not image.tile:
+        return
+    match image.tile[0].args:
+        case "L;2":
+            image.info["transparency"] = key * 85
+        case "L;4":
+            image.info["transparency"] = key * 17
+        case "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
