@@ -563,11 +563,11 @@ RELIANCES: tuple[Reliance, ...] = (
         ("_prepare_inputs", "_build_attention_metadata", "num_scheduled_tokens", "_preprocess", "_model_forward"),
     ),
     Reliance(
-        "V1 runner: slots are mapped from positions before",
+        "V1 runner: slots are mapped from positions before, and which samples are thrown away is known",
         "v1/worker/gpu_model_runner.py",
         "GPUModelRunner._prepare_inputs",
         (),
-        ("positions", "compute_slot_mapping", "positions"),
+        ("discard_request_mask", "positions", "compute_slot_mapping", "positions"),
     ),
     Reliance(
         "V1 runner: positions for the model",
@@ -575,6 +575,27 @@ RELIANCES: tuple[Reliance, ...] = (
         "GPUModelRunner._preprocess",
         ("scheduler_output",),
         ("mrope_positions", "positions"),
+    ),
+    Reliance(
+        "V1 runner: tokens are sampled, and the generators of those that are thrown away turned back",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner.sample_tokens",
+        (),
+        ("_sample", "_bookkeeping_sync"),
+    ),
+    Reliance(
+        "V1 runner: which tokens are thrown away, and whose generators are turned back",
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner._bookkeeping_sync",
+        (),
+        ("num_reqs", "discard_request_mask", "generators"),
+    ),
+    Reliance(
+        "V1 runner: the sampler draws from the batch's generators",
+        "v1/worker/gpu_input_batch.py",
+        "InputBatch._make_sampling_metadata",
+        (),
+        ("generators",),
     ),
     Reliance(
         "V1 runner: its layers",
@@ -586,7 +607,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "v1/worker/gpu_model_runner.py",
         "GPUModelRunner.__init__",
         (),
-        ("vllm_config", "requests", "input_batch"),
+        ("vllm_config", "device", "requests", "input_batch"),
     ),
     Reliance(
         "V1 runner: its groups of layers",
@@ -1019,13 +1040,6 @@ RELIANCES: tuple[Reliance, ...] = (
     *(
         Reliance("V2 runner: a request that comes", "v1/core/sched/output.py", f"NewRequestData.{field}")
         for field in ("req_id", "sampling_params", "prompt_len")
-    ),
-    Reliance(
-        "scheduler: which runner",
-        "v1/core/sched/scheduler.py",
-        "Scheduler.__init__",
-        ("vllm_config",),
-        ("use_v2_model_runner",),
     ),
 )
 

@@ -95,7 +95,7 @@ def _install_engine_hooks() -> None:
     from vllm_packcache.engine.manager import RetentionManager, bounding_chunks, capping_hits
     from vllm_packcache.engine.metrics import counting_preemptions, logging_videos, publishing_counts, sending_counts
     from vllm_packcache.engine.spec import RetentionSpec
-    from vllm_packcache.worker.runner_v1 import finding_keys, positioning, publishing_step
+    from vllm_packcache.worker.runner_v1 import finding_keys, keeping_noise, positioning, publishing_step
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
@@ -113,6 +113,7 @@ def _install_engine_hooks() -> None:
     _wrap(GPUModelRunner, "initialize_kv_cache", finding_keys)
     _wrap(GPUModelRunner, "_build_attention_metadata", publishing_step)
     _wrap(GPUModelRunner, "_preprocess", positioning)
+    _wrap(GPUModelRunner, "sample_tokens", keeping_noise)
     _wrap(model_states, "resolve_model_state_cls", _choosing_model_state)
 
 
@@ -565,7 +566,9 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
         if is_masked:
             # Its model state compacts, and its layers make specs of their own.
             return backend
-        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config)))
+        # What a GPU's backend sets aside for rows is of max_num_seqs, and so are the V2 runner's captured graphs.
+        frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
+        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
 
     return wrapper
 
@@ -587,8 +590,10 @@ def _choosing_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callab
 
 
 @cache
-def _spec_maker(config: ServerConfig, steps_ahead: int) -> Callable[[AttentionSpec], AttentionSpec]:
+def _spec_maker(
+    config: ServerConfig, steps_ahead: int, frame_by_frame: bool
+) -> Callable[[AttentionSpec], AttentionSpec]:
     """One function for each configuration: the layers of a model must get the same backend class."""
     from vllm_packcache.engine.spec import RetentionSpec
 
-    return lambda spec: RetentionSpec.retaining(spec, config, steps_ahead)
+    return lambda spec: RetentionSpec.retaining(spec, config, steps_ahead, frame_by_frame)

@@ -241,6 +241,7 @@ def test_installed_hooks_are_the_wrappers() -> None:
             "GPUModelRunner._build_attention_metadata",
             "GPUModelRunner._preprocess",
             "GPUModelRunner.initialize_kv_cache",
+            "GPUModelRunner.sample_tokens",
             "InputProcessor.process_inputs",
             "KVCacheManager.get_computed_blocks",
             "ModelConfig.get_and_verify_max_len",
@@ -298,6 +299,7 @@ def test_the_originals_can_be_called_as_the_plugin_calls_them() -> None:
     )
     accepts(original("GPUModelRunner", "_preprocess"), "runner", "scheduler_output", "num_input_tokens")
     accepts(original("GPUModelRunner", "initialize_kv_cache"), "runner", "kv_cache_config")
+    accepts(original("GPUModelRunner", "sample_tokens"), "runner", "grammar_output")
     accepts(original("ModelConfig", "get_and_verify_max_len"), "model_config", "max_model_len")
     accepts(original("Scheduler", "_reserve_prefill_lookahead"), "scheduler", "request", "computed", "new")
     accepts(KVCacheManager.truncate_computed_blocks, "manager", "blocks", "num_tokens")

@@ -90,10 +90,11 @@ class Harness:
         num_blocks: int,
         block_size: int = BLOCK,
         steps_ahead: int = 0,
+        frame_by_frame: bool = False,
     ) -> None:
         self.config = config
         self.block_size = block_size
-        spec = RetentionSpec.retaining(stock_spec(block_size), config, steps_ahead)
+        spec = RetentionSpec.retaining(stock_spec(block_size), config, steps_ahead, frame_by_frame)
         self.kv = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             max_model_len=MAX_MODEL_LEN,

@@ -270,13 +270,14 @@ def test_a_request_id_that_comes_again_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("computed", [0, 5, 24, 25, 33, 34, 35, 41, 42, 43, 100])
-@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
-def test_chunks_end_where_the_window_slides(computed: int, v2: bool) -> None:
-    kv = Harness(ServerConfig.parse("packcache", {"window": 2}), enable_caching=True, num_blocks=50)
+@pytest.mark.parametrize("frame_by_frame", [False, True])
+def test_chunks_end_where_the_window_slides(computed: int, frame_by_frame: bool) -> None:
+    pool = {"enable_caching": True, "num_blocks": 50, "frame_by_frame": frame_by_frame}
+    kv = Harness(ServerConfig.parse("packcache", {"window": 2}), **pool)
     video = kv.add(prompt(1, 200), video_options(8, condition_tokens=10))
     text = kv.add(prompt(2, 200))
     roomy = {"positions": "absolute", "window": 64, "history_frames": 64}
-    absolute = Harness(ServerConfig.parse("packcache", roomy), enable_caching=True, num_blocks=50)
+    absolute = Harness(ServerConfig.parse("packcache", roomy), **pool)
     still = absolute.add(prompt(1, 200), video_options(8, condition_tokens=10))
     stock_choices: list[int] = []
 
@@ -285,16 +286,16 @@ def test_chunks_end_where_the_window_slides(computed: int, v2: bool) -> None:
         return num_new_tokens - 1 if num_new_tokens > 60 else num_new_tokens
 
     def chunk(kv: Harness, served: Served, wanted: int) -> int:
-        scheduler = SimpleNamespace(kv_cache_manager=kv.kv, use_v2_model_runner=v2)
+        scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
         return bounding_chunks(stock)(scheduler, served.request, computed, wanted)
 
     # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides. Two whole frames and the third
     # are what the policy keeps: there is room for all of it.
-    ends = range(10 if v2 else 34, 300, 8)
+    ends = range(10 if frame_by_frame else 34, 300, 8)
     for wanted in range(61):
         expected = min(wanted, next(end for end in ends if end > computed) - computed)
         assert chunk(kv, video, wanted) == expected
-        assert chunk(absolute, still, wanted) == (expected if v2 else wanted)
+        assert chunk(absolute, still, wanted) == (expected if frame_by_frame else wanted)
         assert chunk(kv, text, wanted) == wanted
     assert chunk(kv, text, 70) == 69, "what vLLM says holds"
     assert set(stock_choices) == {*range(61), 70}
@@ -360,17 +361,17 @@ def test_room_is_reserved_for_what_a_video_may_still_take_and_not_for_what_it_ha
 @pytest.mark.parametrize("positions", ["rebase", "absolute"])
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("wanted", [1, 7, 64, 1000])
-@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("frame_by_frame", [False, True])
 def test_a_prompt_of_many_frames_holds_no_more_than_a_video_that_is_decoded(
-    positions: str, lag: int, wanted: int, v2: bool
+    positions: str, lag: int, wanted: int, frame_by_frame: bool
 ) -> None:
     config = ServerConfig.parse("packcache", {"history_frames": 1.5, "window": 3, "positions": positions})
-    kv = Harness(config, enable_caching=False, num_blocks=400, steps_ahead=lag)
+    kv = Harness(config, enable_caching=False, num_blocks=400, steps_ahead=lag, frame_by_frame=frame_by_frame)
     video = kv.add(prompt(1, 700), video_options(FRAME, CONDITION))
     assert video.retention is not None
     most = video.retention.most_blocks(lag)
     assert most is not None
-    scheduler = SimpleNamespace(kv_cache_manager=kv.kv, use_v2_model_runner=v2)
+    scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
     choose = bounding_chunks(lambda scheduler, request, computed, wanted: wanted)
     held = []
     while video.request.num_computed_tokens < 800:

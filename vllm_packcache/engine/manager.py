@@ -125,6 +125,7 @@ class RetentionManager(FullAttentionManager):
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
         self._config: ServerConfig = kv_cache_spec.server_config
         self._tokens_ahead = kv_cache_spec.tokens_ahead
+        self.frame_by_frame = kv_cache_spec.frame_by_frame
         self._prefix_caching = enable_caching
         # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
@@ -300,8 +301,8 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
 
     A chunk of a video ends where its blocks would be more than the policy lets it hold: a video that is recomputed
     after a preemption takes no more room than it did before. It also ends where the window slides, because then cached
-    keys move, and a cache is in one state while a step runs. With the V2 runner it ends with its frame: the rows of a
-    step are those of its requests, as captured graphs and the buffers of GPU backends have them.
+    keys move, and a cache is in one state while a step runs. Where the spec says so it ends with its frame: the rows of
+    a step are those of its requests, as captured graphs and the buffers of GPU backends have them.
     """
 
     @wraps(reserve_prefill_lookahead)
@@ -315,7 +316,7 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
             return num_new_tokens
         processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
         ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
-        if scheduler.use_v2_model_runner:
+        if manager.frame_by_frame:
             layout = video.retention.layout
             ends.append(layout.frame_start(layout.frame_of(num_computed_tokens) + 1))
         room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)

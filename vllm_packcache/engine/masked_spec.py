@@ -62,5 +62,6 @@ def stream_spec(spec: AttentionSpec, vllm_config: VllmConfig, conditional: bool)
         **fields_of(spec),
         retention=as_json(ServerConfig.of_masked_model(vllm_config.additional_config)),
         tokens_ahead=(vllm_config.max_concurrent_batches - 1) * canvas,
+        frame_by_frame=True,
         canvas=canvas,
     )

@@ -25,17 +25,26 @@ class RetentionSpec(FullAttentionSpec):
     Args:
         retention: the server's configuration as JSON (specs are compared and hashed); see `retaining`.
         tokens_ahead: tokens that may be scheduled before a step has been processed, which frees no blocks until then.
+        frame_by_frame: a prefill chunk ends with its frame: attention has as many rows as a step has requests.
     """
 
     retention: str
     tokens_ahead: int
+    frame_by_frame: bool = False
 
     @classmethod
-    def retaining(cls, spec: AttentionSpec, config: ServerConfig, tokens_ahead: int) -> AttentionSpec:
+    def retaining(
+        cls, spec: AttentionSpec, config: ServerConfig, tokens_ahead: int, frame_by_frame: bool = False
+    ) -> AttentionSpec:
         """``spec`` under the policy of ``config``. Only plain full attention is changed."""
         if type(spec) is not FullAttentionSpec:
             return spec
-        return cls(**fields_of(spec), retention=as_json(config), tokens_ahead=tokens_ahead)
+        return cls(
+            **fields_of(spec),
+            retention=as_json(config),
+            tokens_ahead=tokens_ahead,
+            frame_by_frame=frame_by_frame,
+        )
 
     @property
     def server_config(self) -> ServerConfig:

@@ -2,7 +2,7 @@
 
 The runner knows the requests of a step, the metadata builders do not: while the runner builds the attention
 metadata, the step is published to `vllm_packcache.worker.attention`. Once it has, and before the model runs, cached
-keys are rotated where a window slides, and new tokens get their positions.
+keys are rotated where a window slides, and new tokens get their positions. After that tokens are sampled.
 """
 
 from __future__ import annotations
@@ -88,6 +88,28 @@ def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
             on_device = torch.from_numpy(shifts).to(positions.device, non_blocking=True)
             positions[..., : shifts.shape[1]] += on_device if positions.dim() > 1 else on_device[0]
         return inputs
+
+    return wrapper
+
+
+def keeping_noise(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GPUModelRunner.sample_tokens``: on a CPU, a token that is thrown away costs no random number.
+
+    A chunk that does not end its prefill is sampled like any other. vLLM turns the generator of a seeded request back
+    afterwards, which a generator of a CPU cannot do. Here it is not drawn from: that token comes from the common noise.
+    """
+
+    @wraps(sample_tokens)
+    def wrapper(runner: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        if config_of(runner) is None or runner.device.type != "cpu":
+            return sample_tokens(runner, *args, **kwargs)
+        generators = runner.input_batch.generators
+        discarded = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        spared = {index: generators.pop(index) for index in list(generators) if discarded[index]}
+        try:
+            return sample_tokens(runner, *args, **kwargs)
+        finally:
+            generators.update(spared)
 
     return wrapper
 
