@@ -150,7 +150,7 @@ def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",
     policy: Annotated[
         str,
-        typer.Option(help="Name of a policy. Only packcache takes a preset's options; others their defaults."),
+        typer.Option(help="Name of a policy. A preset's options are packcache's: others take its layout alone."),
     ] = "packcache",
     frames: Annotated[int, typer.Option(min=1, max=1000, help="Frames of the video.")] = 12,
     condition_tokens: Annotated[

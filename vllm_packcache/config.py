@@ -8,31 +8,33 @@ A configuration is a mapping with the options of the policy and, under ``layout`
     decay: 0.5
     positions: rebase
 
-It is given as a YAML or JSON file, as JSON text, as a mapping, or as the name of a preset in ``configs/``.
+It is given as a YAML or JSON file, as JSON text, as a mapping, or as the name of a preset in ``configs/``
+(`vllm_packcache.sources`). With ``policy`` it may say whose options it holds: any other policy takes its layout alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_packcache import masked, policies
+from vllm_packcache.errors import ConfigError as ConfigError
+from vllm_packcache.errors import named, shown
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.masked import MaskedOptions
-from vllm_packcache.policies import Full, Policy
+from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.positions import Positions
+from vllm_packcache.sources import CONFIG_KEY as CONFIG_KEY
+from vllm_packcache.sources import check_finite
+from vllm_packcache.sources import load_mapping as load_mapping
+from vllm_packcache.sources import presets as presets
 
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
-
-CONFIG_KEY = "kv_cache_policy_config"
-"""Key of ``additional_config`` (and, with dashes, the flag) that holds the configuration."""
 
 POSITION_LIMIT_KEY = "kv_cache_position_limit"
 """Key of ``additional_config`` under which the first process tells the others what the model can tell apart."""
@@ -43,16 +45,15 @@ REQUEST_PREFIX = "packcache_"
 CANVAS_OPTION = "diffusion_canvas_length"
 """vLLM's own request option for the tokens that a request makes at a time: every checked masked request has it."""
 
+OWNER_KEY = "policy"
+"""Key of a configuration that says whose options it holds."""
+
 OPT_OUT = Full.name
 """The one other policy a request may name: its whole cache is kept."""
 
 
 PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
-
-
-class ConfigError(ValueError):
-    """A configuration or request option is wrong. The message names the option and the remedy."""
 
 
 def _is_video_key(key: str) -> bool:
@@ -189,22 +190,27 @@ class ServerConfig:
 
         Args:
             policy: name of a policy.
-            source: a mapping, JSON text, the path of a YAML or JSON file, or the name of a preset.
+            source: a mapping, JSON text, the path of a YAML or JSON file, or the name of a preset. Of one that says
+                that its options are another policy's the layout alone is taken.
             position_limit: positions that the model has.
 
         Raises:
             ConfigError: something is wrong with either.
         """
         if not isinstance(policy, str):
-            raise ConfigError(f"{POLICY_KEY} must be the name of a policy, not {policy!r}")
+            raise ConfigError(f"{POLICY_KEY} must be the name of a policy, not {shown(policy)}")
         try:
             policy_class = policies.find(policy)
         except ValueError as error:
             raise ConfigError(f"{POLICY_KEY}: {error}") from None
-        options = dict(load_mapping(source))
+        options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions = options.pop("positions", None)
-        parsed = _parse_policy(policy_class, options, CONFIG_KEY, also=("layout", "positions"))
+        parsed = _parse_policy(
+            policy_class, options, CONFIG_KEY, also=("layout", "positions"), way_out=_layout_alone if layout else None
+        )
+        for name, value in options.items():
+            check_finite(value, name)
         if layout is not None:
             _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
         return cls(parsed, layout, _parse_positions(positions, parsed), position_limit)
@@ -426,10 +432,10 @@ class ServerConfig:
         if isinstance(layout, str):
             preset = load_mapping(layout).get("layout")
             if not isinstance(preset, Mapping):
-                raise ConfigError(f"{CONFIG_KEY}: layout: {layout!r} has no layout of its own")
+                raise ConfigError(f"{CONFIG_KEY}: layout: {shown(layout)} has no layout of its own")
             layout = preset
         if not isinstance(layout, Mapping):
-            raise ConfigError(f"{CONFIG_KEY}: layout must be a mapping or a preset's name, not {layout!r}")
+            raise ConfigError(f"{CONFIG_KEY}: layout must be a mapping or a preset's name, not {shown(layout)}")
         try:
             parsed = _validate(LayoutConfig, layout)
             Positions(parsed.shortest_condition(), scale=parsed.axis_scale)
@@ -478,57 +484,34 @@ def config_of(owner: Any) -> ServerConfig | None:
     return owner._packcache_config
 
 
-def presets() -> dict[str, Path]:
-    """The presets in ``configs/`` by name."""
-    # In a wheel the folder lies inside the package, in a checkout beside it.
-    package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def load_mapping(source: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
-    """Read a configuration: a mapping, JSON text, a file's path, or a preset's name.
+def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says to ``policy``: all of it, or its layout alone where the options are of another.
 
     Raises:
-        ConfigError: it cannot be read or holds no mapping.
+        ConfigError: it names a policy that nobody knows.
     """
-    if source is None:
-        return {}
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, str):
-        raise ConfigError(f"{CONFIG_KEY} must be a mapping, JSON text, a file or a preset, not {source!r}")
-    text = source.strip()
-    if text.startswith("{"):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{CONFIG_KEY} is not valid JSON: {error}") from None
-    path = Path(text)
-    try:
-        path = path.expanduser()
-        is_file = path.is_file()
-    except (OSError, RuntimeError):
-        # A text that can be no path: too long, or the home of nobody.
-        is_file = False
-    if not is_file:
-        if text not in presets():
-            raise ConfigError(
-                f"{CONFIG_KEY}: {text!r} is neither a file nor a preset: presets are {', '.join(presets())}"
-            )
-        path = presets()[text]
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{CONFIG_KEY}: {path} cannot be read: {' '.join(str(error).split())}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{CONFIG_KEY}: {path} must hold a mapping of options, not {type(loaded).__name__}")
-    return loaded
+    options = dict(mapping)
+    owner = options.pop(OWNER_KEY, None)
+    if owner is None or owner == policy:
+        return options
+    known = sorted(policies.available())
+    if owner not in known:
+        raise ConfigError(
+            f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
+            f"{shown(owner)}"
+        )
+    return {"layout": options["layout"]} if "layout" in options else {}
 
+
+def _layout_alone(option: str) -> str:
+    """How to take the layout out of a configuration whose ``option`` is another policy's, as the end of a sentence."""
+    owners = [policy.name for policy in _OWNERS if option in {field.name for field in dataclasses.fields(policy)}]
+    return (
+        f"; to take the layout alone, say {OWNER_KEY}: {owners[0]} beside it, or leave {option} out" if owners else ""
+    )
+
+
+_OWNERS = (PackCache, SlidingWindow, AttentionSink)
 
 _Model = TypeVar("_Model")
 
@@ -547,6 +530,7 @@ def _parse_policy(
     *,
     prefix: str = "",
     also: tuple[str, ...] = (),
+    way_out: Callable[[str], str] | None = None,
 ) -> Policy:
     known = [field.name for field in dataclasses.fields(policy_class)]
     start = prefix or f"{where}: "
@@ -554,7 +538,8 @@ def _parse_policy(
     if unknown:
         choices = ", ".join([*known, *also]) or "none"
         raise ConfigError(
-            f"{start}{unknown[0]} is no option of policy {policy_class.name!r}: its options are {choices}"
+            f"{start}{named(unknown[0])} is no option of policy {policy_class.name!r}: its options are {choices}"
+            f"{way_out(unknown[0]) if way_out else ''}"
         )
     try:
         return _validate(policy_class, options)
@@ -567,7 +552,7 @@ def _parse_positions(value: object, policy: Policy) -> PositionMode:
         return "rebase" if policy.rebases else "absolute"
     modes = get_args(PositionMode)
     if value not in modes:
-        raise ConfigError(f"{CONFIG_KEY}: positions must be {' or '.join(modes)}, not {value!r}")
+        raise ConfigError(f"{CONFIG_KEY}: positions must be {' or '.join(modes)}, not {shown(value)}")
     if value == "rebase" and policy.history_window is None:
         raise ConfigError(
             f"{CONFIG_KEY}: positions: rebase needs a policy that keeps a window of frames, and {policy.name} does "

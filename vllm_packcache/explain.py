@@ -21,11 +21,10 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_packcache import masked
-from vllm_packcache.config import ConfigError, ServerConfig, presets
+from vllm_packcache.config import ConfigError, ServerConfig
 from vllm_packcache.figures import DOTS_PER_INCH, new_figure
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.masked import MaskedOptions
-from vllm_packcache.policies import PackCache
 from vllm_packcache.positions import TIME, Int64, Positions
 from vllm_packcache.retention import Retention
 
@@ -262,9 +261,7 @@ def explain(
     condition_tokens: int | None = None,
     block_size: int = 16,
 ) -> Explanation:
-    """Apply a configuration to a video.
-
-    A preset's options belong to packcache: with another policy only its layout is taken.
+    """Apply a configuration to a video, as a server would.
 
     Args:
         source: name of a preset, a file or JSON text.
@@ -276,8 +273,7 @@ def explain(
     Raises:
         ConfigError: the configuration is wrong or has no layout, or a number is impossible.
     """
-    layout_only = policy != PackCache.name and source in presets()
-    config = ServerConfig.parse(policy, {"layout": source} if layout_only else source)
+    config = ServerConfig.parse(policy, source)
     if config.layout is None:
         raise ConfigError("there is nothing to draw: the configuration has no layout, so give it a grid")
     if block_size < 1:

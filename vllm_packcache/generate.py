@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -24,10 +24,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache import masked
-from vllm_packcache.config import CONFIG_KEY, POLICY_KEY, ConfigError, ServerConfig, load_mapping, presets
+from vllm_packcache.config import CONFIG_KEY, OWNER_KEY, POLICY_KEY, ConfigError, ServerConfig, load_mapping, presets
 from vllm_packcache.demo.server import ServerError, serving, stream_frames
 from vllm_packcache.masked import FRAMES_PER_LATENT, MaskedOptions
 from vllm_packcache.media.pictures import Pixels, fit, read_picture
+from vllm_packcache.policies import PackCache
 from vllm_packcache.tokenizers.text import TextTokenizer
 from vllm_packcache.tokenizers.video import Codes, CosmosTokenizer, VideoTokenizer
 
@@ -270,7 +271,7 @@ def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
     """
     mapping = load_mapping(fitting_config(asked.grid) if config is None else config)
     mapping = {**mapping, "layout": mapping.get("layout") or {"grid": list(asked.grid)}}
-    layout = ServerConfig.of_masked_model({POLICY_KEY: "packcache", CONFIG_KEY: mapping}).layout
+    layout = ServerConfig.of_masked_model({POLICY_KEY: policy_of(mapping), CONFIG_KEY: mapping}).layout
     assert layout is not None
     assert layout.grid is not None
     own, wanted = (masked.frame_layout(grid).tokens_per_frame for grid in (layout.grid, asked.grid))
@@ -280,6 +281,11 @@ def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
             f"{asked.width} x {asked.height} pixels have {wanted}: give grid: {list(asked.grid)}, or no layout"
         )
     return mapping
+
+
+def policy_of(mapping: Mapping[str, Any]) -> str:
+    """The policy whose options a configuration holds."""
+    return mapping.get(OWNER_KEY) or PackCache.name
 
 
 def fitting_config(grid: masked.Grid) -> str:
@@ -328,7 +334,7 @@ def _own_server(
 
     total = len(request.prompt_ids) + request.frames * masked.frame_layout(grid).tokens_per_frame
     arguments = [
-        *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(policy)),
+        *("--kv-cache-policy", policy_of(policy), "--kv-cache-policy-config", json.dumps(policy)),
         *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype, "--skip-tokenizer-init"),
     ]
     console.print(f"[bold]vllm serve[/] {escape(shlex.join([str(model), *arguments]))}", soft_wrap=True)

@@ -336,7 +336,9 @@ def test_a_configuration_without_a_layout_is_of_the_size_that_is_asked_for() -> 
     ("size", "layout", "length"),
     [(("--width", "448", "--height", "256"), "lumos1_256p", 12 * 1828), (SIZE, None, 12 * 40)],
 )
+@pytest.mark.parametrize("config", [None, {"policy": "sliding_window", "window": 3}])
 def test_what_a_server_of_its_own_is_told(
+    config: dict[str, Any] | None,
     size: tuple[str, ...],
     layout: str | None,
     length: int,
@@ -359,14 +361,18 @@ def test_what_a_server_of_its_own_is_told(
     server.fewer = 1
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     given = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), *size]
+    if config is not None:
+        config = {**config, **({"layout": load_mapping(layout)["layout"]} if layout else {})}
+        given += ["--config", json.dumps(config)]
     result = call(tokenizer, tmp_path / "video.mp4", to=tuple(given))
     assert result.exit_code == 2
     log = tmp_path / "video.log"
     assert result.stderr == f"vllm-packcache: the server ended the video after 11 of 12 frames; its log is {log}\n"
     ((model, arguments, own_log, options),) = started
     assert (model, own_log, options) == (tmp_path, log, {"interpreted": not torch.cuda.is_available()})
-    expected = load_mapping(layout) if layout else {"layout": {"grid": list(GRID)}}
+    expected = load_mapping(layout) if config is None and layout else {"layout": {"grid": list(GRID)}, **(config or {})}
     assert json.loads(arguments["--kv-cache-policy-config"]) == expected
+    assert arguments["--kv-cache-policy"] == ("packcache" if config is None else "sliding_window")
     assert int(arguments["--max-model-len"]) == len(server.body["prompt"]) + length
     assert arguments["--dtype"] == ("auto" if torch.cuda.is_available() else "float32")
 

@@ -20,6 +20,8 @@ from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.positions import Positions
 
+from .strategies import POLICY_NAMES
+
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
@@ -238,7 +240,7 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(policy, source, messag
     assert refusal(lambda: ServerConfig.parse(policy, source)) == message
 
 
-@pytest.mark.parametrize("name", ["no_such_preset", "~no_such_user/x.yaml", "x" * 5000, "[1, 2]"])
+@pytest.mark.parametrize("name", ["no_such_preset", "~no_such_user/x.yaml", "a\0b", "a\nb", "[1, 2]", "/dev/zero"])
 def test_a_name_that_is_no_file_and_no_preset_is_refused(name):
     assert refusal(lambda: ServerConfig.parse("packcache", name)) == (
         f"kv_cache_policy_config: {name!r} is neither a file nor a preset: presets are {', '.join(presets())}"
@@ -309,7 +311,7 @@ def test_mapping_json_text_yaml_file_json_file_and_preset_mean_the_same(tmp_path
     as_json, as_yaml = tmp_path / "mine.json", tmp_path / "mine.yaml"
     as_json.write_text(json.dumps(options))
     as_yaml.write_text(yaml.safe_dump(options))
-    monkeypatch.setattr("vllm_packcache.config.presets", lambda: {"mine": as_yaml})
+    monkeypatch.setattr("vllm_packcache.sources.presets", lambda: {"mine": as_yaml})
 
     expected = ServerConfig.parse("packcache", options)
 
@@ -335,43 +337,66 @@ def test_a_written_out_configuration_reads_back(layout, positions):
     assert mapping.get("layout") == expected
 
 
-def test_every_preset_is_a_valid_packcache_configuration():
-    for name in presets():
-        config = ServerConfig.parse("packcache", name)
-        assert config.layout is not None, name
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_another_policy_takes_a_presets_layout_alone(name, policy):
+    taken = ServerConfig.parse(policy, name)
+
+    assert taken == ServerConfig.parse(policy, load_mapping(name))
+    # What an operator can write instead.
+    alone = ServerConfig.parse(policy, {"layout": name})
+    assert taken == alone
+    assert taken.layout is not None
+
+
+def test_whose_options_a_configuration_holds():
+    options = {"layout": GRID, "window": 3, "positions": "rebase"}
+
+    assert ServerConfig.parse("packcache", {**options, "policy": "packcache"}) == ServerConfig.parse(
+        "packcache", options
+    )
+    # Not the window, which the policy has too, and not the positions.
+    assert ServerConfig.parse("sliding_window", {**options, "policy": "packcache"}) == ServerConfig(
+        SlidingWindow(), LayoutConfig(grid=(16, 16), frame_start_tokens=1), "absolute"
+    )
+    assert ServerConfig.parse("full", {"policy": "packcache", "window": 3}) == ServerConfig(Full())
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("owner", "shown"), [("packcash", "'packcash'"), (3, "3"), (["packcache"], "['packcache']"), ({}, "{}")]
+)
+@pytest.mark.parametrize("policy", ["packcache", "full"])
+def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
+    assert refusal(lambda: ServerConfig.parse(policy, {"policy": owner, "window": 3})) == (
+        "kv_cache_policy_config: policy must be the policy whose options these are, one of attention_sink, full, "
+        f"packcache, sliding_window, not {shown}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "end"),
     [
-        ("layout: !!python/tuple [1, 2]\n", "could not determine a constructor"),
-        ("window: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-        ("window: [\n", "while parsing"),
-        ("- 1\n- 2\n", "must hold a mapping of options, not list"),
+        (
+            "sliding_window",
+            {"decay": 0.5, "layout": GRID},
+            "decay is no option of policy 'sliding_window': its options are window, layout, positions; to take the "
+            "layout alone, say policy: packcache beside it, or leave decay out",
+        ),
+        (
+            "full",
+            {"sink_tokens": 4, "layout": "demo"},
+            "sink_tokens is no option of policy 'full': its options are layout, positions; to take the layout alone, "
+            "say policy: attention_sink beside it, or leave sink_tokens out",
+        ),
+        (
+            "full",
+            {"decai": 0.5, "layout": GRID},
+            "decai is no option of policy 'full': its options are layout, positions",
+        ),
     ],
 )
-def test_a_yaml_file_holds_plain_data_only(tmp_path, text, reason):
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-
-    message = refusal(lambda: ServerConfig.parse("packcache", str(path)))
-
-    assert message.startswith(f"kv_cache_policy_config: {path} ")
-    assert reason in message
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    path = tmp_path / "binary.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x80")
-
-    assert "cannot be read" in refusal(lambda: ServerConfig.parse("packcache", str(path)))
-
-
-def test_an_empty_file_and_no_source_mean_the_defaults(tmp_path):
-    path = tmp_path / "empty.yaml"
-    path.write_text("# nothing\n")
-
-    assert load_mapping(str(path)) == load_mapping(None) == {}
+def test_options_of_another_policy_are_refused_with_the_way_to_their_layout(policy, options, end):
+    assert refusal(lambda: ServerConfig.parse(policy, options)) == f"kv_cache_policy_config: {end}"
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, 3, {"kv_cache_policy": None}])

@@ -38,7 +38,7 @@ from vllm_packcache.bench.calibrate.decay import (
 from vllm_packcache.bench.calibrate.mass import NEAREST, OLDER, SEGMENTS, Float64, Mass, Video
 from vllm_packcache.bench.machine import about
 from vllm_packcache.bench.progress import counting
-from vllm_packcache.config import REQUEST_PREFIX, ConfigError, ServerConfig
+from vllm_packcache.config import OWNER_KEY, REQUEST_PREFIX, ConfigError, ServerConfig
 from vllm_packcache.demo.evaluate import FIRST_HELD_OUT_SEED
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
@@ -160,10 +160,11 @@ def run(
     suggestion = result["suggestion"]
     if suggestion is not None:
         options = {"history_frames", "window", "decay"}
-        result["config"] = ServerConfig.parse(
+        suggested = ServerConfig.parse(
             PackCache.name,
             {"layout": result["layout"], **{k: suggestion[k] for k in options}, "positions": "rebase"},
-        ).as_mapping()
+        )
+        result["config"] = {OWNER_KEY: PackCache.name, **suggested.as_mapping()}
     if json_path is not None:
         files.write(json_path, result)
     if plot_path is not None:

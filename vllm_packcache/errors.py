@@ -1,0 +1,28 @@
+"""Errors that a person can act on, and how they show what was given."""
+
+from __future__ import annotations
+
+SHOWN_CHARACTERS = 80
+"""At most so much of what was given is shown in a message."""
+
+
+class ConfigError(ValueError):
+    """A configuration or request option is wrong. The message names the option and the remedy."""
+
+
+def shown(value: object) -> str:
+    """``value`` as Python writes it, cut to `SHOWN_CHARACTERS`."""
+    if isinstance(value, str):
+        # Before it is quoted: what is cut off need not be looked at.
+        value = value[: SHOWN_CHARACTERS + 1]
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write out a number of thousands of digits.
+        return "a number too long to show"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+
+
+def named(option: str) -> str:
+    """The name of an option, which may be anybody's text: as it is where it looks like a name, as `shown` otherwise."""
+    return option if option.isprintable() and len(option) <= SHOWN_CHARACTERS else shown(option)
