@@ -65,11 +65,15 @@ demo: $(STAMP)  ## a picture becomes a video, with and without packcache; IMAGE=
 demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passes, with guidance; PROMPT alone: no picture
 	@$(GIVEN); $(BIN)/vllm-packcache demo-masked "$$@"
 
-test: lint  ## lint, then the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long'
+# vLLM chooses its model runner, and Triton whether it interprets, at the first import: a run of pytest for each. The
+# second, of most tests, is made whatever comes of the first.
+ON_BOTH_RUNNERS = V2=0; VLLM_USE_V2_MODEL_RUNNER=1 $(1) || V2=$$?; $(1) && exit $$V2
+
+test: lint  ## lint, then the test suite on both of vLLM's model runners
+	@$(call ON_BOTH_RUNNERS,$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long')
 
 test-long: $(STAMP)  ## soaks and full-size runs
-	$(BIN)/python -m pytest -m long
+	@$(call ON_BOTH_RUNNERS,$(BIN)/python -m pytest -m long)
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -1,41 +1,45 @@
 """Which of vLLM's model runners the tests use: V1, or V2 with ``VLLM_USE_V2_MODEL_RUNNER=1`` in the environment.
 
-V2 needs Triton. On a CPU Triton's interpreter runs its kernels, 20 ms a step.
+The runner is chosen before anything is imported, so each has a run of pytest of its own; ``make test`` makes both. V2
+needs Triton. On a CPU Triton's interpreter runs its kernels, 20 ms a step.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
+ON_BOTH = frozenset(
+    f"serving/test_{name}.py" for name in ("tokens", "positions", "async", "schedules", "tensor_parallel")
+)
+"""Files whose tests are run on both runners, relative to this folder."""
+
+ON_V2 = frozenset(
+    {
+        "bench/test_gpu_kernels.py",
+        "serving/test_graphs.py",
+        "serving/test_masked_tokens.py",
+        "worker/test_runner_v2.py",
+    }
+)
+"""Those that need V2, or what is interpreted with it. All other files are for V1 or for none."""
+
+needs_v2 = pytest.mark.skipif(not V2, reason="needs the V2 runner: run it with VLLM_USE_V2_MODEL_RUNNER=1")
+
 T = TypeVar("T")
+
+
+def is_for_this_runner(file: Path) -> bool:
+    """Whether a test file has something to show on the runner that is used."""
+    name = file.relative_to(Path(__file__).parent).as_posix()
+    return name in ON_V2 | ON_BOTH if V2 else name not in ON_V2
 
 
 def shorter(usual: T, on_v2: T) -> T:
     """``usual``, or what takes fewer steps where steps are interpreted."""
     return on_v2 if V2 else usual
-
-
-def check_on_v2(files: Sequence[str], which: str) -> None:
-    """Run tests on the V2 runner, in a process of its own; none may be skipped.
-
-    Args:
-        files: paths from the root of the repository.
-        which: their markers.
-    """
-    outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, "-rs", *files],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout[-5000:] + outcome.stderr[-2000:]
-    assert "SKIPPED" not in outcome.stdout, outcome.stdout[-5000:]

@@ -42,7 +42,12 @@ SUPPORT = (
         "V2",
         "CPU_ATTN",
         "on a CPU, Triton interpreted: the same tests of tokens, also from what full CUDA graphs capture",
-        ("serving/test_v2.py", "serving/test_graphs.py::test_what_was_captured_serves_every_decode_step"),
+        (
+            "serving/test_tokens.py",
+            "serving/test_positions.py",
+            "serving/test_schedules.py",
+            "serving/test_graphs.py::test_what_was_captured_serves_every_decode_step",
+        ),
     ),
     Support(
         INSTALLED,
@@ -70,7 +75,7 @@ SUPPORT = (
         "V2",
         "CPU_ATTN, TRITON_ATTN",
         "masked models, Triton interpreted: tokens against the published loop as a PyTorch reference",
-        ("serving/test_masked.py", "serving/test_masked_http.py", "serving/masked_checks.py::test_a_gpu_backend"),
+        ("serving/test_masked_tokens.py", "serving/test_masked_http.py"),
     ),
     Support(
         NEXT,

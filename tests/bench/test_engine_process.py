@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.serving.conftest import schedule_asynchronously
+from vllm_packcache.bench import engine_process
 from vllm_packcache.bench.engine_process import Engine, EngineSettings
 
 
@@ -54,10 +56,13 @@ def test_requests_advance_together_and_leave_nothing(engine: Engine) -> None:
 
 def test_a_burst_ends_when_the_gpu_is_idle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.begin(PROMPTS[:1], 50, {})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.5))
+    # A clock that is half a second on whenever it is read, and a GPU that is busy for ten times as long.
+    clock = count(0, 0.5)
+    monkeypatch.setattr(engine_process, "time", SimpleNamespace(perf_counter=clock.__next__, process_time=lambda: 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: [next(clock) for _ in range(10)])
     monkeypatch.setattr(engine, "_on_gpu", True)
     burst = engine.decode(4)
-    assert burst.wall_seconds[-1] >= 0.5 > max(burst.wall_seconds[:-1])
+    assert burst.wall_seconds == [0.5, 0.5, 0.5, 6]
     engine.end()
 
 

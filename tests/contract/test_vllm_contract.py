@@ -61,7 +61,8 @@ def test_installed(reliance: Reliance) -> None:
 
 @pytest.fixture(scope="module")
 def next_vllm(request: pytest.FixtureRequest) -> Path:
-    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT)
+    files = {reliance.file for reliance in RELIANCES}
+    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT, files)
 
 
 @each_reliance

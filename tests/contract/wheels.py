@@ -1,50 +1,52 @@
-"""The sources of a vLLM that is not installed: out of its wheel, kept in pytest's cache."""
+"""The sources of a vLLM that is not installed: single files out of its wheel, kept in pytest's cache."""
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.http import HTTPFile
 
-_DONE = ".complete"
 
+def vllm_sources(cache: Path, version: str, files: Iterable[str]) -> Path:
+    """The folder of the ``vllm`` package of ``version`` with those of ``files`` that it has.
 
-def vllm_sources(cache: Path, version: str) -> Path:
-    """The folder of the ``vllm`` package of ``version``, with its Python files only.
-
-    Downloaded once. Skips the test where the registry cannot be reached.
+    Files are named relative to the package. Of the wheel, some hundred megabytes, only the parts are read that hold
+    what is not in the cache yet. Skips the test where the registry cannot be reached, or sends whole files only.
     """
-    folder = cache / version
-    if not (folder / _DONE).is_file():
-        # Anew, should an earlier run have stopped half-way. The wheel is large, so it does not stay.
-        shutil.rmtree(folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=cache) as downloads:
-            _unpack(_download(version, Path(downloads)), folder)
-        (folder / _DONE).touch()
-    return folder / "vllm"
+    package = cache / version / "vllm"
+    missing = sorted({file for file in files if not (package / file).is_file()})
+    if missing:
+        with fsspec.open(_wheel_url(version), block_size=2**20, cache_type="blockcache").open() as remote:
+            if not isinstance(remote, HTTPFile):
+                pytest.skip(f"vllm {version} cannot be read in part: the package registry sends whole files only")
+            with zipfile.ZipFile(remote) as wheel:
+                there = set(wheel.namelist())
+                wheel.extractall(package.parent, [name for file in missing if (name := f"vllm/{file}") in there])
+    return package
 
 
-def _download(version: str, folder: Path) -> Path:
+def _wheel_url(version: str) -> str:
+    # What pip would download, and does not: it names every file that it considers.
+    command = (sys.executable, "-m", "pip", "index", "versions", "vllm", "-vv", "--no-color")
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    told = outcome.stdout + outcome.stderr
     # The wheel is for Linux on x86-64 and any Python 3; it is only read, so what runs here does not matter.
-    platform = ("--platform", "manylinux_2_28_x86_64", "--only-binary", ":all:")
-    command = (sys.executable, "-m", "pip", "download", f"vllm=={version}", "--no-deps", *platform)
-    outcome = subprocess.run(
-        [*command, "--dest", str(folder)], capture_output=True, text=True, check=False, timeout=540
-    )
-    wheels = sorted(folder.glob("*.whl"))
-    if outcome.returncode == 0 and wheels:
-        return wheels[0]
-    if _unreachable(outcome.stderr):
-        pytest.skip(f"vllm {version} cannot be downloaded, the package registry is out of reach")
-    raise RuntimeError(f"pip download vllm=={version} failed: {outcome.stderr.strip()[-2000:]}")
+    found = re.search(rf"https?://\S+/vllm-{re.escape(version)}-cp\d+-abi3-manylinux\S+_x86_64\.whl", told)
+    if found:
+        return found[0]
+    if _unreachable(told):
+        pytest.skip(f"vllm {version} cannot be read: the package registry is out of reach")
+    raise RuntimeError(f"pip index versions vllm names no wheel of {version}: {told.strip()[-2000:]}")
 
 
-def _unreachable(stderr: str) -> bool:
+def _unreachable(told: str) -> bool:
     """Whether pip says that it reached no registry; that the registry lacks a version is another matter."""
     marks = (
         "NewConnectionError",
@@ -56,10 +58,4 @@ def _unreachable(stderr: str) -> bool:
         "ProxyError",
         "MaxRetryError",
     )
-    return any(mark in stderr for mark in marks)
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith("vllm/") and name.endswith(".py")]
-        archive.extractall(folder, names)
+    return any(mark in told for mark in marks)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.runner import V2, shorter
-from vllm_packcache.config import ServerConfig
+from tests.margins import numbers
+from tests.runner import shorter
+from vllm_packcache.config import ServerConfig, VideoPlan
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""
-    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+    return numbers(seed).integers(0, 256, length).tolist()
 
 
 def sampling(max_tokens: int, **options: Any) -> Any:
@@ -52,24 +52,29 @@ def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
 
 
-def check_video(llm: Any, ids: list[int], expected: list[int], **options: Any) -> None:
-    """A video whose condition is ``ids`` must be ``expected``; on V2 most of it is given and the end generated."""
-    given = shorter(0, max(0, len(expected) - 20))
+def check_video(
+    llm: Any, reference: Any, ids: list[int], length: int, plan: VideoPlan, block_size: int = 32, **options: Any
+) -> tuple[list[int], list[int]]:
+    """A video whose condition is ``ids`` must be the reference's; on V2 most of it is given and the end generated.
+
+    Returns:
+        What was given, and what was generated.
+    """
+    given = shorter([], prompt(max(0, length - 20), seed=length))
     options["condition_tokens"] = len(ids)
-    assert generate(llm, ids + expected[:given], len(expected) - given, **options) == expected[given:]
+    made = generate(llm, ids + given, length - len(given), **options)
+    reference.check(ids + given, made, length - len(given), plan, block_size)
+    return ids + given, made
 
 
-def alone(
-    llm: Any, reference: Any, config: dict[str, Any], requests: Sequence[tuple[list[int], Any]]
-) -> list[list[int]]:
-    """What each request generates without company: the engine says, or on V2 the reference, which is faster there."""
-    if not V2:
-        return [run(llm, [ids], [params])[0] for ids, params in requests]
-    server = ServerConfig.parse("packcache", config)
-    return [
-        reference.generate(ids, params.max_tokens, server.plan(params.extra_args, len(ids)), 32).token_ids
-        for ids, params in requests
-    ]
+def check_together(
+    llm: Any, reference: Any, policy: str, config: dict[str, Any], requests: Sequence[tuple[list[int], Any]]
+) -> None:
+    """Whatever the company, each request must generate what the reference does."""
+    server = ServerConfig.parse(policy, config)
+    answers = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
+    for (ids, params), tokens in zip(requests, answers, strict=True):
+        reference.check(ids, tokens, params.max_tokens, server.plan(params.extra_args, len(ids)))
 
 
 @pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from tests.runner import shorter
-from tests.serving.conftest import alone, prompt, run, sampling, schedule_asynchronously
+from tests.serving.conftest import check_together, prompt, sampling, schedule_asynchronously
 
 CONFIG = {"window": 2, "history_frames": 1.5}
-REQUESTS = [
-    (prompt(70, seed=5), sampling(shorter(400, 60), tokens_per_frame=shorter(33, 10))),
-    (prompt(130, seed=6), sampling(shorter(300, 40))),
-    (prompt(20, seed=7), sampling(shorter(500, 60), tokens_per_frame=shorter(57, 15), window=1, history_frames=1)),
-    (prompt(420, seed=8), sampling(shorter(300, 45), tokens_per_frame=40, condition_tokens=30)),
-    (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
-]
+
+
+def requests() -> list[tuple[list[int], Any]]:
+    return [
+        (prompt(70, seed=5), sampling(shorter(400, 60), tokens_per_frame=shorter(33, 10))),
+        (prompt(130, seed=6), sampling(shorter(300, 40))),
+        (prompt(20, seed=7), sampling(shorter(500, 60), tokens_per_frame=shorter(57, 15), window=1, history_frames=1)),
+        (prompt(420, seed=8), sampling(shorter(300, 45), tokens_per_frame=40, condition_tokens=30)),
+        (prompt(70, seed=5), sampling(shorter(300, 20), tokens_per_frame=67, policy="full")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,6 @@ def test_tokens_are_the_same(
     llm = engine("packcache", CONFIG, max_num_batched_tokens=128, variant="asynchronous", **options)
     core = llm.llm_engine.engine_core.engine_core
     assert type(core.scheduler) is AsyncScheduler
-    expected = alone(engine("packcache", CONFIG), reference, CONFIG, REQUESTS)
-    assert run(llm, [ids for ids, _ in REQUESTS], [params for _, params in REQUESTS]) == expected
+    check_together(llm, reference, "packcache", CONFIG, requests())
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

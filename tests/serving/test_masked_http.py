@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.masked_checks import BLOCK, CANVAS, CONFIG, CONTINUED, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Case
-from tests.serving.masked_checks import lumos as lumos
-from tests.serving.masked_checks import oracle as oracle
+from tests.serving.test_masked_tokens import BLOCK, CANVAS, CONFIG, CONTINUED, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Case
+from tests.serving.test_masked_tokens import lumos as lumos
+from tests.serving.test_masked_tokens import oracle as oracle
 from vllm_packcache import masked
 from vllm_packcache.demo.server import serving, tokens_in
 

@@ -27,7 +27,8 @@ LEAVING = 0.2
 
 GROWTH = 8
 """MiB by which a process may grow: three times what they were seen to, within a hundred requests or a thousand. A
-request that is never let go of takes 10 KiB, and the thousands of the long form several times this."""
+request that is never let go of takes 10 KiB, and the thousands of the long form several times this. In the short form
+it would not show: that every block and every video is let go of does."""
 
 
 async def whole(client: AsyncOpenAI, asking: dict[str, Any], seconds: float | None) -> list[int] | None:
@@ -54,15 +55,14 @@ async def streamed(client: AsyncOpenAI, asking: dict[str, Any], most: int | None
 
 
 async def load(
-    server: Server, alone: Callable[[Case], list[int]], catalogue: list[Case], seconds: float, seed: str
+    server: Server, alone: Callable[[Case], list[int]], catalogue: list[Case], requests: int, seed: str
 ) -> Counter[str]:
-    """Keep the server full; returns how many requests ended how."""
+    """Keep the server full, so many requests a client; returns how many ended how."""
     ends: Counter[str] = Counter()
-    deadline = time.monotonic() + seconds
 
     async def come_and_go(client: AsyncOpenAI, number: int) -> None:
         choose = random.Random(f"{seed} {number}")
-        while time.monotonic() < deadline:
+        for _ in range(requests):
             case, leaves = choose.choice(catalogue), choose.random() < LEAVING
             asking, how = server.asking(case), choose.choice(["streamed", "whole"])
             if how == "streamed":
@@ -71,7 +71,7 @@ async def load(
                 tokens = await streamed(client, asking, most)
             else:
                 tokens = await whole(client, asking, choose.uniform(0, 2) if leaves else None)
-            ends["left" if tokens is None else how] += 1
+            ends[f"{how}, left" if tokens is None else how] += 1
             assert tokens in (None, alone(case)), f"seed {seed!r}, client {number}: {case} is not what it is alone"
 
     async with server.openai() as client, asyncio.TaskGroup() as clients:
@@ -104,30 +104,32 @@ def memory(server: Server) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("warm_up", "seconds", "seed"),
+    ("warm_up", "requests", "seed"),
     [
-        pytest.param(8, 24, "short", marks=pytest.mark.timeout(900), id="short"),
-        pytest.param(60, 600, "long", marks=[pytest.mark.long, pytest.mark.timeout(2400)], id="long"),
+        pytest.param(0, 5, "short", marks=pytest.mark.timeout(900), id="short"),
+        pytest.param(25, 250, "long", marks=[pytest.mark.long, pytest.mark.timeout(3600)], id="long"),
     ],
 )
 def test_soak(
-    server: Server, alone: Callable[[Case], list[int]], catalogue: list[Case], warm_up: float, seconds: float, seed: str
+    server: Server, alone: Callable[[Case], list[int]], catalogue: list[Case], warm_up: int, requests: int, seed: str
 ) -> None:
     for case in catalogue:
         alone(case)
     asyncio.run(load(server, alone, catalogue, warm_up, f"{seed} warm-up"))
     wait_until_empty(server, catalogue[0])
     before, memory_before, log_before = server.metrics(), memory(server), server.log.stat().st_size
-    ends = asyncio.run(load(server, alone, catalogue, seconds, seed))
+    ends = asyncio.run(load(server, alone, catalogue, requests, seed))
     wait_until_empty(server, catalogue[0])
     after, memory_after = server.metrics(), memory(server)
     preemptions = after["vllm:packcache_preemptions_total"] - before["vllm:packcache_preemptions_total"]
     summary = f"seed {seed!r}: {dict(ends)}, {preemptions:.0f} preemptions, MiB {memory_before} -> {memory_after}"
     print(summary)
     assert preemptions > 0, summary
-    assert ends["left"] > 0.1 * ends.total(), summary
-    for process, held in memory_before.items():
-        assert memory_after[process] - held < GROWTH, summary
+    # How many leave a stream is in the seed.
+    assert ends["streamed, left"] >= CLIENTS * requests * LEAVING / 4, summary
+    if warm_up:
+        for process, held in memory_before.items():
+            assert memory_after[process] - held < GROWTH, summary
     with server.log.open(encoding="utf-8") as log:
         log.seek(log_before)
         errors = [line for line in log if re.search(r"\b(ERROR|CRITICAL)\b|Traceback", line)]

@@ -7,22 +7,14 @@ from typing import Any
 import pytest
 
 from tests.runner import V2, shorter
-from tests.serving.conftest import alone, check_video, generate, prompt, run, sampling
-from vllm_packcache.config import ServerConfig
+from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
+from vllm_packcache.config import ServerConfig, VideoPlan
 
 
-def reference_tokens(
-    reference: Any,
-    policy: str,
-    config: dict[str, Any],
-    ids: list[int],
-    max_tokens: int,
-    block_size: int,
-    **options: Any,
-) -> list[int]:
-    extra = {f"packcache_{name}": value for name, value in options.items()}
-    plan = ServerConfig.parse(policy, config).plan(extra, len(ids))
-    return reference.generate(ids, max_tokens, plan, block_size).token_ids
+def plan_of(policy: str, config: dict[str, Any], condition: int, frame: int) -> VideoPlan:
+    plan = ServerConfig.parse(policy, config).plan({"packcache_tokens_per_frame": frame}, condition)
+    assert plan is not None
+    return plan
 
 
 LAYOUTS = [
@@ -42,11 +34,9 @@ def test_packcache_equals_reference(
 ) -> None:
     llm = engine("packcache", block_size=block_size)
     ids = prompt(condition, seed=frame)
-    length = frames * frame + 3
-    expected = reference_tokens(reference, "packcache", {}, ids, length, block_size, tokens_per_frame=frame)
-    check_video(llm, ids, expected, tokens_per_frame=frame)
-    stock = reference.generate(ids, length).token_ids
-    assert expected != stock, "the policy changed nothing: the comparison shows nothing"
+    plan = plan_of("packcache", {}, condition, frame)
+    video = check_video(llm, reference, ids, frames * frame + 3, plan, block_size, tokens_per_frame=frame)
+    assert reference.differs(*video), "the policy changed nothing: the comparison shows nothing"
 
 
 POLICIES = [
@@ -71,27 +61,27 @@ POLICIES = [
 @pytest.mark.parametrize(("policy", "config"), POLICIES)
 def test_policies_equal_reference(engine: Any, reference: Any, policy: str, config: dict[str, Any]) -> None:
     ids = prompt(200, seed=7)
-    length = 12 * 67 + 5
-    expected = reference_tokens(reference, policy, config, ids, length, 32, tokens_per_frame=67)
-    check_video(engine(policy, config), ids, expected, tokens_per_frame=67)
-    stock = reference.generate(ids, length).token_ids
-    assert expected != stock, "the policy changed nothing: the comparison shows nothing"
+    plan = plan_of(policy, config, len(ids), 67)
+    video = check_video(engine(policy, config), reference, ids, 12 * 67 + 5, plan, tokens_per_frame=67)
+    assert reference.differs(*video), "the policy changed nothing: the comparison shows nothing"
 
 
-def test_budget_that_holds_everything_equals_stock(engine: Any) -> None:
+def test_budget_that_holds_everything_equals_stock(engine: Any, reference: Any) -> None:
     ids = prompt(70, seed=1)
     length = shorter(900, 40)
     frame = shorter(67, 9)
     stock = generate(engine(), ids, length)
+    reference.check(ids, stock, length)
     assert generate(engine("packcache"), ids, length, tokens_per_frame=frame, window=20, history_frames=20) == stock
     assert generate(engine("sliding_window"), ids, length, tokens_per_frame=frame, window=20) == stock
     assert generate(engine("full"), ids, length, tokens_per_frame=frame) == stock
 
 
-def test_text_and_opted_out_requests_equal_stock(engine: Any) -> None:
+def test_text_and_opted_out_requests_equal_stock(engine: Any, reference: Any) -> None:
     ids = prompt(70, seed=2)
     length = shorter(700, 40)
     stock = generate(engine(), ids, length)
+    reference.check(ids, stock, length)
     llm = engine("packcache")
     assert generate(llm, ids, length) == stock
     assert generate(llm, ids, length, tokens_per_frame=shorter(67, 9), policy="full") == stock
@@ -100,22 +90,22 @@ def test_text_and_opted_out_requests_equal_stock(engine: Any) -> None:
 def test_switched_off_options_change_nothing(engine: Any, reference: Any) -> None:
     ids = prompt(70, seed=3)
     length = shorter(600, 40)
-    stock = reference.generate(ids, length).token_ids
-    assert generate(engine(), ids, length) == stock
+    stock = generate(engine(), ids, length)
+    reference.check(ids, stock, length)
     assert generate(engine(), ids, length, tokens_per_frame=shorter(67, 9)) == stock
 
 
 @pytest.mark.parametrize("chunk", shorter([32, 61, 512, 2048], [32, 512]))
-def test_given_frames_in_any_chunk_size_equal_generated_ones(engine: Any, reference: Any, chunk: int) -> None:
+def test_given_frames_in_any_chunk_size(engine: Any, reference: Any, chunk: int) -> None:
     condition, frame, frames = 70, 67, 12
-    ids = prompt(condition, seed=4)
-    total = frames * frame
-    generated = reference_tokens(reference, "packcache", {}, ids, total, 32, tokens_per_frame=frame)
+    video = prompt(condition + frames * frame, seed=4)
+    plan = plan_of("packcache", {}, condition, frame)
     llm = engine("packcache", max_num_batched_tokens=chunk, max_num_seqs=4)
     for given in (3 * frame + 13, 6 * frame, 9 * frame + 66):
-        count = shorter(total - given, 15)
-        rest = generate(llm, ids + generated[:given], count, tokens_per_frame=frame, condition_tokens=condition)
-        assert rest == generated[given : given + count], f"{given} tokens of frames given in chunks of {chunk}"
+        ids = video[: condition + given]
+        count = shorter(100, 15)
+        made = generate(llm, ids, count, tokens_per_frame=frame, condition_tokens=condition)
+        reference.check(ids, made, count, plan)
 
 
 @pytest.mark.parametrize("prefix_caching", shorter([True, False], [True]))
@@ -128,15 +118,15 @@ def test_company_changes_nothing(engine: Any, reference: Any, prefix_caching: bo
         (prompt(70, seed=5), sampling(shorter(600, 20), tokens_per_frame=67, policy="full")),
         (prompt(250, seed=8), sampling(shorter(600, 55), tokens_per_frame=50, condition_tokens=100)),
     ]
-    expected = alone(llm, reference, {}, requests)
-    assert run(llm, [ids for ids, _ in requests], [params for _, params in requests]) == expected
+    check_together(llm, reference, "packcache", {}, requests)
 
 
-def test_samples_share_the_condition_and_nothing_else(engine: Any) -> None:
+def test_samples_share_the_condition_and_nothing_else(engine: Any, reference: Any) -> None:
     llm = engine("packcache", max_num_seqs=5)
     ids = prompt(100, seed=9)
     frame, given, total = shorter((67, 300, 400), (21, 70, 90))
     first = generate(llm, ids, total, tokens_per_frame=frame)
+    reference.check(ids, first, total, plan_of("packcache", {}, len(ids), frame))
     continuation = ids + first[:given]
     # A text request caches the blocks of the same tokens as if they were no frames.
     generate(llm, continuation, 4)
@@ -167,11 +157,9 @@ def test_preempted_videos_come_out_the_same(engine: Any, reference: Any, monkeyp
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
     length, frame, blocks = shorter((700, 67, 40), (80, 30, 15))
     requests = [(prompt(70 + i, seed=20 + i), sampling(length, tokens_per_frame=frame - 7 * i)) for i in range(4)]
-    expected = alone(engine("packcache"), reference, {}, requests)
     # A pool that holds the four at first, and not once they have grown.
     crowded = engine(
         "packcache", num_gpu_blocks_override=blocks, max_model_len=shorter(1024, 192), max_num_batched_tokens=256
     )
-    together = run(crowded, [ids for ids, _ in requests], [params for _, params in requests])
+    check_together(crowded, reference, "packcache", {}, requests)
     assert preempted
-    assert together == expected

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import interpreted
+from tests.compiling import compiled
 from tests.worker.test_compaction import POLICIES
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.retention import Retention
@@ -141,5 +141,5 @@ def test_it_compiles_for_gpus(capability: int) -> None:
     names += "out_table_stride out_seq_lens_ptr"
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names.split()} | {"slots_ptr": "*i64"}
     constants = {"BLOCK_SIZE": 16, "SPLIT": 1, "HEADER_SIZE": HEADER, "AT_ONCE": 1024}
-    ptx = interpreted.compiled(_compact, capability, signature, constants)
+    ptx = compiled(_compact, capability, signature, constants)
     assert "st.global" in ptx

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner import V2
+from tests.runner import needs_v2
 from tests.serving.conftest import prompt, sampling
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.layout import FrameLayout, VideoLayout
@@ -18,7 +18,7 @@ from vllm_packcache.policies import SlidingWindow
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.step import Row
 
-pytestmark = pytest.mark.skipif(not V2, reason="needs the V2 runner")
+pytestmark = needs_v2
 
 BLOCK = 4
 CONFIG = {"window": 2, "history_frames": 1.5}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class LlamaReference(Decoder):
         super().__init__(config, weights, _axis_of(config))
 
     @classmethod
-    def load(cls, path: str | Path) -> LlamaReference:
+    def load(cls, path: str | Path) -> Self:
         """Read a folder with ``config.json`` and ``*.safetensors``.
 
         Raises:

@@ -1,46 +1,14 @@
-"""Triton kernels without a GPU: they run under Triton's interpreter, and are compiled for GPUs that are not here.
-
-The interpreter must be chosen before anything is imported, so it runs in a process of its own.
-"""
+"""Triton kernels without a GPU: compiled for GPUs that are not here, in a process where Triton does not interpret."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-
-
-def check(module: str, *, interpreted: bool) -> None:
-    """Run all tests of a file that pytest does not collect by itself, and none may be skipped.
-
-    Args:
-        module: path of the file from the root of the repository.
-        interpreted: with Triton's interpreter, on the CPU; otherwise on the GPU.
-    """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpreted else {}
-    outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", module],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    summary = outcome.stdout.strip().rpartition("\n")[2]
-    assert outcome.returncode == 0, outcome.stdout[-5000:] + outcome.stderr[-2000:]
-    assert "passed" in summary, summary
-    assert "skipped" not in summary, summary
 
 
 def compiled(
