@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 from tests.demo.test_run import processes_of
+from tests.margins import numbers, refuse_masked_ties
 from tests.tokenizers.files import CODES, random_video, write_text_tokenizer, write_video_tokenizer
 from vllm_packcache import generate as generating
 from vllm_packcache import masked
@@ -381,7 +382,7 @@ def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytes
     """As a user: the codes that are decoded are those of the published loop."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = make_random_lumos(tmp_path / "model", visual_codes=CODES)
-    picture = random_video(1, *GRID)[0]
+    picture = random_video(1, *GRID, seed=int(numbers(0).integers(1000)))[0]
     Image.fromarray(picture).save(tmp_path / "picture.png")
     shown = tmp_path / "shown.npy"
     write = generating.write_video
@@ -400,7 +401,7 @@ def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytes
     server = ServerConfig.parse("packcache", {**config, "layout": {"grid": list(GRID)}})
     plan = server.masked_plan({"packcache_seed": 3, "packcache_steps": 2, "packcache_guidance": 2}, ids)
     made = generate_masked(LumosReference.load(model), ids, 4, plan.conditional, plan.options, block_size=128)
-    assert made.margins.min() > 2e-6, "rounding could turn a token: choose another seed"
+    refuse_masked_ties(made)
     codes = np.stack([masked.codes_of_frame(frame, GRID) for frame in made.frames.numpy()])
     expected = CosmosTokenizer(tokenizer).decode(np.concatenate([given, codes]))
     np.testing.assert_array_equal(np.load(shown), expected[:16])

@@ -88,7 +88,10 @@ def three_axes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A checkpoint of the model in mrope_llama.py."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model("MRopeLlamaForCausalLM", "tests.serving.mrope_llama:MRopeLlamaForCausalLM")
+    from tests.serving.mrope_llama import MRopeLlamaForCausalLM
+
+    # The class itself: vLLM looks at one that is only named in a process of its own, which takes its time.
+    ModelRegistry.register_model("MRopeLlamaForCausalLM", MRopeLlamaForCausalLM)
     folder = make_random_llama(tmp_path_factory.mktemp("mrope"), rope=SECTIONS[request.param])
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["MRopeLlamaForCausalLM"]}))
