@@ -29,7 +29,15 @@ if not torch.cuda.is_available():
 if V2:
     interpreted.prepare()
 
-LONGEST = ("test_masked_tokens.py", "test_positions.py", "test_tokens.py")
+LONGEST = (
+    "test_masked_tokens.py",
+    "test_run.py",
+    "test_start.py",
+    "test_positions.py",
+    "test_faults.py",
+    "test_masked_run.py",
+    "test_tokens.py",
+)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
