@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -75,6 +76,26 @@ def check_together(
     answers = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
     for (ids, params), tokens in zip(requests, answers, strict=True):
         reference.check(ids, tokens, params.max_tokens, server.plan(params.extra_args, len(ids)))
+
+
+@pytest.fixture
+def vllm_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+    """``vllm_command(*arguments)``: status of the command ``vllm`` and what it printed; it ends before it serves.
+
+    In this process: one of its own takes as long as all that is imported.
+    """
+    from vllm.entrypoints.cli.main import main
+
+    # Set by the command for its children.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+    def call(*arguments: str) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["vllm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(params=["TRITON_ATTN", "FLEX_ATTENTION"])

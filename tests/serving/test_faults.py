@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.serving.server"]
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
 VIDEO = Case(75, 3, 1500, (("policy", "packcache"),))
 """It runs for a few seconds."""
 
@@ -208,8 +205,9 @@ def test_a_thousand_connections_are_all_answered(
 # --------------------------------------------------------------------------- files that are no good
 
 
-@pytest.mark.timeout(600)
-def test_a_file_that_cannot_be_read_stops_the_command_before_the_model_loads(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_stops_the_command_before_the_model_loads(
+    tmp_path: Path, vllm_command: Callable[..., tuple[Any, str]]
+) -> None:
     (tmp_path / "binary").write_bytes(b"window: \xff\xfe\n")
     files = {
         tmp_path / "deleted": "is neither a file nor a preset",
@@ -219,23 +217,15 @@ def test_a_file_that_cannot_be_read_stops_the_command_before_the_model_loads(tmp
         Path("/proc/self/mem"): "cannot be read: [Errno 5] Input/output error",
     }
     # If it came to the model, it would complain of that.
-    command = [VLLM, "serve", str(tmp_path / "no model"), "--kv-cache-policy", "packcache", "--kv-cache-policy-config"]
-    started = {
-        file: subprocess.Popen([*command, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for file in files
-    }
-    try:
-        for file, process in started.items():
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 2, output
-            sentence = output.splitlines()[-1]
-            assert "argument --kv-cache-policy-config: " in sentence
-            assert str(file) in sentence
-            assert files[file] in sentence
-            assert "Traceback" not in output
-    finally:
-        for process in started.values():
-            process.kill()
+    arguments = ["serve", str(tmp_path / "no model"), "--kv-cache-policy", "packcache", "--kv-cache-policy-config"]
+    for file, says in files.items():
+        status, output = vllm_command(*arguments, str(file))
+        assert status == 2, output
+        sentence = output.splitlines()[-1]
+        assert "argument --kv-cache-policy-config: " in sentence
+        assert str(file) in sentence
+        assert says in sentence
+        assert "Traceback" not in output
 
 
 @pytest.mark.timeout(600)
