@@ -20,11 +20,11 @@ def plan_of(policy: str, config: dict[str, Any], condition: int, frame: int) -> 
 LAYOUTS = [
     # condition, tokens per frame, block size, frames
     pytest.param(70, 67, 32, 13, id="no multiple of the block"),
-    pytest.param(64, 128, 32, 12, id="whole blocks"),
-    pytest.param(41, 97, 64, 14, id="large blocks"),
+    pytest.param(64, 128, 32, 8, id="whole blocks"),
+    pytest.param(41, 97, 64, 9, id="large blocks"),
     pytest.param(5, 40, 32, 20, id="frame and condition share a block"),
     pytest.param(33, 20, 32, 24, id="frames shorter than a block"),
-    pytest.param(300, 257, 32, 12, id="the demo's frames"),
+    pytest.param(300, 257, 32, 7, id="the demo's frames"),
 ]
 
 
