@@ -108,6 +108,21 @@ class CarefulReference(LlamaReference):
         return self.logits([*prompt_ids, *tokens[:-1]], plan, block_size)[len(prompt_ids) - 1 :]
 
 
+def steady(choose: Callable[[torch.Tensor], list[int]], logits: torch.Tensor) -> list[int]:
+    """What ``choose`` makes of logits.
+
+    Raises:
+        Tie: it makes something else of logits that were rounded otherwise.
+    """
+    tokens = choose(logits)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        moved = logits + TIE / 2 * torch.randn(logits.shape, generator=random)
+        if choose(moved) != tokens:
+            raise Tie("a token that is drawn")
+    return tokens
+
+
 def refuse_masked_ties(made: MaskedGeneration, drawing: float = DRAWING) -> None:
     """Raise `Tie` if rounding may turn a token of what a masked model made."""
     drawn, masked_again = made.margins.flatten(0, 1).min(0).values.tolist()

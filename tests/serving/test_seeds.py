@@ -8,6 +8,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.margins import steady
 from tests.runner import V2
 from tests.serving.conftest import prompt, run
 from vllm_packcache.config import ServerConfig
@@ -28,8 +29,8 @@ def drawn(reference: Any, ids: list[int], tokens: list[int], params: Any) -> lis
     logits = reference.logits([*ids, *tokens[:-1]], plan, 32)[len(ids) - 1 :]
     generator = torch.Generator().manual_seed(params.seed)
     # As vLLM does on a CPU: a number of the generator's seeds the noise of a token's logits.
-    seeds = [torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long) for _ in tokens]
-    return torch.ops._C.fused_gumbel_argmax(logits.contiguous(), torch.cat(seeds)).tolist()
+    seeds = torch.cat([torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long) for _ in tokens])
+    return steady(lambda each: torch.ops._C.fused_gumbel_argmax(each.contiguous(), seeds).tolist(), logits)
 
 
 def test_prompts_in_parts(engine: Any, reference: Any) -> None:
