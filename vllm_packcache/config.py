@@ -36,6 +36,9 @@ from vllm_packcache.sources import presets as presets
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
 
+POLICY_FLAG = "--" + POLICY_KEY.replace("_", "-")
+CONFIG_FLAG = "--" + CONFIG_KEY.replace("_", "-")
+
 POSITION_LIMIT_KEY = "kv_cache_position_limit"
 """Key of ``additional_config`` under which the first process tells the others what the model can tell apart."""
 

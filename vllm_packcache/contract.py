@@ -76,14 +76,16 @@ RELIANCES: tuple[Reliance, ...] = (
         ("load_general_plugins", "add_cli_args"),
     ),
     Reliance(
-        "flag: carry it into additional_config",
+        "flag: fields are copied from what was parsed",
         "engine/arg_utils.py",
         "EngineArgs.from_cli_args",
         ("cls", "args"),
-        exact=True,
+        ("fields", "getattr", "hasattr"),
     ),
     Reliance("flag: field that carries it", "engine/arg_utils.py", "EngineArgs.additional_config"),
-    Reliance("start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config"),
+    Reliance(
+        "start-up: refuse what cannot be right", "engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",)
+    ),
     Reliance("start-up: configuration in every process", "config/vllm.py", "VllmConfig.additional_config"),
     Reliance("start-up: configuration while a model is built", "config/__init__.py", "get_current_vllm_config"),
     Reliance("start-up: which runner", "config/vllm.py", "VllmConfig.use_v2_model_runner"),

@@ -1,4 +1,4 @@
-"""The entry point: the only place that installs anything into vLLM.
+"""The entry point: what is installed into vLLM, and what of it concerns command line, start-up and requests.
 
 vLLM calls `register` in every process (API server, engine core, workers), before any configuration is known and
 possibly more than once. What is installed therefore asks for the configuration each time it is used, where there
@@ -7,23 +7,18 @@ is one at hand, and is the original in every respect when the policy is not swit
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache, wraps
-from importlib.metadata import requires
 from typing import TYPE_CHECKING, Any
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
-from vllm_packcache import plugin_masked, policies
+from vllm_packcache import hooks, masked, plugin_masked
 from vllm_packcache.config import (
+    CONFIG_FLAG,
     CONFIG_KEY,
-    POLICY_KEY,
+    POLICY_FLAG,
     POSITION_LIMIT_KEY,
     REQUEST_PREFIX,
     ConfigError,
@@ -32,6 +27,7 @@ from vllm_packcache.config import (
     config_of,
     load_mapping,
 )
+from vllm_packcache.flags import CommandLine
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
@@ -40,16 +36,11 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-POLICY_FLAG = "--" + POLICY_KEY.replace("_", "-")
-CONFIG_FLAG = "--" + CONFIG_KEY.replace("_", "-")
-
 _REBASED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Types whose angles grow in proportion to the position, at the same rate for every length."""
 
 _NORM_AFTER_ROPE = ("hunyuan", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
 """Models that store something else than a rotated key."""
-
-_INSTALLED = "_packcache_original"
 
 
 @dataclass
@@ -69,104 +60,22 @@ _lengths: ContextVar[_Lengths | None] = ContextVar("packcache_lengths", default=
 
 
 def register() -> None:
-    """Install the plugin into this process. Idempotent."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    _wrap(EngineArgs, "add_cli_args", _adding_flags, staticmethod)
-    _wrap(EngineArgs, "from_cli_args", _reading_flags, classmethod)
-    _wrap(EngineArgs, "create_engine_config", _checking_engine)
-    if version_error() is None:
-        _install_engine_hooks()
+    """Install the plugin into this process: all of it, or nothing but what refuses a policy. Idempotent."""
+    hooks.install_all(_register_with_vllm)
 
 
-def _install_engine_hooks() -> None:
-    """Everything that touches more of vLLM than its command line."""
-    from vllm.config import ModelConfig
-    from vllm.model_executor.layers.attention import attention
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.input_processor import InputProcessor
+def _register_with_vllm() -> None:
+    """What vLLM has registries for. None of its own looks these up, so they may be there without the hooks."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-    from vllm.v1.metrics.loggers import StatLoggerManager
-    from vllm.v1.worker.gpu import model_states
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_packcache.engine.manager import RetentionManager, bounding_chunks, capping_hits
-    from vllm_packcache.engine.metrics import counting_preemptions, logging_videos, publishing_counts, sending_counts
+    from vllm_packcache.engine.manager import RetentionManager
     from vllm_packcache.engine.spec import RetentionSpec
-    from vllm_packcache.worker.runner_v1 import finding_keys, keeping_noise, positioning, publishing_step
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
     plugin_masked.install()
-    _wrap(ModelConfig, "get_and_verify_max_len", _finding_position_limit)
-    _wrap(InputProcessor, "process_inputs", _checking_request)
-    _wrap(KVCacheManager, "get_computed_blocks", capping_hits)
-    _wrap(Scheduler, "_reserve_prefill_lookahead", bounding_chunks)
-    _wrap(Scheduler, "_preempt_request", counting_preemptions)
-    _wrap(Scheduler, "_free_request", logging_videos)
-    _wrap(Scheduler, "make_stats", sending_counts)
-    _wrap(StatLoggerManager, "__init__", publishing_counts)
-    _wrap(attention, "get_attn_backend", _choosing_backend)
-    _wrap(GPUModelRunner, "initialize_kv_cache", finding_keys)
-    _wrap(GPUModelRunner, "_build_attention_metadata", publishing_step)
-    _wrap(GPUModelRunner, "_preprocess", positioning)
-    _wrap(GPUModelRunner, "sample_tokens", keeping_noise)
-    _wrap(model_states, "resolve_model_state_cls", _choosing_model_state)
-
-
-def installed_hooks() -> list[str]:
-    """Names of what `register` has wrapped in this process."""
-    from vllm.config import ModelConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.attention import attention
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.metrics.loggers import StatLoggerManager
-    from vllm.v1.worker.gpu import model_states
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    owners = (
-        EngineArgs,
-        ModelConfig,
-        InputProcessor,
-        KVCacheManager,
-        Scheduler,
-        StatLoggerManager,
-        attention,
-        GPUModelRunner,
-        model_states,
-    )
-    return [
-        f"{owner.__name__}.{name}"
-        for owner in owners
-        for name, value in vars(owner).items()
-        if _INSTALLED in getattr(getattr(value, "__func__", value), "__dict__", {})
-    ]
-
-
-@cache
-def version_error() -> str | None:
-    """Why the installed vLLM is not supported, in one sentence; None: it is."""
-    import vllm
-
-    supported = supported_vllm()
-    installed = Version(vllm.__version__)
-    if supported.contains(installed.public, prereleases=True):
-        return None
-    return f"{POLICY_FLAG}: vLLM {installed} is not supported: install vllm{supported}, or start without {POLICY_FLAG}"
-
-
-def supported_vllm() -> SpecifierSet:
-    """The versions of vLLM that this distribution requires."""
-    for line in requires("vllm-packcache") or ():
-        requirement = Requirement(line)
-        if requirement.name == "vllm":
-            return requirement.specifier
-    raise RuntimeError("the metadata of vllm-packcache names no version of vllm: install it again")
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -295,116 +204,61 @@ def _check_rebasing(vllm_config: VllmConfig) -> None:
             )
 
 
-def _wrap(
-    owner: Any,
-    name: str,
-    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
-    kind: Callable[[Any], Any] = lambda function: function,
-) -> None:
-    """Replace ``owner.name`` by ``wrapper`` of it, once."""
-    current = vars(owner)[name]
-    function = getattr(current, "__func__", current)
-    if hasattr(function, _INSTALLED):
-        return
-    replacement = wrapper(function)
-    setattr(replacement, _INSTALLED, function)
-    setattr(owner, name, kind(replacement))
+def checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.create_engine_config`` to refuse what cannot be right before anything loads."""
 
-
-def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(add_cli_args)
-    def wrapper(parser: Any) -> Any:
-        parser = add_cli_args(parser)
-        group = parser.add_argument_group(
-            title="PackCache",
-            # Plain `vllm serve --help` shows only this of a group.
-            description=f"{POLICY_FLAG}, {CONFIG_FLAG}: KV cache policy for autoregressive video models "
-            "(vllm-packcache).",
-        )
-        group.add_argument(
-            POLICY_FLAG,
-            choices=sorted(policies.available()),
-            default=None,
-            help="Which KV-cache blocks of a video request to keep. Video requests say so themselves, with options "
-            f"such as {REQUEST_PREFIX}grid in vllm_xargs; others keep their whole cache.",
-        )
-        group.add_argument(
-            CONFIG_FLAG,
-            type=_config_argument,
-            default=None,
-            metavar="FILE|JSON|PRESET",
-            help="Options of the policy and layout of a frame: a YAML or JSON file, JSON text, or the name of a "
-            "preset.",
-        )
-        return parser
-
-    return wrapper
-
-
-def _config_argument(text: str) -> dict[str, Any]:
-    try:
-        return dict(load_mapping(text))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(from_cli_args)
-    def wrapper(cls: Any, args: argparse.Namespace) -> Any:
-        engine_args = from_cli_args(cls, args)
-        flags = {key: getattr(args, key, None) for key in (POLICY_KEY, CONFIG_KEY)}
-        given = {key: value for key, value in flags.items() if value is not None}
-        if given:
-            engine_args.additional_config = {**(engine_args.additional_config or {}), **given}
-            try:
-                ServerConfig.from_additional_config(engine_args.additional_config)
-            except ConfigError as error:
-                # Typed on a command line: the sentence, without a traceback above it.
-                raise SystemExit(f"error: {error}") from None
-        return engine_args
-
-    return wrapper
-
-
-def _checking_engine(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(create_engine_config)
     def wrapper(engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-        config = ServerConfig.from_additional_config(engine_args.additional_config)
-        error = version_error()
-        if error is not None:
-            if config is not None:
-                raise ConfigError(error)
-            return create_engine_config(engine_args, *args, **kwargs)
-        if config is not None:
-            # Every process reads the configuration: they get what a file says now, not what it says by then.
-            source = engine_args.additional_config.get(CONFIG_KEY)
-            if isinstance(source, str):
-                parsed = {CONFIG_KEY: dict(load_mapping(source))}
-                engine_args.additional_config = {**engine_args.additional_config, **parsed}
-        lengths = None if config is None else _Lengths(beyond_positions=config.positions == "rebase")
-        token = _lengths.set(lengths)
         try:
-            with plugin_masked.knowing(engine_args):
-                vllm_config = create_engine_config(engine_args, *args, **kwargs)
-        finally:
-            _lengths.reset(token)
-        is_masked = plugin_masked.is_masked(vllm_config.model_config)
-        if is_masked:
-            plugin_masked.choose_scheduler(vllm_config)
-        if lengths is not None:
-            vllm_config.additional_config = {
-                **engine_args.additional_config,
-                POSITION_LIMIT_KEY: lengths.position_limit,
-            }
-            check_engine(vllm_config)
-        elif is_masked:
-            _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
-        return vllm_config
+            return _engine_config(create_engine_config, engine_args, *args, **kwargs)
+        except ConfigError as error:
+            if isinstance(engine_args.additional_config, CommandLine):
+                raise SystemExit(f"error: {error}") from None
+            raise
 
     return wrapper
 
 
-def _finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[..., int]:
+def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    config = ServerConfig.from_additional_config(engine_args.additional_config)
+    error = hooks.fault()
+    if error is not None:
+        if config is not None:
+            raise ConfigError(error)
+        try:
+            return create_engine_config(engine_args, *args, **kwargs)
+        except Exception as refusal:
+            if any(architecture in str(refusal) for architecture in masked.ARCHITECTURES):
+                raise ConfigError(error) from refusal
+            raise
+    if config is not None:
+        # Every process reads the configuration: they get what a file says now, not what it says by then.
+        source = engine_args.additional_config.get(CONFIG_KEY)
+        if isinstance(source, str):
+            parsed = {CONFIG_KEY: dict(load_mapping(source))}
+            engine_args.additional_config = {**engine_args.additional_config, **parsed}
+    lengths = None if config is None else _Lengths(beyond_positions=config.positions == "rebase")
+    token = _lengths.set(lengths)
+    try:
+        with plugin_masked.knowing(engine_args):
+            vllm_config = create_engine_config(engine_args, *args, **kwargs)
+    finally:
+        _lengths.reset(token)
+    is_masked = plugin_masked.is_masked(vllm_config.model_config)
+    if is_masked:
+        plugin_masked.choose_scheduler(vllm_config)
+    if lengths is not None:
+        vllm_config.additional_config = {
+            **engine_args.additional_config,
+            POSITION_LIMIT_KEY: lengths.position_limit,
+        }
+        check_engine(vllm_config)
+    elif is_masked:
+        _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
+    return vllm_config
+
+
+def finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[..., int]:
     """Wrap ``ModelConfig.get_and_verify_max_len``, which refuses lengths that the model has no positions for."""
 
     @wraps(get_and_verify_max_len)
@@ -431,7 +285,9 @@ def _finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Calla
     return wrapper
 
 
-def _checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``InputProcessor.process_inputs`` to refuse requests, which vLLM answers with HTTP 400."""
+
     @wraps(process_inputs)
     def wrapper(processor: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
@@ -544,7 +400,9 @@ def _pool_blocks(vllm_config: VllmConfig) -> int | None:
     return blocks // engines - 1
 
 
-def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
+def choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``get_attn_backend``, which layers ask for their backend, to give them one with a policy."""
+
     @wraps(get_attn_backend)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
@@ -573,7 +431,9 @@ def _choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any
     return wrapper
 
 
-def _choosing_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[..., Any]:
+def choosing_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``resolve_model_state_cls``, which the V2 runner asks, to give it a model state with a policy."""
+
     @wraps(resolve_model_state_cls)
     def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         state = resolve_model_state_cls(vllm_config, *args, **kwargs)

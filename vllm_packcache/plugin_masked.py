@@ -114,13 +114,14 @@ def install() -> None:
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             configure(vllm_config)
 
-    supported = ModelRegistry.get_supported_archs()
-    for architecture in masked.ARCHITECTURES:
-        if architecture not in supported:
-            ModelRegistry.register_model(architecture, "vllm_packcache.models.lumos:LumosForConditionalGeneration")
-        MODELS_CONFIG_MAP.setdefault(architecture, MaskedModelConfig)
     KVCacheSpecRegistry.register(ConditionalSpec, ConditionalManager)
     KVCacheSpecRegistry.register(UnconditionalSpec, UnconditionalManager)
+    supported = ModelRegistry.get_supported_archs()
+    for architecture in masked.ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(architecture, MaskedModelConfig)
+        # Last, because by this such a model can be served.
+        if architecture not in supported:
+            ModelRegistry.register_model(architecture, "vllm_packcache.models.lumos:LumosForConditionalGeneration")
 
 
 def is_masked(model_config: ModelConfig | None) -> bool:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from vllm_packcache.cli import app
 from vllm_packcache.config import ConfigError, VideoPlan, load_mapping, presets
 from vllm_packcache.explain import DROPPED, IN_CONDITION, NOT_YET, _position_bars, _shown_states, draw, explain
-from vllm_packcache.policies import available
+from vllm_packcache.policies import names
 from vllm_packcache.positions import TIME
 from vllm_packcache.reference.visibility import frame_visibility
 
@@ -71,7 +71,7 @@ def test_lines_fit_the_terminal(preset: str, streams: int, columns: int) -> None
     assert sum("│" in line for line in output.splitlines()) == 12 * streams
 
 
-@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("preset", sorted(presets()))
 def test_numbers_and_blocks_agree_with_each_other(preset: str, policy: str) -> None:
     for explanation in explain(preset, policy, frames=7, condition_tokens=100, block_size=32).streams.values():
@@ -131,7 +131,7 @@ def test_picture_is_valid_and_not_blank(arguments: list[str], name: str, tmp_pat
     assert np.count_nonzero(np.any(pixels != 255, axis=1)) > 0.02 * len(pixels)
 
 
-@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("preset", ["demo", "lumos1_256p", "emu3_5"])
 def test_positions_are_those_of_the_retained_frames(preset: str, policy: str) -> None:
     rows = iter(shown_positions(run(preset, "--policy", policy, "--frames", "9", columns=300)))
@@ -188,7 +188,7 @@ def test_three_axes_show_time() -> None:
     assert "below 84 in time (t), below 53,124 on all axes, after 12 frames." in output
 
 
-@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("condition_tokens", [None, 100])
 def test_both_streams_read_what_the_reference_sees(policy: str, condition_tokens: int | None) -> None:
     streams = explain("lumos1_256p", policy, frames=7, condition_tokens=condition_tokens, block_size=32).streams
@@ -242,7 +242,7 @@ def test_positions_have_their_own_lines_where_it_is_narrow() -> None:
     assert lines[lines.index("         288 545 802 1,059 1,316") - 1].startswith("frame 4")
 
 
-@pytest.mark.parametrize("policy", sorted(available()))
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("preset", ["demo", "lumos1_256p"])
 def test_bars_of_positions_do_not_overlap(preset: str, policy: str) -> None:
     explanation = explain(preset, policy, frames=9)

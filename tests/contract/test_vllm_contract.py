@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import vllm
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import attention
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu import model_states
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.contract.wheels import vllm_sources
 from tests.support import NEXT
-from vllm_packcache import contract, plugin
+from vllm_packcache import contract, hooks, plugin
 from vllm_packcache.config import POLICY_KEY
 from vllm_packcache.contract import RELIANCES, Reliance, check_hooks
 from vllm_packcache.engine.manager import RetentionManager, capping_hits
 from vllm_packcache.engine.spec import RetentionSpec
+from vllm_packcache.hooks import Hook
 from vllm_packcache.worker.attention import retaining_backend
 from vllm_packcache.worker.runner_v1 import publishing_step
 from vllm_packcache.worker.runner_v2 import retaining_model_state
@@ -72,10 +67,10 @@ def test_next_version(reliance: Reliance, next_vllm: Path) -> None:
 
 
 def test_both_versions_are_supported() -> None:
-    supported = plugin.supported_vllm()
+    supported = hooks.supported_vllm()
     assert supported.contains(NEXT)
     assert supported.contains(vllm.__version__.split("+")[0])
-    assert plugin.version_error() is None
+    assert hooks.version_error() is None
 
 
 def test_check_hooks_checks_every_reliance() -> None:
@@ -195,88 +190,58 @@ def test_no_reliance_is_stated_twice() -> None:
 # --------------------------------------------------------------------------- what the plugin wraps
 
 
-def wrapped_in_source() -> Iterator[tuple[str, str]]:
-    """(owner, name) of every ``_wrap(owner, "name", ...)`` in the plugin."""
-    for node in ast.walk(ast.parse(inspect.getsource(plugin))):
-        match node:
-            case ast.Call(func=ast.Name(id="_wrap"), args=[ast.Name(id=owner), ast.Constant(value=str(name)), *_]):
-                yield owner, name
+HOOKS = (*hooks.COMMAND_LINE, *hooks.ENGINE)
+each_hook = pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.symbol)
 
 
-WRAPPED = sorted(wrapped_in_source())
-OWNERS: dict[str, type | ModuleType] = {
-    "EngineArgs": EngineArgs,
-    "InputProcessor": InputProcessor,
-    "KVCacheManager": KVCacheManager,
-    "ModelConfig": ModelConfig,
-    "Scheduler": Scheduler,
-    "StatLoggerManager": StatLoggerManager,
-    "attention": attention,
-    "GPUModelRunner": GPUModelRunner,
-    "model_states": model_states,
-}
+def wrapped(hook: Hook) -> Any:
+    """What is in the place of vLLM's function, as it stands there."""
+    owner, name, _ = hooks._locate(hook)
+    return vars(owner)[name]
 
 
-def original(owner: str, name: str) -> Any:
+def original(symbol: str) -> Any:
     """vLLM's own function behind the wrapper."""
-    value = vars(OWNERS[owner])[name]
-    return vars(getattr(value, "__func__", value))[plugin._INSTALLED]
+    (hook,) = (hook for hook in HOOKS if hook.symbol == symbol)
+    value = wrapped(hook)
+    return vars(getattr(value, "__func__", value))[hooks.ORIGINAL]
 
 
-@pytest.mark.parametrize(("owner", "name"), WRAPPED)
-def test_every_wrapper_has_a_reliance(owner: str, name: str) -> None:
-    module = inspect.getmodule(OWNERS[owner])
-    assert module is not None
-    assert module.__file__ is not None
-    file = str(Path(module.__file__).relative_to(Path(vllm.__file__).parent))
-    symbol = name if isinstance(OWNERS[owner], ModuleType) else f"{owner}.{name}"
-    assert (file, symbol) in {(reliance.file, reliance.symbol) for reliance in RELIANCES}
+@each_hook
+def test_every_hook_has_a_reliance(hook: Hook) -> None:
+    assert (hook.file, hook.symbol) in {(reliance.file, reliance.symbol) for reliance in RELIANCES}
 
 
-def test_installed_hooks_are_the_wrappers() -> None:
-    assert sorted(plugin.installed_hooks()) == sorted(
-        [
-            "EngineArgs.add_cli_args",
-            "EngineArgs.create_engine_config",
-            "EngineArgs.from_cli_args",
-            "GPUModelRunner._build_attention_metadata",
-            "GPUModelRunner._preprocess",
-            "GPUModelRunner.initialize_kv_cache",
-            "GPUModelRunner.sample_tokens",
-            "InputProcessor.process_inputs",
-            "KVCacheManager.get_computed_blocks",
-            "ModelConfig.get_and_verify_max_len",
-            "Scheduler._free_request",
-            "Scheduler._preempt_request",
-            "Scheduler._reserve_prefill_lookahead",
-            "Scheduler.make_stats",
-            "StatLoggerManager.__init__",
-            "vllm.model_executor.layers.attention.attention.get_attn_backend",
-            "vllm.v1.worker.gpu.model_states.resolve_model_state_cls",
-        ]
-    )
-    assert len(plugin.installed_hooks()) == len(WRAPPED)
+def test_every_function_is_wrapped_once() -> None:
+    """A second hook of the same function would not be installed."""
+    places = [(hook.module, hook.symbol) for hook in HOOKS]
+    assert len(set(places)) == len(places)
+
+
+def test_all_hooks_are_installed() -> None:
+    assert hooks.installed() == [f"{hook.module}.{hook.symbol}" for hook in HOOKS]
+    assert hooks.fault() is None
 
 
 def test_registering_again_changes_nothing() -> None:
-    before = [vars(OWNERS[owner])[name] for owner, name in WRAPPED]
+    before = [wrapped(hook) for hook in HOOKS]
     plugin.register()
     plugin.register()
-    assert [vars(OWNERS[owner])[name] for owner, name in WRAPPED] == before
-    for owner, name in WRAPPED:
-        assert not hasattr(original(owner, name), plugin._INSTALLED), f"{owner}.{name} is wrapped twice"
+    assert [wrapped(hook) for hook in HOOKS] == before
+    for hook in HOOKS:
+        assert not hasattr(original(hook.symbol), hooks.ORIGINAL), f"{hook.symbol} is wrapped twice"
 
 
-@pytest.mark.parametrize(("owner", "name"), WRAPPED)
-def test_a_wrapper_looks_like_what_it_wraps(owner: str, name: str) -> None:
-    value = vars(OWNERS[owner])[name]
+@each_hook
+def test_a_wrapper_looks_like_what_it_wraps(hook: Hook) -> None:
+    value = wrapped(hook)
     function = getattr(value, "__func__", value)
-    assert inspect.signature(function) == inspect.signature(original(owner, name))
-    assert function.__name__ == name
-    # EngineArgs.add_cli_args is static, from_cli_args a class method: they stay so.
-    kinds = {("EngineArgs", "add_cli_args"): staticmethod, ("EngineArgs", "from_cli_args"): classmethod}
-    expected = kinds.get((owner, name))
-    assert type(value) is expected if expected else inspect.isfunction(value)
+    assert inspect.signature(function) == inspect.signature(original(hook.symbol))
+    assert function.__name__ == hook.symbol.rpartition(".")[2]
+    if hook.symbol == "EngineArgs.add_cli_args":
+        assert type(value) is staticmethod
+    else:
+        assert inspect.isfunction(value)
 
 
 def accepts(function: Callable[..., Any], *args: str, **kwargs: str) -> None:
@@ -285,24 +250,23 @@ def accepts(function: Callable[..., Any], *args: str, **kwargs: str) -> None:
 
 
 def test_the_originals_can_be_called_as_the_plugin_calls_them() -> None:
-    accepts(original("EngineArgs", "add_cli_args"), "parser")
-    accepts(original("EngineArgs", "from_cli_args"), "cls", "args")
-    accepts(original("EngineArgs", "create_engine_config"), "engine_args")
-    accepts(original("InputProcessor", "process_inputs"), "processor", "id", "prompt", "params", "tasks")
-    accepts(original("KVCacheManager", "get_computed_blocks"), "manager", "request")
+    accepts(original("EngineArgs.add_cli_args"), "parser")
+    accepts(original("EngineArgs.create_engine_config"), "engine_args")
+    accepts(original("InputProcessor.process_inputs"), "processor", "id", "prompt", "params", "tasks")
+    accepts(original("KVCacheManager.get_computed_blocks"), "manager", "request")
     accepts(
-        original("GPUModelRunner", "_build_attention_metadata"),
+        original("GPUModelRunner._build_attention_metadata"),
         "runner",
         num_tokens="",
         num_reqs="",
         max_query_len="",
         num_scheduled_tokens="",
     )
-    accepts(original("GPUModelRunner", "_preprocess"), "runner", "scheduler_output", "num_input_tokens")
-    accepts(original("GPUModelRunner", "initialize_kv_cache"), "runner", "kv_cache_config")
-    accepts(original("GPUModelRunner", "sample_tokens"), "runner", "grammar_output")
-    accepts(original("ModelConfig", "get_and_verify_max_len"), "model_config", "max_model_len")
-    accepts(original("Scheduler", "_reserve_prefill_lookahead"), "scheduler", "request", "computed", "new")
+    accepts(original("GPUModelRunner._preprocess"), "runner", "scheduler_output", "num_input_tokens")
+    accepts(original("GPUModelRunner.initialize_kv_cache"), "runner", "kv_cache_config")
+    accepts(original("GPUModelRunner.sample_tokens"), "runner", "grammar_output")
+    accepts(original("ModelConfig.get_and_verify_max_len"), "model_config", "max_model_len")
+    accepts(original("Scheduler._reserve_prefill_lookahead"), "scheduler", "request", "computed", "new")
     accepts(KVCacheManager.truncate_computed_blocks, "manager", "blocks", "num_tokens")
 
 
@@ -440,7 +404,7 @@ def chosen_backend(config: VllmConfig) -> tuple[type, type]:
     """What vLLM chooses for a layer, and what the wrapper makes of it."""
     arguments = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto"}
     with set_current_vllm_config(config):
-        return original("attention", "get_attn_backend")(**arguments), attention.get_attn_backend(**arguments)
+        return original("get_attn_backend")(**arguments), attention.get_attn_backend(**arguments)
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"another_plugin": 1}, {POLICY_KEY: None}], ids=repr)
@@ -467,7 +431,7 @@ def chosen_state(config: VllmConfig, state: type) -> tuple[type, type]:
     """What vLLM chooses for a model that brings ``state``, and what the wrapper makes of it."""
     model = SimpleNamespace(get_model_state_cls=lambda: state)
     return (
-        original("model_states", "resolve_model_state_cls")(config, model),
+        original("resolve_model_state_cls")(config, model),
         model_states.resolve_model_state_cls(config, model),
     )
 

@@ -15,7 +15,7 @@ from vllm_packcache.retention import Retention
 
 quick = settings(max_examples=60, deadline=None)
 
-POLICY_NAMES = sorted(policies.available())
+POLICY_NAMES = policies.names()
 BOUNDED = [name for name in POLICY_NAMES if name != "full"]
 
 block_sizes = st.integers(8, 128)

@@ -49,7 +49,7 @@ def test_the_core_loads_neither_vllm_nor_torch():
         "import json, sys\n"
         "import vllm_packcache.layout, vllm_packcache.masked, vllm_packcache.policies, vllm_packcache.positions\n"
         "import vllm_packcache.retention\n"
-        "vllm_packcache.policies.available()\n"
+        "vllm_packcache.policies.names()\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
 
@@ -83,21 +83,21 @@ class NoPolicy:
 """
 
 
-def install(folder: Path, entry_point: str) -> Path:
-    """What an installed wheel leaves behind: a module and its metadata with one entry point."""
+def install(folder: Path, *entry_points: str, package: str = "other-policies") -> Path:
+    """What an installed wheel leaves behind: a module and its metadata with entry points."""
     (folder / "other_policies.py").write_text(POLICY_OF_ANOTHER_PACKAGE)
-    metadata = folder / "other_policies-1.0.dist-info"
+    metadata = folder / f"{package.replace('-', '_')}-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-policies\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[vllm_packcache.policies]\n{entry_point}\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("\n".join(["[vllm_packcache.policies]", *entry_points, ""]))
     return folder
 
 
 def test_a_policy_of_another_package_is_found_and_configured(tmp_path):
     result = python(
-        "from vllm_packcache.policies import available\n"
+        "from vllm_packcache.policies import names\n"
         "from vllm_packcache.config import ServerConfig\n"
-        "print(sorted(available()))\n"
+        "print(names())\n"
         "print(ServerConfig.parse('newest', {'blocks': 3}).policy)\n",
         path=install(tmp_path, "newest = other_policies:Newest"),
     )
@@ -108,21 +108,65 @@ def test_a_policy_of_another_package_is_found_and_configured(tmp_path):
     ], result.stderr
 
 
-@pytest.mark.parametrize(
-    ("entry_point", "error"),
-    [
-        (
-            "none = other_policies:NoPolicy",
-            "TypeError: entry point 'none' of group 'vllm_packcache.policies' is no",
-        ),
-        (
-            "full = other_policies:Newest",
-            "ValueError: entry point 'full' of group 'vllm_packcache.policies': the name is in use",
-        ),
-    ],
-)
-def test_an_entry_point_that_cannot_be_used_is_refused(tmp_path, entry_point, error):
-    result = python("from vllm_packcache.policies import available; available()", path=install(tmp_path, entry_point))
+BROKEN = {
+    "gone": (
+        "gone = no_such_module:Gone",
+        "policy 'gone' of package other-policies cannot be loaded (ModuleNotFoundError: No module named "
+        "'no_such_module'): mend or uninstall the package, or choose another policy",
+    ),
+    "none": (
+        "none = other_policies:NoPolicy",
+        "policy 'none' of package other-policies must be a class that derives from vllm_packcache.policies.Policy, "
+        "and other_policies:NoPolicy is none: mend or uninstall the package, or choose another policy",
+    ),
+    "full": (
+        "full = other_policies:Newest",
+        "policy 'full' is offered by vllm-packcache and by package other-policies: uninstall all but one",
+    ),
+    "newest": (
+        "newest = other_policies:Newest",
+        "policy 'newest' is offered by package another and by package other-policies: uninstall all but one",
+    ),
+}
+"""Entry points that cannot be used, and what who asks for them is told."""
 
-    assert result.returncode != 0
-    assert error in result.stderr
+
+def test_an_entry_point_that_cannot_be_used_is_in_nobodys_way(tmp_path):
+    install(tmp_path, "newest = other_policies:NoPolicy", package="another")
+    path = install(tmp_path, *(entry for entry, _ in BROKEN.values()))
+    result = python(
+        "import sys\n"
+        "from vllm_packcache.policies import names\n"
+        "from vllm_packcache.config import ConfigError, ServerConfig\n"
+        "print(names())\n"
+        "print(ServerConfig.parse('packcache').policy.window)\n"
+        "print('other_policies' in sys.modules)\n"
+        f"for name in {list(BROKEN)}:\n"
+        "    try:\n"
+        "        ServerConfig.parse(name)\n"
+        "    except ConfigError as error:\n"
+        "        print(error)\n",
+        path=path,
+    )
+
+    assert result.stdout.splitlines() == [
+        "['attention_sink', 'full', 'gone', 'newest', 'none', 'packcache', 'sliding_window']",
+        "4",
+        "False",
+        *(f"kv_cache_policy: {sentence}" for _, sentence in BROKEN.values()),
+    ], result.stderr
+
+
+def test_doctor_names_what_cannot_be_used(tmp_path):
+    result = python(
+        "from vllm_packcache.doctor import check_configuration\n"
+        "for check in check_configuration():\n"
+        "    print(check.verdict.value, check.name, check.found)\n",
+        path=install(tmp_path, *(entry for name, (entry, _) in BROKEN.items() if name != "newest")),
+    )
+
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("fail")] == [
+        f"fail policy {name} {BROKEN[name][1]}" for name in ("full", "gone", "none")
+    ], result.stderr
+    assert "ok policies attention_sink, packcache, sliding_window" in lines

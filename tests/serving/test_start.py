@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_packcache import plugin
+from vllm_packcache import hooks, plugin
 from vllm_packcache.config import ConfigError
 
 LLAMA = {
@@ -239,13 +239,13 @@ def test_unsupported_vllm_version(start: Callable[..., Any], monkeypatch: pytest
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.40.1")
-    plugin.version_error.cache_clear()
+    hooks.version_error.cache_clear()
     try:
-        with pytest.raises(ConfigError, match=r"--kv-cache-policy: vLLM 0\.40\.1 is not supported: install vllm"):
+        with pytest.raises(ConfigError, match=r"vllm-packcache does not support vLLM 0\.40\.1: install vllm"):
             start()
         start(additional={})
     finally:
-        plugin.version_error.cache_clear()
+        hooks.version_error.cache_clear()
 
 
 def test_flags_reach_additional_config(checkpoint: Path, tmp_path: Path) -> None:
