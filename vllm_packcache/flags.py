@@ -90,7 +90,7 @@ class _KeepGiven(_KeepFlag):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         if not isinstance(values, Mapping):
-            raise argparse.ArgumentError(self, f"must be a JSON object, not {type(values).__name__}")
+            raise argparse.ArgumentError(self, "must be a JSON object")
         known = getattr(namespace, self.dest, None)
         self._keep(namespace, values, known.flags if isinstance(known, CommandLine) else {})
 
