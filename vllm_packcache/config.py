@@ -497,7 +497,7 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
     owner = options.pop(OWNER_KEY, None)
     if owner is None or owner == policy:
         return options
-    known = sorted(policies.available())
+    known = policies.names()
     if owner not in known:
         raise ConfigError(
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
