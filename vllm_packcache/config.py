@@ -137,6 +137,11 @@ class VideoPlan:
     policy: Policy
     positions: Positions
 
+    @property
+    def as_stock(self) -> bool:
+        """Whether the whole cache is kept and positions are as without a policy."""
+        return self.policy.name == OPT_OUT and self.positions.as_stock
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPlan:
@@ -287,6 +292,15 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
+        plan = self.video(extra_args, num_prompt_tokens)
+        return None if plan is None or plan.as_stock else plan
+
+    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
+        """The same as `plan`, but of a video that opts out, too; None: it is none, or nobody says where its frames are.
+
+        Raises:
+            ConfigError: an option is wrong; the message names it.
+        """
         given = _video_options(extra_args)
         if not given:
             return None
@@ -303,9 +317,9 @@ class ServerConfig:
             positions = self.positions_of(layout, policy)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        if policy.name == OPT_OUT and positions.as_stock:
-            return None
-        return VideoPlan(layout, policy, positions)
+        plan = VideoPlan(layout, policy, positions)
+        shaped = self.layout is not None or options.grid is not None or options.tokens_per_frame is not None
+        return plan if shaped or not plan.as_stock else None
 
     def masked_plan(self, extra_args: Mapping[str, Any] | None, prompt_ids: Sequence[int]) -> MaskedPlan:
         """What a request to a masked model makes and keeps: every request is a video.

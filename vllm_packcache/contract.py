@@ -376,6 +376,24 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     Reliance("metrics: a logger", "v1/metrics/loggers.py", "AggregateStatLoggerBase"),
     Reliance(
+        "metrics: bytes of a block",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.__init__",
+        ("kv_cache_config",),
+        ("kv_cache_config", "kv_cache_groups"),
+    ),
+    *(
+        Reliance("metrics: bytes of a block", "v1/kv_cache_interface.py", symbol)
+        for symbol in (
+            "AttentionSpec.page_size_bytes",
+            "KVCacheGroupSpec.layer_names",
+            "KVCacheGroupSpec.kv_cache_spec",
+        )
+    ),
+    Reliance("metrics: why a request ended", "v1/request.py", "Request.get_finished_reason"),
+    Reliance("metrics: reasons to end a request", "v1/engine/__init__.py", "FinishReason.__str__"),
+    Reliance("metrics: preemptions of a request", "v1/request.py", "Request.__init__", (), ("num_preemptions",)),
+    Reliance(
         "metrics: a request ends",
         "v1/core/sched/scheduler.py",
         "Scheduler._free_request",

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_packcache import masked
 from vllm_packcache.config import CONFIG_KEY, OWNER_KEY, POLICY_KEY, ConfigError, ServerConfig, load_mapping, presets
-from vllm_packcache.demo.server import ServerError, serving, stream_frames
+from vllm_packcache.demo.server import ServerError, client_of, serving, stream_frames
 from vllm_packcache.masked import FRAMES_PER_LATENT, MaskedOptions
 from vllm_packcache.media.pictures import Pixels, fit, read_picture
 from vllm_packcache.policies import PackCache
@@ -362,12 +362,12 @@ def _client(address: str) -> Iterator[httpx.Client]:
     Raises:
         ServerError: there is no such server.
     """
-    with httpx.Client(timeout=httpx.Timeout(60, read=None)) as client:
-        try:
-            client.base_url = httpx.URL(address)
-            client.get("/health", timeout=60)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerError(f"the server at {address} does not answer: {error}") from None
+    try:
+        client = client_of(address, httpx.Timeout(60, read=None))
+        client.get("/health", timeout=60)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerError(f"the server at {address} does not answer: {error}") from None
+    with client:
         yield client
 
 

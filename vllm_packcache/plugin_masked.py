@@ -150,6 +150,16 @@ def largest_frame(config: ServerConfig) -> int:
     return masked.frame_layout(grid or LARGEST_GRID).tokens_per_frame
 
 
+def requests_at_once(canvas: int, vocabulary: int) -> int:
+    """How many requests may run at a time, for what vLLM sets aside for each to stay within `MASK_BYTES`.
+
+    Args:
+        canvas: tokens of the largest frame.
+        vocabulary: ids of the model.
+    """
+    return max(1, MASK_BYTES // (canvas * -(-vocabulary // 32) * 4))
+
+
 def configure(vllm_config: VllmConfig) -> None:
     """Set what follows from the model, and refuse what cannot be right with it, before it loads.
 
@@ -178,7 +188,7 @@ def configure(vllm_config: VllmConfig) -> None:
     model.hf_config.canvas_length = canvas
 
     scheduler = vllm_config.scheduler_config
-    most = max(1, MASK_BYTES // (canvas * -(-model.get_vocab_size() // 32) * 4))
+    most = requests_at_once(canvas, model.get_vocab_size())
     if scheduler.max_num_seqs > most:
         logger.log(
             logging.WARNING if _given.get().requests else logging.INFO,

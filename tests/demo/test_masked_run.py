@@ -29,7 +29,7 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     for name in ("frames.png", "resident.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 0
     assert "most KV-cache tokens" in done.stdout
-    assert "of the tokens are true" in done.stdout
+    assert "tokens are true" in done.stdout
     assert processes_of(out / "server.log") == []
 
     tokenizer = VideoTokenizer()
@@ -46,6 +46,6 @@ def test_a_sentence_alone_is_text_to_video(tmp_path: Path) -> None:
     arguments = ["demo-masked", "--prompt", "a red [zebra] moves right at sea", "--out", str(out)]
     done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "zebra" in done.stdout, "words the model does not know are named"
+    assert "the model does not know [zebra];" in done.stdout
     assert iio.imread(out / "full.mp4").shape == (run.FRAMES, 256, 256, 3)
-    assert "of the tokens are true" not in done.stdout
+    assert "tokens are true" not in done.stdout

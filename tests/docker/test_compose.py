@@ -9,10 +9,12 @@ from argparse import ArgumentParser
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, parse_exactly
+from vllm_packcache import masked, plugin_masked
 from vllm_packcache.config import ServerConfig, presets
 from vllm_packcache.retention import Retention
 from vllm_packcache.worker.key_layout import layout_of
@@ -77,22 +79,43 @@ def test_flags_exist_and_mean_something(env_file: Path | None, serve_parser: Arg
     assert layout_of(arguments.attention_backend)
 
 
+CARDS = {"a40": 46_068 * 2**20, "h200": 143_771 * 2**20}
+"""Memory of each card, in bytes."""
+# Of the model that the files are reckoned for: bf16, 28 layers with keys and values of 8 heads of 128.
+BYTES_PER_TOKEN = 28 * 2 * 8 * 128 * 2
+VOCABULARY = 129_536
+WEIGHTS = 7e9
+
+
 @pytest.mark.parametrize("env_file", ENV_FILES, ids=lambda path: path.stem)
 def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentParser) -> None:
-    """The reckoning in the env files, with the policy's own numbers."""
+    """The reckoning in the env files, with the policy's own numbers: both streams, and a step scheduled ahead."""
     arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
     config = ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
-    text_tokens, image_tokens, frame_tokens, frames = 272, 4084, 4084, 13
-    plan = config.plan({"packcache_grid": [48, 84]}, text_tokens + image_tokens)
-    assert plan is not None
-    assert (plan.layout.tokens_per_frame, plan.layout.condition_image_tokens) == (frame_tokens, image_tokens)
-    retention = Retention(plan.layout, plan.policy, 16)
-    most = max(retention.live_tokens(plan.layout.frame_start(frame + 1) - 1) for frame in range(20))
-    # 28 layers, keys and values of 8 heads of 128 numbers of bf16.
-    bytes_per_token = 28 * 2 * 8 * 128 * 2
-    assert most * bytes_per_token * arguments.max_num_seqs <= 0.9 * arguments.kv_cache_memory_bytes
+    grid, frames, words = (48, 84), 13, 267
+    image = masked.frame_of_codes(np.zeros(grid, dtype=np.int64)).tolist()
+    prompt = masked.text_prompt([5] * words, 6, 8) + image
+    plan = config.masked_plan({"packcache_grid": list(grid), "packcache_frames": frames}, prompt)
+    frame_tokens = len(image)
+    blocks = [Retention(own.layout, own.policy, 16).most_blocks(frame_tokens) for own in plan.streams]
+    assert len(blocks) == 2
+    tokens = sum(16 * count for count in blocks if count is not None)
+
+    fitting = arguments.kv_cache_memory_bytes // (tokens * BYTES_PER_TOKEN)
+    allowed = plugin_masked.requests_at_once(frame_tokens, VOCABULARY)
+    assert arguments.max_num_seqs == min(fitting, allowed)
+    # A tenth of the card for everything else.
+    assert arguments.kv_cache_memory_bytes + WEIGHTS <= 0.9 * CARDS[env_file.stem]
     assert arguments.max_num_batched_tokens >= frame_tokens
-    assert arguments.max_model_len >= plan.layout.frame_start(frames)
+    assert arguments.max_model_len >= plan.conditional.layout.frame_start(frames)
+
+    told = " ".join(line.removeprefix("#").strip() for line in env_file.read_text().splitlines())
+    assert f"{tokens * BYTES_PER_TOKEN / 2**30:.1f} GiB" in told
+    assert f"{allowed} run at a time" in told
+    if env_file.stem == "a40":
+        assert f"{tokens:,} tokens in whole blocks" in told
+        assert "({} and {} tokens)".format(*(f"{own.layout.condition_tokens:,}" for own in plan.streams)) in told
+        assert f"{BYTES_PER_TOKEN // 2**10} KiB of KV cache a token" in told
 
 
 def test_servers_are_healthy_as_their_images_say() -> None:
@@ -150,6 +173,26 @@ def test_prometheus_asks_both_servers_where_they_listen(serve_parser: ArgumentPa
     assert discovery["port"] == serve_parser.get_default("port")
     # vLLM's is Prometheus' default too.
     assert "metrics_path" not in job
+
+
+def test_prometheus_finds_its_rules() -> None:
+    mounted = dict(volume.split(":")[:2] for volume in composed(None)["services"]["prometheus"]["volumes"])
+    (rules,) = yaml.safe_load((COMPOSE.parent / "prometheus.yml").read_text())["rule_files"]
+    assert mounted[f"./{rules}"] == str(PurePosixPath(mounted["./prometheus.yml"]).parent / rules)
+
+
+def test_alerts_are_rules_of_prometheus() -> None:
+    """Names of fields as in Prometheus' documentation; what expressions name is checked beside the metrics."""
+    (group,) = yaml.safe_load((COMPOSE.parent / "alerts.yaml").read_text())["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert len(set(names)) == len(names) > 0
+    for rule in group["rules"]:
+        assert {"alert", "expr", "labels", "annotations"} <= set(rule) <= {
+            "alert", "expr", "for", "labels", "annotations",
+        }, rule["alert"]  # fmt: skip
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert set(rule["annotations"]) == {"summary"}
+        assert re.fullmatch(r"\d+m", rule.get("for", "1m"))
 
 
 def test_grafana_finds_prometheus_and_the_dashboard() -> None:

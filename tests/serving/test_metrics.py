@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from prometheus_client import REGISTRY
 
 from tests.serving.conftest import generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.engine.manager import PHASES
-from vllm_packcache.engine.metrics import COUNTERS, GAUGES, PREFIX
+from vllm_packcache.engine.metrics import BUCKETS, COUNTERS, ENDED, FRAME_SECONDS, GAUGES, INFO, PREFIX, REASONS
+from vllm_packcache.engine.record import read_line
 from vllm_packcache.retention import Retention
 
 BLOCK = 32
@@ -22,14 +25,35 @@ CONDITION, FRAME = 50, 41
 CONFIG = {"window": 2, "history_frames": 1.5}
 
 
+ALL = {
+    *COUNTERS,
+    *GAUGES,
+    INFO,
+    f"{FRAME_SECONDS}:count",
+    f"{FRAME_SECONDS}:sum",
+    *(f"videos:{phase}" for phase in PHASES),
+    *(f"{ENDED}:{reason}" for reason in REASONS),
+}
+
+
 def metrics(llm: Any) -> dict[str, float]:
-    """Ours by name, phases after a colon."""
-    found = {}
+    """Ours by name, phases and reasons after a colon."""
+    found: dict[str, float] = {}
     for metric in llm.get_metrics():
-        if metric.name.startswith(PREFIX):
-            phase = metric.labels.get("phase", "")
-            found[metric.name.removeprefix(PREFIX) + (phase and f":{phase}")] = metric.value
+        if not metric.name.startswith(PREFIX):
+            continue
+        name = metric.name.removeprefix(PREFIX)
+        if name == FRAME_SECONDS:
+            found |= {f"{name}:count": metric.count, f"{name}:sum": metric.sum}
+        else:
+            label = metric.labels.get("phase") or metric.labels.get("reason")
+            found[name + (f":{label}" if label else "")] = metric.value
     return found
+
+
+def grown(llm: Any, before: dict[str, float]) -> dict[str, float]:
+    """By how much each has grown since ``before``, if it has."""
+    return {name: value - before[name] for name, value in metrics(llm).items() if value != before[name]}
 
 
 @pytest.fixture
@@ -39,7 +63,7 @@ def lines(engine: Any) -> Iterator[list[str]]:
     engine("packcache", CONFIG, disable_log_stats=False)
     logged: list[str] = []
     handler = logging.Handler(logging.INFO)
-    handler.addFilter(lambda record: record.msg.startswith("Video "))
+    handler.addFilter(lambda record: record.getMessage().startswith("Video "))
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.packcache")
     level = logger.level
@@ -53,28 +77,58 @@ def lines(engine: Any) -> Iterator[list[str]]:
 def test_counts_are_what_the_policy_decides(engine: Any, lines: list[str]) -> None:
     llm = engine("packcache", CONFIG, disable_log_stats=False)
     before = metrics(llm)
-    assert set(before) == {*COUNTERS, *GAUGES, *(f"videos:{phase}" for phase in PHASES)}
+    assert set(before) == ALL
     frames = 9
     generate(llm, prompt(CONDITION, seed=1), frames * FRAME + 5, tokens_per_frame=FRAME)
     generate(llm, prompt(CONDITION, seed=2), 60)
     plan = ServerConfig.parse("packcache", CONFIG).plan({"packcache_tokens_per_frame": FRAME}, CONDITION)
     assert plan is not None
     retention = Retention(plan.layout, plan.policy, BLOCK)
-    after = metrics(llm)
     # The last token that is computed is one of frame 9.
     held = len(retention.live_blocks(CONDITION + frames * FRAME + 4))
     logical = -(-(CONDITION + frames * FRAME + 4) // BLOCK)
-    assert after["freed_blocks"] - before["freed_blocks"] == logical - held
-    assert after["slides"] - before["slides"] == frames - CONFIG["window"]
     rotated = sum(len(retention.history_blocks(frame)) for frame in range(3, frames + 1))
-    assert after["rotated_blocks"] - before["rotated_blocks"] == rotated
-    assert after["preemptions"] == before["preemptions"]
-    assert {name: after[name] for name in after if name not in COUNTERS} == dict.fromkeys(set(after) - set(COUNTERS), 0)
+    after = grown(llm, before)
+    seconds = after.pop(f"{FRAME_SECONDS}:sum")
+    assert after == {
+        "frames": frames,
+        "freed_blocks": logical - held,
+        "slides": frames - CONFIG["window"],
+        "rotated_blocks": rotated,
+        f"{FRAME_SECONDS}:count": frames,
+        f"{ENDED}:length": 1,
+    }
     (line,) = lines
-    peak = max(len(retention.live_blocks(token)) for token in range(CONDITION, CONDITION + frames * FRAME + 4)) + 1
-    assert f"9 frames, {CONDITION + frames * FRAME + 5} logical tokens" in line
-    assert f"{logical - held} blocks freed by the policy, 0 preemptions" in line
-    assert any(f"at most {blocks} of {logical} blocks resident" in line for blocks in (peak - 1, peak))
+    record = read_line(line, "")
+    assert record is not None
+    starts = range(CONDITION, CONDITION + frames * FRAME + 4)
+    peak = max(len(retention.live_blocks(token)) for token in starts) + 1
+    assert record["peak_tokens"] in (BLOCK * (peak - 1), BLOCK * peak)
+    assert record["peak_tokens"] == max(record["peak_tokens_by_frame"])
+    ends = [len(retention.live_blocks(CONDITION + (frame + 1) * FRAME - 1)) for frame in range(frames)]
+    assert record["peak_tokens_by_frame"][:frames] == [BLOCK * blocks for blocks in ends]
+    assert len(record["peak_tokens_by_frame"]) == frames + 1
+    assert record["seconds_per_frame"] == pytest.approx(seconds / frames, abs=1e-4)
+    expected = {"reason": "length", "frames": frames, "tokens": CONDITION + frames * FRAME + 5, "preemptions": 0}
+    assert record | expected | {"freed_blocks": logical - held} == record
+
+
+def test_a_video_that_keeps_its_whole_cache_is_one_too(engine: Any, lines: list[str]) -> None:
+    llm = engine("packcache", CONFIG, disable_log_stats=False)
+    before = metrics(llm)
+    generate(llm, prompt(CONDITION, seed=1), 3 * FRAME, tokens_per_frame=FRAME, policy="full")
+    # Of this one nobody knows where its frames are.
+    generate(llm, prompt(CONDITION, seed=1), 3 * FRAME, policy="full")
+    after = grown(llm, before)
+    after.pop(f"{FRAME_SECONDS}:sum")
+    assert after == {"frames": 3, f"{FRAME_SECONDS}:count": 3, f"{ENDED}:length": 1}
+    (line,) = lines
+    record = read_line(line, "")
+    assert record is not None
+    tokens = [CONDITION + (frame + 1) * FRAME for frame in range(3)]
+    # The last token is not computed.
+    tokens[-1] -= 1
+    assert record["peak_tokens_by_frame"] == [-(-count // BLOCK) * BLOCK for count in tokens]
 
 
 def test_gauges_show_who_runs(engine: Any) -> None:
@@ -93,11 +147,35 @@ def test_gauges_show_who_runs(engine: Any) -> None:
     assert sum(computed.values()) < shown["logical_tokens"] <= sum(computed.values()) + 3 * 20
     assert 0 < shown["resident_tokens"] < shown["logical_tokens"]
     assert shown["resident_tokens"] % BLOCK == 0
+    model = llm.llm_engine.vllm_config.model_config.hf_config
+    heads = model.num_key_value_heads * (model.hidden_size // model.num_attention_heads)
+    assert shown["resident_bytes"] == shown["resident_tokens"] * model.num_hidden_layers * 2 * heads * 4
+    before = shown
     llm.llm_engine.abort_request(["video-0", "video-1", "video-2", "text"], internal=False)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     generate(llm, prompt(20), 3)
-    assert metrics(llm)["resident_tokens"] == 0
+    shown = metrics(llm)
+    assert shown["resident_tokens"] == shown["resident_bytes"] == shown["logical_tokens"] == 0
+    assert shown[f"{ENDED}:abort"] - before[f"{ENDED}:abort"] == 3
+
+
+def test_a_video_that_waits_is_not_running(engine: Any) -> None:
+    """Five want to run, and there are blocks for two or so."""
+    llm = engine("packcache", CONFIG, disable_log_stats=False, num_gpu_blocks_override=16, max_model_len=300)
+    for number in range(5):
+        ids = prompt(130, seed=40 + number)
+        llm.llm_engine.add_request(f"video-{number}", {"prompt_token_ids": ids}, sampling(3, tokens_per_frame=FRAME))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    seen = set()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        if scheduler.running:
+            shown = metrics(llm)
+            # Those that have just ended are counted by the next step.
+            assert sum(shown[f"videos:{phase}"] for phase in PHASES) == len(scheduler.running)
+        seen.add((len(scheduler.running), len(scheduler.waiting)))
+    assert any(running and waiting for running, waiting in seen), "all had room at once"
 
 
 def test_preemptions_of_videos_are_counted(engine: Any, lines: list[str]) -> None:
@@ -112,7 +190,7 @@ def test_preemptions_of_videos_are_counted(engine: Any, lines: list[str]) -> Non
     before = metrics(llm)["preemptions"]
     requests = [(prompt(70 + i, seed=20 + i), sampling(500, tokens_per_frame=67 - 7 * i)) for i in range(4)]
     run(llm, [ids for ids, _ in requests], [params for _, params in requests])
-    told = sum(int(line.split()[-2]) for line in lines)
+    told = sum(record["preemptions"] for line in lines if (record := read_line(line, "")))
     assert len(lines) == 4
     assert metrics(llm)["preemptions"] - before == told > 0
 
@@ -124,11 +202,24 @@ def test_switched_off_there_is_nothing(engine: Any, lines: list[str]) -> None:
     assert lines == []
 
 
-def test_the_dashboard_shows_them_and_nothing_else() -> None:
-    dashboard = (Path(__file__).parents[2] / "docker" / "grafana" / "packcache.json").read_text(encoding="utf-8")
-    panels = json.loads(dashboard)["panels"]
-    used = set(
-        re.findall(rf"{PREFIX}(\w+)", " ".join(target["expr"] for panel in panels for target in panel["targets"]))
-    )
-    assert used == {*(f"{name}_total" for name in COUNTERS), *GAUGES, "videos"}
+DOCKER = Path(__file__).parents[2] / "docker"
+
+
+def named_in(expressions: list[str]) -> set[str]:
+    """Series of vLLM and of ours that expressions of Prometheus name."""
+    return set(re.findall(r"vllm:\w+", " ".join(expressions)))
+
+
+def test_the_dashboard_and_the_alerts_name_what_there_is(engine: Any) -> None:
+    engine("packcache", CONFIG, disable_log_stats=False)
+    series = {sample.name for metric in REGISTRY.collect() for sample in metric.samples}
+    dashboard = json.loads((DOCKER / "grafana" / "packcache.json").read_text(encoding="utf-8"))
+    panels = dashboard["panels"]
+    shown = named_in([target["expr"] for panel in panels for target in panel["targets"]])
+    assert shown <= series
+    ours = {name for name in series if name.startswith(PREFIX) and not name.endswith(("_created", "_count", "_sum"))}
+    assert {name for name in shown if name.startswith(PREFIX)} == ours
     assert len({panel["id"] for panel in panels}) == len(panels)
+    (group,) = yaml.safe_load((DOCKER / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    assert named_in([rule["expr"] for rule in group["rules"]]) <= series
+    assert list(BUCKETS) == sorted(set(BUCKETS))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,29 @@ import numpy as np
 
 from vllm_packcache import masked
 from vllm_packcache.config import REQUEST_PREFIX
+from vllm_packcache.demo.log import cause, last_line, read
 
 
 class ServerError(ChildProcessError):
-    """The server did not come up, and the message ends with the last lines of its log; or it failed a request."""
+    """The server did not come up or died, and the message says why; or it failed a request."""
+
+
+def client_of(url: str, timeout: httpx.Timeout | float | None = 600) -> httpx.Client:
+    """A client of a server. One on this machine is asked directly, whatever proxy the environment names.
+
+    Raises:
+        httpx.InvalidURL: the address is none.
+    """
+    return httpx.Client(base_url=url, timeout=timeout, trust_env=not on_this_machine(url))
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether an address is of the loopback interface."""
+    host = httpx.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def stream_frames(
@@ -112,12 +132,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def last_lines(log: Path, count: int) -> str:
-    """The last ``count`` lines of a log file."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-count:])
-
-
 @contextmanager
 def serving(
     model: Path,
@@ -126,11 +140,12 @@ def serving(
     waiting: Callable[[str], None],
     timeout: float = 600,
     interpreted: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Run ``vllm serve MODEL ARGUMENTS`` for as long as the context lasts.
 
     The server and all its processes are stopped when the context is left: normally, by an error, by Ctrl-C or by
-    SIGTERM.
+    SIGTERM. A client inside that loses the server leaves with what the server died of.
 
     Args:
         model: folder of the model.
@@ -139,12 +154,13 @@ def serving(
         waiting: called about twice a second with the newest line of the log until the server is healthy.
         timeout: seconds to wait for that.
         interpreted: run vLLM's Model Runner V2 by Triton's interpreter; see `vllm_packcache.interpreted`.
+        environment: variables to set besides those of this process.
 
     Yields:
         The base URL, such as ``http://127.0.0.1:8000``.
 
     Raises:
-        ServerError: the server stopped, or was not healthy in time.
+        ServerError: the server stopped, was not healthy in time, or died.
     """
     port = free_port()
     command = [
@@ -152,7 +168,7 @@ def serving(
         *("serve", str(model)),
         *("--host", "127.0.0.1", "--port", str(port), *arguments),
     ]
-    environment = {
+    variables = {
         **os.environ,
         # Left alone, vLLM computes on one thread. The API server needs a core of its own to keep up.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1))),
@@ -160,16 +176,26 @@ def serving(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        **(environment or {}),
     }
+    # It is of the user's other servers: this one is for us alone, and our requests carry none.
+    variables.pop("VLLM_API_KEY", None)
     with log.open("w", encoding="utf-8") as output, _terminating_on_sigterm():
         # A session of its own: Ctrl-C reaches us alone, and we stop the whole group.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_for_health(process, url, log, waiting, timeout)
-            yield url
+            try:
+                yield url
+            except (httpx.HTTPError, ServerError) as error:
+                if _dead(process, url):
+                    raise ServerError(f"the server died while it was used: {_reason(process, log)}") from error
+                if isinstance(error, ServerError):
+                    raise
+                raise ServerError(f"a request failed: {error!r} (the server's log: {log})") from error
         finally:
             _stop(process)
 
@@ -178,18 +204,38 @@ def _wait_for_health(
     process: subprocess.Popen[bytes], url: str, log: Path, waiting: Callable[[str], None], timeout: float
 ) -> None:
     deadline = time.monotonic() + timeout
-    while True:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        if process.poll() is not None:
-            raise ServerError(
-                f"the server stopped with status {process.returncode}; {log} ends:\n{last_lines(log, 15)}"
-            )
-        if time.monotonic() > deadline:
-            raise ServerError(f"the server was not ready after {timeout:.0f} s; {log} ends:\n{last_lines(log, 15)}")
-        waiting(last_lines(log, 1))
-        time.sleep(0.5)
+    with client_of(url, timeout=5) as client:
+        while not _healthy(client):
+            if process.poll() is not None:
+                raise ServerError(f"the server did not start: {_reason(process, log)}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server was not ready after {timeout:.0f} s: {_reason(process, log)}")
+            waiting(last_line(read(log)))
+            time.sleep(0.5)
+
+
+def _healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _dead(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Whether a server that failed a client is gone, or about to be: its engine may die some time before it does."""
+    with client_of(url, timeout=5) as client:
+        return process.poll() is not None or not _healthy(client)
+
+
+def _reason(process: subprocess.Popen[bytes], log: Path) -> str:
+    """What a server died of, or last said, and where the rest is."""
+    text, status = read(log), process.poll()
+    why = cause(text)
+    if why is None and status is not None and status < 0:
+        why = f"it was ended by signal {-status} ({signal.Signals(-status).name})"
+    if why is None:
+        why = f"its log ends with {last_line(text)!r}" if last_line(text) else f"it ended with status {status}"
+    return f"{why} (all of its log: {log})"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

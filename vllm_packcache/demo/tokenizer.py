@@ -233,6 +233,21 @@ def _as_picture(rgb: np.ndarray) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), method=Image.Resampling.BOX)
 
 
+def shapes(codes: np.ndarray) -> tuple[float, bool]:
+    """What of a picture is no drawing of the toy world.
+
+    Args:
+        codes: codewords, int [16, 16].
+
+    Returns:
+        The share of its places that show a plain colour, of which no drawing has any; and whether it has a part of one
+        of the world's shapes.
+    """
+    palette = world.palette()
+    objects = np.unique(np.concatenate([grid.ravel() for grid in palette.objects.values()]))
+    return float((codes < palette.num_plain).mean()), bool(np.isin(codes, objects[objects >= 0]).any())
+
+
 def world_prompt(tokenizer: VideoTokenizer, video: world.World) -> list[int]:
     """The condition of a world: its sentence and its frame 0."""
     return tokenizer.build_prompt_from_ids(video.prompt, video.frame_ids(0) + tokenizer.visual_offset)

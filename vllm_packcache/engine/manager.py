@@ -7,6 +7,7 @@ are allocated, caps prefix caching to the condition, and frees what the policy n
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -19,8 +20,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.engine.record import VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.layout import CONDITION, VideoLayout
+from vllm_packcache.layout import CONDITION
 from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
 
@@ -32,34 +34,23 @@ PHASES = ("fill", "pack", "slide")
 
 @dataclass(slots=True)
 class Totals:
-    """What has happened since it was last taken, all requests together."""
+    """What has happened since it was last taken, all requests together.
+
+    Args:
+        freed_blocks: by the policy.
+        slides: frames by which windows have slid.
+        rotated_blocks: whose keys have been rotated.
+        preemptions: of videos.
+        frame_seconds: how long each frame took that was made.
+        ended: why each video ended that did.
+    """
 
     freed_blocks: int = 0
     slides: int = 0
     rotated_blocks: int = 0
     preemptions: int = 0
-
-
-@dataclass(slots=True)
-class VideoRecord:
-    """What has become of one video request, however often it was preempted.
-
-    Args:
-        layout: the video.
-        peak_blocks: that it has held at once, in all KV cache groups.
-        freed_blocks: of which the policy has freed so many.
-        held_blocks: what it holds, by KV cache group.
-    """
-
-    layout: VideoLayout
-    peak_blocks: int = 0
-    freed_blocks: int = 0
-    held_blocks: dict[int, int] = field(default_factory=dict)
-
-    def hold(self, group: int, blocks: int) -> None:
-        """It holds ``blocks`` blocks in a KV cache group now."""
-        self.held_blocks[group] = blocks
-        self.peak_blocks = max(self.peak_blocks, sum(self.held_blocks.values()))
+    frame_seconds: list[float] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -72,8 +63,7 @@ class Video:
         record: outlives this when the request is preempted.
         most_blocks: that it holds at once; None: as many as its length takes.
         frame: up to which blocks have been freed.
-        computed: tokens, those of steps in flight included.
-        blocks: logical blocks of those.
+        blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
 
@@ -82,7 +72,6 @@ class Video:
     record: VideoRecord
     most_blocks: int | None
     frame: int = CONDITION
-    computed: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
 
@@ -131,6 +120,7 @@ class RetentionManager(FullAttentionManager):
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
         self.enable_caching = True
         self._videos: dict[str, Video | None] = {}
+        self._records: dict[str, VideoRecord] = {}
         self.totals = Totals()
         self._announce(kv_cache_spec)
 
@@ -189,10 +179,7 @@ class RetentionManager(FullAttentionManager):
         would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
         video = self.video(request)
-        if video is not None:
-            video.computed = num_tokens
-            video.blocks = len(self.req_to_blocks[request.request_id])
-            video.record.hold(self.kv_cache_group_id, video.resident_blocks)
+        self._record(request, video, num_tokens)
         if not self._prefix_caching:
             return
         if video is not None:
@@ -238,15 +225,31 @@ class RetentionManager(FullAttentionManager):
     def _count(self, video: Video, frame: int, freed: int) -> None:
         slides = video.slides(frame)
         video.dropped_blocks += freed
-        video.record.freed_blocks += freed
+        video.record.free(self.kv_cache_group_id, freed)
         self.totals.freed_blocks += freed
         self.totals.slides += slides
         if slides and video.positions.window is not None:
             self.totals.rotated_blocks += slides * len(video.retention.history_blocks(frame))
 
+    def _record(self, request: Request, video: Video | None, num_tokens: int) -> None:
+        """Keep account of a video that has blocks for ``num_tokens`` tokens."""
+        record = self._records.get(request.request_id)
+        if record is None:
+            return
+        blocks = len(self.req_to_blocks[request.request_id])
+        layout = record.layout
+        if video is not None:
+            video.blocks, blocks, layout = blocks, blocks - video.dropped_blocks, video.retention.layout
+        record.hold(self.kv_cache_group_id, blocks, layout.frame_of(num_tokens - 1))
+        if self.kv_cache_group_id == 0:
+            self.totals.frame_seconds += record.compute(num_tokens, time.monotonic())
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
+        record = self._records.pop(request_id, None)
+        if record is not None:
+            record.held_blocks.pop(self.kv_cache_group_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def take_totals(self) -> Totals:
@@ -258,14 +261,25 @@ class RetentionManager(FullAttentionManager):
         """Videos that hold blocks or are about to."""
         return [video for video in self._videos.values() if video is not None]
 
+    def running(self) -> list[tuple[VideoRecord, str]]:
+        """Videos that hold blocks, those that keep their whole cache included, and the phase of each."""
+        found = []
+        for request_id, record in self._records.items():
+            video = self._videos[request_id]
+            if record.held:
+                found.append((record, PHASES[0] if video is None else video.phase))
+        return found
+
     def video(self, request: Request) -> Video | None:
-        """What is known of ``request``; None: it is no video."""
+        """What is known of ``request``; None: it keeps its whole cache."""
         if request.request_id not in self._videos:
             plan = self._plan_of(request)
             video = None
             if plan is not None:
-                record = record_of(request) or VideoRecord(plan.layout)
+                record = record_of(request) or VideoRecord(plan.layout, self.block_size, request.num_prompt_tokens)
                 setattr(request, _RECORD, record)
+                self._records[request.request_id] = record
+            if plan is not None and not plan.as_stock:
                 retention = Retention(plan.layout, plan.policy, self.block_size)
                 video = Video(retention, plan.positions, record, retention.most_blocks(self._tokens_ahead))
             self._videos[request.request_id] = video
@@ -273,7 +287,7 @@ class RetentionManager(FullAttentionManager):
 
     def _plan_of(self, request: Request) -> VideoPlan | None:
         params = request.sampling_params
-        return self._config.plan(params.extra_args if params else None, request.num_prompt_tokens)
+        return self._config.video(params.extra_args if params else None, request.num_prompt_tokens)
 
 
 def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:

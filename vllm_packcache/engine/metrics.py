@@ -7,24 +7,35 @@ the other; ours travel in them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib.metadata import version
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.engine.manager import PHASES, RetentionManager, record_of, retention_manager, retention_managers
+from vllm_packcache.engine.manager import (
+    PHASES,
+    RetentionManager,
+    Totals,
+    record_of,
+    retention_manager,
+    retention_managers,
+)
 
 # vLLM removes what is called so when it starts anew in a process.
 PREFIX = "vllm:packcache_"
 
 COUNTERS = {
+    "frames": "Frames of videos that have been made. In a prompt they are given.",
     "freed_blocks": "KV-cache blocks that the policy has freed.",
     "slides": "Frames by which the windows of videos have slid.",
     "rotated_blocks": "KV-cache blocks whose keys have been rotated because a window slid.",
@@ -32,9 +43,16 @@ COUNTERS = {
 }
 GAUGES = {
     "resident_tokens": "Tokens of KV cache that running videos hold.",
+    "resident_bytes": "Bytes of KV cache that running videos hold, on each worker.",
     "logical_tokens": "Tokens that have been computed of running videos, dropped ones included.",
 }
 VIDEOS = "videos"
+ENDED = "videos_ended"
+FRAME_SECONDS = "frame_seconds"
+INFO = "info"
+REASONS = tuple(str(reason) for reason in FinishReason)
+BUCKETS = tuple(round(base * 10.0**power, 3) for power in range(-2, 4) for base in (1, 2.5, 5))
+"""Of seconds a frame: from 10 ms to an hour and more, because a frame of Lumos-1 may take minutes."""
 
 # The one mapping among the statistics that arrives as it was sent and is read by the names of its own entries only.
 _CARRIER = "num_kv_fetch_reqs_by_stage"
@@ -49,36 +67,55 @@ def sending_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable
     def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = make_stats(scheduler, *args, **kwargs)
         managers = retention_managers(scheduler.kv_cache_manager)
-        if stats is not None and managers:
-            getattr(stats, _CARRIER).update({PREFIX + name: count for name, count in counts(managers).items()})
+        if managers:
+            # Taken in any case: where nobody wants statistics nothing may pile up.
+            ours = counts(managers, block_bytes(scheduler))
+            if stats is not None:
+                getattr(stats, _CARRIER).update({PREFIX + name: count for name, count in ours.items()})
         return stats
 
     return wrapper
 
 
-def counts(managers: Sequence[RetentionManager]) -> dict[str, int]:
+def block_bytes(scheduler: Scheduler) -> int:
+    """Bytes of a KV-cache block in all layers of a KV cache group: all groups share one pool of such blocks."""
+    group = scheduler.kv_cache_config.kv_cache_groups[0]
+    return group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+
+
+def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, int]:
     """What the counters have grown by since they were last asked for, and gauges of the videos that hold blocks.
 
     Blocks are those of all KV cache groups; videos, their tokens and their slides are counted once, by the first.
 
-    Growth, because several API servers may take turns in getting it, and what they count is added up.
+    Growth, because several API servers may take turns in getting it, and what they count is added up. Numbers are
+    whole, as their carrier is typed: frames arrive one by one, with the microseconds that each took.
+
+    Args:
+        managers: of all KV cache groups.
+        block_bytes: of `block_bytes`.
     """
     grown = [manager.take_totals() for manager in managers]
-    videos = managers[0].videos()
-    by_phase = dict.fromkeys(PHASES, 0)
-    for video in videos:
-        by_phase[video.phase] += 1
+    running = managers[0].running()
+    blocks = sum(record.held for record, _ in running)
+    phases = [phase for _, phase in running]
     return {
-        **{
-            name: sum(getattr(own, name) for own in (grown if name.endswith("_blocks") else grown[:1]))
-            for name in COUNTERS
-        },
-        "resident_tokens": sum(
-            video.resident_blocks * manager.block_size for manager in managers for video in manager.videos()
-        ),
-        "logical_tokens": sum(video.computed for video in videos),
-        **{f"{VIDEOS}_{phase}": count for phase, count in by_phase.items()},
+        "frames": len(grown[0].frame_seconds),
+        "freed_blocks": sum(own.freed_blocks for own in grown),
+        "slides": grown[0].slides,
+        "rotated_blocks": sum(own.rotated_blocks for own in grown),
+        "preemptions": grown[0].preemptions,
+        "resident_tokens": blocks * managers[0].block_size,
+        "resident_bytes": blocks * block_bytes,
+        "logical_tokens": sum(record.computed for record, _ in running),
+        **{f"{VIDEOS}_{phase}": phases.count(phase) for phase in PHASES},
+        **{f"{ENDED}_{reason}": grown[0].ended.count(reason) for reason in REASONS},
+        **_microseconds(grown[0]),
     }
+
+
+def _microseconds(grown: Totals) -> dict[str, int]:
+    return {f"{FRAME_SECONDS}_{i}": round(seconds * 1e6) for i, seconds in enumerate(grown.frame_seconds)}
 
 
 def publishing_counts(init: Callable[..., None]) -> Callable[..., None]:
@@ -87,8 +124,9 @@ def publishing_counts(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def wrapper(loggers: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(loggers, vllm_config, *args, **kwargs)
-        if ServerConfig.from_additional_config(vllm_config.additional_config) is not None:
-            loggers.stat_loggers.insert(0, VideoMetrics(vllm_config, loggers.engine_indexes))
+        config = ServerConfig.from_additional_config(vllm_config.additional_config)
+        if config is not None:
+            loggers.stat_loggers.insert(0, VideoMetrics(vllm_config, loggers.engine_indexes, config))
 
     return wrapper
 
@@ -96,25 +134,33 @@ def publishing_counts(init: Callable[..., None]) -> Callable[..., None]:
 class VideoMetrics(AggregateStatLoggerBase):
     """Our counts as Prometheus metrics, each labelled with model and engine as vLLM's own are."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], config: ServerConfig) -> None:
         labels = ["model_name", "engine"]
         self._counters = {
             name: Counter(PREFIX + name, documentation, labels) for name, documentation in COUNTERS.items()
         }
-        self._gauges = {
-            name: Gauge(PREFIX + name, documentation, labels, multiprocess_mode="mostrecent")
-            for name, documentation in GAUGES.items()
-        }
-        self._videos = Gauge(
-            PREFIX + VIDEOS,
+        self._gauges = {name: _gauge(name, documentation, labels) for name, documentation in GAUGES.items()}
+        self._videos = _gauge(
+            VIDEOS,
             "Running video requests by phase: fill (nothing dropped), pack (frames shrink), slide (the oldest go).",
             [*labels, "phase"],
-            multiprocess_mode="mostrecent",
         )
+        self._ended = Counter(
+            PREFIX + ENDED, "Video requests that have ended, by vLLM's reason to end them.", [*labels, "reason"]
+        )
+        self._frame_seconds = Histogram(
+            PREFIX + FRAME_SECONDS,
+            "Seconds from the begin of a frame to the begin of the next, waiting after a preemption included.",
+            labels,
+            buckets=BUCKETS,
+        )
+        info = _gauge(INFO, "1, for what obeys which policy.", [*labels, "version", "policy", "positions"])
         self._model = vllm_config.model_config.served_model_name
+        about = (version("vllm-packcache"), config.policy.name, config.positions)
         for engine in engine_indexes:
+            info.labels(self._model, str(engine), *about).set(1)
             # All are there from the start: a rate of what does not exist yet would miss its first increase.
-            self._publish(dict.fromkeys([*COUNTERS, *GAUGES, *(f"{VIDEOS}_{phase}" for phase in PHASES)], 0), engine)
+            self._publish({}, engine)
 
     def record(
         self,
@@ -135,14 +181,24 @@ class VideoMetrics(AggregateStatLoggerBase):
     def log_engine_initialized(self) -> None:
         """Nothing is to be said: part of vLLM's interface."""
 
-    def _publish(self, ours: dict[str, int], engine: int) -> None:
+    def _publish(self, ours: Mapping[str, int], engine: int) -> None:
         labels = (self._model, str(engine))
         for name, counter in self._counters.items():
-            counter.labels(*labels).inc(ours[name])
+            counter.labels(*labels).inc(ours.get(name, 0))
         for name, gauge in self._gauges.items():
-            gauge.labels(*labels).set(ours[name])
+            gauge.labels(*labels).set(ours.get(name, 0))
         for phase in PHASES:
-            self._videos.labels(*labels, phase).set(ours[f"{VIDEOS}_{phase}"])
+            self._videos.labels(*labels, phase).set(ours.get(f"{VIDEOS}_{phase}", 0))
+        for reason in REASONS:
+            self._ended.labels(*labels, reason).inc(ours.get(f"{ENDED}_{reason}", 0))
+        seconds = self._frame_seconds.labels(*labels)
+        for i in range(ours.get("frames", 0)):
+            seconds.observe(ours[f"{FRAME_SECONDS}_{i}"] / 1e6)
+
+
+def _gauge(name: str, documentation: str, labels: list[str]) -> Gauge:
+    """A gauge that is, where several API servers take turns, what the last of them was told."""
+    return Gauge(PREFIX + name, documentation, labels, multiprocess_mode="mostrecent")
 
 
 def counting_preemptions(preempt_request: Callable[..., None]) -> Callable[..., None]:
@@ -159,25 +215,16 @@ def counting_preemptions(preempt_request: Callable[..., None]) -> Callable[..., 
 
 
 def logging_videos(free_request: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``Scheduler._free_request`` to log a line for every video that ends."""
+    """Wrap ``Scheduler._free_request`` to count every video that ends and to log a line."""
 
     @wraps(free_request)
     def wrapper(scheduler: Scheduler, request: Request, *args: Any, **kwargs: Any) -> Any:
-        record = record_of(request)
-        if record is not None:
-            layout, block_size = record.layout, scheduler.block_size
-            logger.info(
-                "Video %s ended (%s): %d frames, %d logical tokens, at most %d of %d blocks resident, %d blocks freed "
-                "by the policy, %d preemptions",
-                request.request_id,
-                request.get_finished_reason(),
-                max(0, request.num_tokens - layout.condition_tokens) // layout.tokens_per_frame,
-                request.num_tokens,
-                record.peak_blocks,
-                -(-request.num_tokens // block_size) * max(1, len(record.held_blocks)),
-                record.freed_blocks,
-                request.num_preemptions,
-            )
+        record, manager = record_of(request), retention_manager(scheduler.kv_cache_manager)
+        if record is not None and manager is not None:
+            reason = str(request.get_finished_reason())
+            manager.totals.frame_seconds += record.end(request.num_tokens, time.monotonic())
+            manager.totals.ended.append(reason)
+            logger.info("%s", record.line(request.request_id, reason, request.num_tokens, request.num_preemptions))
         return free_request(scheduler, request, *args, **kwargs)
 
     return wrapper

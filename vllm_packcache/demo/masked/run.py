@@ -6,28 +6,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from vllm_packcache import masked
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.demo.evaluate import score_objects
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options, write_checkpoint
-from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, build_text_tokenizer, prompt, world_frame
+from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, RATE, build_text_tokenizer
 from vllm_packcache.demo.run import (
     BLOCK_SIZE,
+    LOGGING,
     POLICIES,
     Video,
+    claimed,
     one_line,
     progress_bars,
+    readable,
     report,
     stream_video,
+    tell,
 )
-from vllm_packcache.demo.server import serving
-from vllm_packcache.demo.tokenizer import VideoTokenizer
+from vllm_packcache.demo.server import client_of, serving
+from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer
 from vllm_packcache.demo.world import World, make_world
 from vllm_packcache.media.pictures import read_picture
 
@@ -38,10 +40,17 @@ pillar, behind which this model loses things."""
 
 
 class _Asked(NamedTuple):
-    """What is to be shown, and the world in which it is true, if there is one."""
+    """What is to be shown, and the world in which it is true, if there is one.
+
+    Args:
+        text: the sentence.
+        picture: codes of the conditioning image, int64 [16, 16]; None: there is none.
+        what: where the picture is from.
+        world: in which the true continuation is known.
+    """
 
     text: str
-    image: list[int]
+    picture: masked.Int64 | None
     what: str
     world: World | None
 
@@ -61,13 +70,16 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
     console = Console()
     tokenizer = VideoTokenizer()
     asked = _asked(image, text, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    ids = prompt(asked.text, FRAMES, build_text_tokenizer()) + asked.image
-    console.print(f"[bold]picture[/] {escape(asked.what)}   [bold]prompt[/] {escape(asked.text)}", soft_wrap=True)
     words = build_text_tokenizer()
-    unknown = [word for word in asked.text.split() if "<unk>" in words.encode(word, add_special_tokens=False).tokens]
-    if unknown:
-        console.print(f"[yellow]the model does not know[/] {escape(', '.join(unknown))}")
+
+    def encode(text: str) -> list[int]:
+        return words.encode(text, add_special_tokens=False).ids
+
+    (unknown,) = words.encode("<unk>", add_special_tokens=False).ids
+    tell(console, asked.what, asked.text, encode, unknown, asked.picture)
+    ids = masked.text_prompt(encode(asked.text)[:TEXT_TOKENS], FRAMES, RATE)
+    if asked.picture is not None:
+        ids += masked.frame_of_codes(asked.picture).tolist()
     console.print(
         f"{FRAMES} frames of {FRAME.tokens_per_frame} tokens, {OPTIONS.steps} passes and a commit each, "
         f"guidance {OPTIONS.guidance:g}"
@@ -79,7 +91,7 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
         *("--max-model-len", "4096", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "2"),
         *("--distributed-executor-backend", "uni"),
     ]
-    with TemporaryDirectory() as folder:
+    with claimed(out) as log, TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(folder)
         console.print(f"[bold]vllm serve[/] {checkpoint} {' '.join(arguments)}", soft_wrap=True)
         with (
@@ -87,13 +99,14 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
             serving(
                 checkpoint,
                 arguments,
-                out / "server.log",
+                log,
                 lambda line: status.update(one_line(line)),
                 interpreted=not torch.cuda.is_available(),
+                environment=LOGGING,
             ) as url,
         ):
             status.stop()
-            with httpx.Client(base_url=url, timeout=600) as client, progress_bars(console) as progress:
+            with client_of(url) as client, progress_bars(console) as progress:
                 videos = [
                     stream_video(
                         client,
@@ -105,57 +118,33 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
                         policy,
                         FRAMES,
                         FRAME.tokens_per_frame,
+                        log,
                         progress,
                     )
                     for policy in POLICIES
                 ]
-    codes = {video.policy: _codes(video) for video in videos}
-    server = ServerConfig.parse("packcache", PRESET)
-    report(
-        console,
-        videos,
-        {policy: _pictures(tokenizer, own) for policy, own in codes.items()},
-        {p: server.masked_plan(request_options(FRAMES, p, OPTIONS), ids).streams for p in POLICIES},
-        out,
-        also={} if asked.world is None else {"true": _pictures(tokenizer, _true(asked.world))},
-    )
+        codes = {video.policy: _codes(video) for video in videos}
+        plan = ServerConfig.parse("packcache", PRESET).masked_plan(request_options(FRAMES, "packcache", OPTIONS), ids)
+        condition = sum(stream.layout.condition_tokens for stream in plan.streams)
+        report(console, videos, codes, tokenizer, condition, out, asked.world)
     if asked.world is not None:
         for policy, own in codes.items():
-            console.print(f"{policy}: {_quality(asked.world, own)}")
+            score = score_objects(asked.world, own)
+            console.print(f"{policy}: {score.right} of {score.seen} times an object is wholly right and in its place")
 
 
 def _asked(image: Path | None, text: str | None, tokenizer: VideoTokenizer) -> _Asked:
     example = make_world(EXAMPLE)
     if image is None and text is None:
-        return _Asked(example.prompt, world_frame(example, 0).tolist(), "the example's", example)
+        return _Asked(example.prompt, example.frame_ids(0), "the example's", example)
     if image is None:
         assert text is not None
-        return _Asked(text, [], "none: the text alone", None)
+        return _Asked(readable(text), None, "none: the text alone", None)
     codes = tokenizer.encode_image(read_picture(image)) - tokenizer.visual_offset
-    text = example.prompt if text is None else text
-    return _Asked(text, masked.frame_of_codes(codes).tolist(), str(image), None)
+    return _Asked(example.prompt if text is None else readable(text), codes, str(image), None)
 
 
-def _codes(video: Video) -> np.ndarray:
+def _codes(video: Video) -> masked.Int64:
     """Codes of a video's frames, int64 [T, 16, 16]."""
     frames = np.array(video.token_ids).reshape(-1, FRAME.tokens_per_frame)
     return np.stack([masked.codes_of_frame(ids, GRID_SHAPE) for ids in frames])
-
-
-def _pictures(tokenizer: VideoTokenizer, codes: np.ndarray) -> np.ndarray:
-    return tokenizer.decode_frames(codes + tokenizer.visual_offset)
-
-
-def _true(world: World) -> np.ndarray:
-    return np.stack([world.frame_ids(k) for k in range(1, FRAMES + 1)])
-
-
-def _quality(world: World, codes: np.ndarray) -> str:
-    """How near a video is to the true one, in words."""
-    true = _true(world)
-    changed = true != np.stack([world.frame_ids(k) for k in range(FRAMES)])
-    score = score_objects(world, codes)
-    return (
-        f"{(codes == true).mean():.1%} of the tokens are true, {(codes == true)[changed].mean():.1%} of those that "
-        f"change; {score.right} of {score.seen} times an object is wholly right and in its place"
-    )

@@ -1,0 +1,149 @@
+"""What has become of one video: kept by the scheduler, written to the log in one line when the video ends.
+
+The line is for people and, from its first brace on, JSON for programs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_packcache.layout import CONDITION, VideoLayout
+
+MOST_PEAKS = 64
+"""Numbers that a record keeps of how much was held; of a longer video each stands for several frames."""
+
+
+@dataclass(slots=True)
+class VideoRecord:
+    """One video request, however often it was preempted.
+
+    Args:
+        layout: the video.
+        block_size: tokens of a KV-cache block.
+        prompt_tokens: of the request: what lies behind them is made.
+        computed: tokens, those of steps in flight included.
+        held_blocks: what it holds, by KV cache group.
+        peak_blocks: that it has held at once, in all KV cache groups.
+        peaks: the same while frames were made; the condition is no frame.
+        frames_per_peak: for so many frames each of them stands.
+        freed_blocks: blocks that the policy has freed.
+        frames: that have been made; given ones are not.
+        seconds: that they took.
+    """
+
+    layout: VideoLayout
+    block_size: int
+    prompt_tokens: int
+    computed: int = 0
+    held_blocks: dict[int, int] = field(default_factory=dict)
+    peak_blocks: int = 0
+    peaks: list[int] = field(default_factory=list)
+    frames_per_peak: int = 1
+    freed_blocks: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    _making: int = CONDITION
+    _began: float | None = None
+
+    @property
+    def held(self) -> int:
+        """Blocks that it holds now, in all KV cache groups."""
+        return sum(self.held_blocks.values())
+
+    def hold(self, group: int, blocks: int, frame: int) -> None:
+        """It holds ``blocks`` blocks in a KV cache group now, while ``frame`` is computed."""
+        self.held_blocks[group] = blocks
+        held = self.held
+        self.peak_blocks = max(self.peak_blocks, held)
+        if frame == CONDITION:
+            return
+        while frame // self.frames_per_peak >= MOST_PEAKS:
+            self.peaks = [max(self.peaks[i : i + 2]) for i in range(0, len(self.peaks), 2)]
+            self.frames_per_peak *= 2
+        index = frame // self.frames_per_peak
+        # A step may compute several given frames; so much was held for each of them.
+        self.peaks += [held] * (index + 1 - len(self.peaks))
+        self.peaks[index] = max(self.peaks[index], held)
+
+    def free(self, group: int, blocks: int) -> None:
+        """The policy has freed ``blocks`` blocks of a KV cache group."""
+        self.held_blocks[group] -= blocks
+        self.freed_blocks += blocks
+
+    def compute(self, tokens: int, now: float) -> list[float]:
+        """Its first ``tokens`` tokens have been computed, or are in this step.
+
+        A frame ends when a token of the next one is computed: that of a masked model is computed many times.
+
+        Returns:
+            Seconds of every frame that has ended.
+        """
+        self.computed = tokens
+        if self._began is None:
+            if tokens >= self.prompt_tokens:
+                self._began, self._making = now, self.layout.frame_of(self.prompt_tokens)
+            return []
+        return self._end_frames(self.layout.frame_of(tokens - 1), now)
+
+    def end(self, tokens: int, now: float) -> list[float]:
+        """The request has ended with ``tokens`` tokens; the last frame has ended if it is whole.
+
+        Returns:
+            Seconds of every frame that has ended.
+        """
+        return [] if self._began is None else self._end_frames(self.layout.frame_of(tokens), now)
+
+    def _end_frames(self, frame: int, now: float) -> list[float]:
+        assert self._began is not None
+        ended = frame - self._making
+        # A preempted video is computed again up to the frame that it was at.
+        if ended <= 0:
+            return []
+        seconds = (now - self._began) / ended
+        self.frames += ended
+        self.seconds += now - self._began
+        self._making, self._began = frame, now
+        return [seconds] * ended
+
+    def line(self, request_id: str, reason: str, tokens: int, preemptions: int) -> str:
+        """What is logged when the request has ended.
+
+        Args:
+            request_id: the engine's own.
+            reason: why it ended.
+            tokens: of the request, dropped ones included.
+            preemptions: of the request.
+        """
+        each = f", {self.seconds / self.frames:.3g} s each" if self.frames else ""
+        peak = self.peak_blocks * self.block_size
+        said = {
+            "request_id": request_id,
+            "reason": reason,
+            "frames": self.frames,
+            "seconds_per_frame": round(self.seconds / self.frames, 6) if self.frames else None,
+            "tokens": tokens,
+            "peak_tokens": peak,
+            "peak_tokens_by_frame": [blocks * self.block_size for blocks in self.peaks],
+            "frames_per_peak": self.frames_per_peak,
+            "freed_blocks": self.freed_blocks,
+            "preemptions": preemptions,
+        }
+        return (
+            f"Video {request_id} ended ({reason}): {self.frames} frames made{each}, {tokens} tokens, of which at most "
+            f"{peak} were held (in whole blocks), {preemptions} preemptions {json.dumps(said)}"
+        )
+
+
+def read_line(line: str, request_id: str) -> dict[str, Any] | None:
+    """The JSON of a line of the log; None: it is not of a video of this request.
+
+    Args:
+        line: of the log.
+        request_id: as an answer has it; the engine appends to it.
+    """
+    _, found, rest = line.partition(f"Video {request_id}")
+    if not found or "{" not in rest:
+        return None
+    return json.JSONDecoder().raw_decode(rest, rest.index("{"))[0]
