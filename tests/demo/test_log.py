@@ -23,6 +23,10 @@ CAUSES = {
     "too_long": "User-specified max_model_len (100000000) is greater than the derived max_model_len "
     "(max_position_embeddings=20480.0 or model_max_length=None in model's config.json). To allow overriding this "
     "maximum, set the env var VLLM_ALLOW_LONG_MAX_MODEL_LEN=1.",
+    "cut_weights": "Unterminated string starting at: line 1 column 968 (char 967)",
+    # Two processes only say that another one failed.
+    "slow_start": "TimeoutError: Timed out waiting for engine core processes to start. This is often caused by slow "
+    "weight loading for large models.",
     "port_in_use": "[Errno 98] Address already in use",
 }
 
