@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.demo.test_run import COMMAND, ENVIRONMENT, processes_of
+from vllm_packcache.config import ServerConfig
 from vllm_packcache.demo.masked import evaluate, run
-from vllm_packcache.demo.masked.bundle import OPTIONS
+from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
+from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
 
@@ -28,7 +31,16 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     assert shown.shape == (run.FRAMES, 256, 256, 3)
     for name in ("frames.png", "resident.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 0
-    assert "most KV-cache tokens" in done.stdout
+    # What the engine has recorded of both streams, in blocks of 32: the full cache grows by a frame each time.
+    xargs = request_options(run.FRAMES, "full", OPTIONS)
+    example = make_world(run.EXAMPLE)
+    ids = masked_tokenizer.prompt(example.prompt, run.FRAMES, masked_tokenizer.build_text_tokenizer())
+    ids += masked_tokenizer.world_frame(example, 0).tolist()
+    streams = ServerConfig.parse("packcache", PRESET).masked_plan(xargs, ids).streams
+    rows = re.findall(r"(\d+) │ +([\d,]+) │ +([\d,]+) │ +(\d+)%", done.stdout)
+    assert [int(row[1].replace(",", "")) for row in rows] == [
+        sum(-(-own.layout.frame_start(frame + 1) // 32) * 32 for own in streams) for frame in range(run.FRAMES)
+    ]
     assert "tokens are true" in done.stdout
     assert processes_of(out / "server.log") == []
 

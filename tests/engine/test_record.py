@@ -14,17 +14,22 @@ def record(prompt_tokens: int = CONDITION_TOKENS) -> VideoRecord:
     return VideoRecord(VideoLayout(FrameLayout(FRAME), CONDITION_TOKENS), 4, prompt_tokens)
 
 
+def compute(video: VideoRecord, tokens: int, now: float) -> list[float]:
+    """As of a model that decodes: the last token says which frame is being made."""
+    return video.compute(tokens, video.layout.frame_of(tokens - 1), now)
+
+
 def run(video: VideoRecord, start: int, stop: int, now: float = 0.0) -> list[float]:
     """Compute tokens one by one, one a second; seconds of the frames that ended."""
     ended = []
     for tokens in range(start, stop):
-        ended += video.compute(tokens + 1, now + tokens - start)
+        ended += compute(video, tokens + 1, now + tokens - start)
     return ended
 
 
 def test_a_frame_takes_from_its_begin_to_the_next() -> None:
     video = record()
-    assert video.compute(CONDITION_TOKENS, 100.0) == []
+    assert compute(video, CONDITION_TOKENS, 100.0) == []
     # The first frame has waited for the last of the prompt.
     assert run(video, 10, 25, 101.0) == [FRAME + 1, FRAME]
     assert video.frames == 2
@@ -34,9 +39,21 @@ def test_a_frame_takes_from_its_begin_to_the_next() -> None:
     assert (video.frames, video.seconds) == (3, 20.0)
 
 
+def test_a_frame_that_is_made_whole_ends_when_the_next_one_is_begun() -> None:
+    """Tokens of a masked model count when their frame is finished; it is computed many times before."""
+    video = record()
+    ended = []
+    for now in range(9):
+        tokens = CONDITION_TOKENS + now // 3 * FRAME
+        ended.append(video.compute(tokens, video.layout.frame_of(tokens), float(now)))
+    assert [seconds for own in ended for seconds in own] == [3.0, 3.0]
+    assert video.end(CONDITION_TOKENS + 3 * FRAME, 9.0) == [3.0]
+    assert video.frames == 3
+
+
 def test_part_of_a_frame_is_no_frame() -> None:
     video = record()
-    video.compute(CONDITION_TOKENS, 0.0)
+    compute(video, CONDITION_TOKENS, 0.0)
     run(video, 10, 22)
     assert video.end(24, 50.0) == []
     assert video.frames == 2
@@ -46,26 +63,26 @@ def test_given_frames_are_not_made() -> None:
     prompt = CONDITION_TOKENS + 2 * FRAME + 3
     video = record(prompt)
     assert run(video, 0, prompt - 4) == []
-    assert video.compute(prompt, 30.0) == []
+    assert compute(video, prompt, 30.0) == []
     assert run(video, prompt, prompt + 3, 31.0) == [3.0]
     assert video.frames == 1
 
 
 def test_a_preempted_video_makes_no_frame_twice() -> None:
     video = record()
-    video.compute(CONDITION_TOKENS, 0.0)
+    compute(video, CONDITION_TOKENS, 0.0)
     run(video, 10, 18, 1.0)
     assert video.frames == 1
     # Computed again in two chunks, and on.
-    assert video.compute(12, 50.0) == []
-    assert video.compute(18, 51.0) == []
-    assert video.compute(21, 60.0) == [54.0]
+    assert compute(video, 12, 50.0) == []
+    assert compute(video, 18, 51.0) == []
+    assert compute(video, 21, 60.0) == [54.0]
     assert video.frames == 2
 
 
 def test_a_request_that_ends_before_its_prompt_has_made_nothing() -> None:
     video = record()
-    video.compute(4, 0.0)
+    compute(video, 4, 0.0)
     assert video.end(10, 5.0) == []
     found = read_line(video.line("r", "abort", 10, 0), "r")
     assert found is not None
@@ -106,10 +123,10 @@ def test_a_record_is_bounded_and_loses_no_peak(frames: int) -> None:
 
 def test_a_line_is_read_as_it_is_written() -> None:
     video = record()
-    video.compute(CONDITION_TOKENS, 0.0)
+    compute(video, CONDITION_TOKENS, 0.0)
     for tokens in range(11, 26):
         video.hold(0, tokens // 4, (tokens - 1 - CONDITION_TOKENS) // FRAME)
-        video.compute(tokens, float(tokens - 10))
+        compute(video, tokens, float(tokens - 10))
     video.free(0, 2)
     video.end(25, 18.0)
     line = video.line("cmpl-full-0-b6c1", "length", 25, 1)

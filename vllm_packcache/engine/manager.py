@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.engine.record import VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.layout import CONDITION
+from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.positions import Positions
 from vllm_packcache.retention import Retention
 
@@ -240,9 +240,14 @@ class RetentionManager(FullAttentionManager):
         layout = record.layout
         if video is not None:
             video.blocks, blocks, layout = blocks, blocks - video.dropped_blocks, video.retention.layout
-        record.hold(self.kv_cache_group_id, blocks, layout.frame_of(num_tokens - 1))
+        frame = self._frame_in_the_making(layout, num_tokens)
+        record.hold(self.kv_cache_group_id, blocks, frame)
         if self.kv_cache_group_id == 0:
-            self.totals.frame_seconds += record.compute(num_tokens, time.monotonic())
+            self.totals.frame_seconds += record.compute(num_tokens, frame, time.monotonic())
+
+    def _frame_in_the_making(self, layout: VideoLayout, num_tokens: int) -> int:
+        """The frame of the last of ``num_tokens`` tokens, or `CONDITION`."""
+        return layout.frame_of(num_tokens - 1)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from vllm_packcache.config import MaskedPlan, VideoPlan
 from vllm_packcache.engine.manager import RetentionManager
 from vllm_packcache.engine.masked_spec import StreamSpec
+from vllm_packcache.layout import VideoLayout
 
 logger = logging.getLogger("vllm.packcache")
 
@@ -35,6 +36,10 @@ class StreamManager(RetentionManager):
             assert request.prompt_token_ids is not None
             self._plans[request.request_id] = self._config.masked_plan(extra_args, request.prompt_token_ids)
         return self._plans[request.request_id]
+
+    def _frame_in_the_making(self, layout: VideoLayout, num_tokens: int) -> int:
+        """The frame behind ``num_tokens`` tokens: its own count when it is finished."""
+        return layout.frame_of(num_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `RetentionManager.pop_blocks_for_free`."""

@@ -72,10 +72,10 @@ class VideoRecord:
         self.held_blocks[group] -= blocks
         self.freed_blocks += blocks
 
-    def compute(self, tokens: int, now: float) -> list[float]:
-        """Its first ``tokens`` tokens have been computed, or are in this step.
+    def compute(self, tokens: int, frame: int, now: float) -> list[float]:
+        """Its first ``tokens`` tokens have been computed, or are in this step, and ``frame`` is being computed.
 
-        A frame ends when a token of the next one is computed: that of a masked model is computed many times.
+        A frame ends when the next one is begun.
 
         Returns:
             Seconds of every frame that has ended.
@@ -85,7 +85,7 @@ class VideoRecord:
             if tokens >= self.prompt_tokens:
                 self._began, self._making = now, self.layout.frame_of(self.prompt_tokens)
             return []
-        return self._end_frames(self.layout.frame_of(tokens - 1), now)
+        return self._end_frames(frame, now)
 
     def end(self, tokens: int, now: float) -> list[float]:
         """The request has ended with ``tokens`` tokens; the last frame has ended if it is whole.
