@@ -113,8 +113,8 @@ def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, backend
     """Keys in rows, and metadata builders that support every graph."""
     condition, frame, block_size = 20, 20, 16
     llm = engine(
-        "packcache", CONFIG, variant=backend, block_size=block_size, max_model_len=256, max_num_batched_tokens=64,
-        max_num_seqs=2, num_gpu_blocks_override=40,
+        "packcache", CONFIG, variant=backend, block_size=block_size, max_model_len=128, max_num_batched_tokens=64,
+        max_num_seqs=2, num_gpu_blocks_override=16,
     )  # fmt: skip
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert runner.attn_groups[0][0].backend.get_name() == backend

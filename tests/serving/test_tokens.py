@@ -24,7 +24,7 @@ LAYOUTS = [
     pytest.param(41, 97, 64, 9, id="large blocks"),
     pytest.param(5, 40, 32, 20, id="frame and condition share a block"),
     pytest.param(33, 20, 32, 24, id="frames shorter than a block"),
-    pytest.param(300, 257, 32, 7, id="the demo's frames"),
+    pytest.param(280, 257, 32, 6, id="the demo's frames"),
 ]
 
 
