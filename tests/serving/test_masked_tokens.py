@@ -460,7 +460,7 @@ def test_the_other_runner_is_refused() -> None:
 @pytest.mark.parametrize("frames", [2, pytest.param(13, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_the_published_grid(frames: int, engine: Callable[..., Any], tmp_path: Path) -> None:
     """672 x 384 pixels, frames of 4,084 tokens. Few codes, because each of so many draws may be near a tie."""
-    model = make_random_lumos(tmp_path, visual_codes=4)
+    model = make_random_lumos(tmp_path, visual_codes=4, layers=1)
     llm = engine("packcache", "lumos1_384p", model=model, max_model_len=60_000, max_num_batched_tokens=4084,
                  num_gpu_blocks_override=2500, max_num_seqs=1)  # fmt: skip
     case = Case(20, (48, 84)).having(frames=frames, steps=1, guidance=2, seed=1)
