@@ -62,6 +62,30 @@ RELIANCES: tuple[Reliance, ...] = (
         ("load_general_plugins",),
     ),
     Reliance(
+        "plugin: a worker makes its model runner before the model loads",
+        "v1/worker/worker_base.py",
+        "WorkerWrapperBase.init_device",
+        ("self",),
+        ("worker", "init_device"),
+        exact=True,
+    ),
+    *(
+        Reliance(
+            "plugin: a worker makes its model runner before the model loads",
+            f"v1/worker/{file}.py",
+            f"{worker}.init_device",
+            (),
+            ("model_runner",),
+        )
+        for file, worker in (("gpu_worker", "Worker"), ("cpu_worker", "CPUWorker"))
+    ),
+    *(
+        Reliance("plugin: which platform", "platforms/interface.py", f"Platform.{name}")
+        for name in ("device_name", "is_cpu", "is_cuda")
+    ),
+    Reliance("plugin: which process says that it is on", "engine/arg_utils.py", "EngineArgs._api_process_count"),
+    Reliance("plugin: and which does not", "engine/arg_utils.py", "EngineArgs._api_process_rank"),
+    Reliance(
         "flag: add it to vllm serve",
         "engine/arg_utils.py",
         "EngineArgs.add_cli_args",
@@ -114,6 +138,7 @@ RELIANCES: tuple[Reliance, ...] = (
             "rswa_window",
             "is_mm_prefix_lm",
             "uses_alibi",
+            "using_transformers_backend",
         )
     ),
     Reliance(
@@ -129,6 +154,10 @@ RELIANCES: tuple[Reliance, ...] = (
         "ModelConfig.get_and_verify_max_len",
         ("self", "max_model_len"),
         exact=True,
+    ),
+    *(
+        Reliance("start-up: the attention backend that the operator names", "config/attention.py", name)
+        for name in ("AttentionConfig.backend", "AttentionConfig.backend_per_kind")
     ),
     Reliance("start-up: positions with three axes", "config/model.py", "ModelConfig.uses_mrope"),
     Reliance("start-up: offloading", "config/cache.py", "CacheConfig.kv_offloading_size"),

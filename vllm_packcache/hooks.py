@@ -128,6 +128,12 @@ ENGINE: tuple[Hook, ...] = (
         "layers get a KV cache spec with a policy, and a metadata builder that compacts block tables",
     ),
     Hook(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.init_device",
+        "vllm_packcache.plugin:checking_runner",
+        "a model runner that the other hooks do not reach is refused before the model loads",
+    ),
+    Hook(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.initialize_kv_cache",
         "vllm_packcache.worker.runner_v1:finding_keys",

@@ -7,11 +7,14 @@ is one at hand, and is the original in every respect when the policy is not swit
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache, wraps
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache import hooks, masked, plugin_masked
@@ -19,9 +22,11 @@ from vllm_packcache.config import (
     CONFIG_FLAG,
     CONFIG_KEY,
     POLICY_FLAG,
+    POLICY_KEY,
     POSITION_LIMIT_KEY,
     REQUEST_PREFIX,
     ConfigError,
+    PositionMode,
     ServerConfig,
     VideoPlan,
     config_of,
@@ -33,6 +38,7 @@ from vllm_packcache.retention import Retention
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -41,6 +47,9 @@ _REBASED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _NORM_AFTER_ROPE = ("hunyuan", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
 """Models that store something else than a rotated key."""
+
+
+logger = logging.getLogger("vllm.packcache")
 
 
 @dataclass
@@ -88,6 +97,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_options(vllm_config, POLICY_FLAG)
     config = ServerConfig.from_additional_config(vllm_config.additional_config)
     assert config is not None, "only a server that is switched on is checked"
+    _check_backends(vllm_config, config.positions)
     if config.positions == "rebase":
         _check_rebasing(vllm_config)
     if plugin_masked.is_masked(model):
@@ -128,6 +138,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 def _check_options(vllm_config: VllmConfig, subject: str) -> None:
     """Refuse what cannot be combined with ``subject``."""
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ConfigError(
+            f"{subject} needs a CPU or an NVIDIA GPU, and this platform is {current_platform.device_name}, on which "
+            "nothing has been tried: start on one of those"
+        )
     parallel = vllm_config.parallel_config
     option_reasons = (
         (vllm_config.speculative_config is not None, "--speculative-config", "it rolls tokens back"),
@@ -173,6 +190,19 @@ def _check_options(vllm_config: VllmConfig, subject: str) -> None:
         )
 
 
+def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
+    """Refuse the attention backend that the operator names; one that vLLM chooses is looked at in the workers."""
+    from vllm_packcache.worker.key_layout import layout_of
+
+    attention = vllm_config.attention_config
+    named = {attention.backend, *attention.backend_per_kind.values()} - {None}
+    for name in sorted(backend.name for backend in named if backend is not None):
+        if plugin_masked.is_masked(vllm_config.model_config):
+            plugin_masked.check_backend(name)
+        if positions == "rebase":
+            layout_of(name)
+
+
 def _check_rebasing(vllm_config: VllmConfig) -> None:
     """Refuse what cached keys cannot be rotated in."""
     dtype = vllm_config.cache_config.cache_dtype
@@ -195,6 +225,7 @@ def _check_rebasing(vllm_config: VllmConfig) -> None:
         ),
         (unrotated, "has layers without RoPE"),
         (text_config.model_type in _NORM_AFTER_ROPE, "normalises keys after rotating them"),
+        (model.using_transformers_backend(), "rotates them in Transformers' own code (--model-impl)"),
     )
     for unsupported, reason in reasons:
         if unsupported:
@@ -255,7 +286,23 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
         check_engine(vllm_config)
     elif is_masked:
         _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
+        _check_backends(vllm_config, "absolute")
+    if lengths is not None or is_masked:
+        _announce(engine_args, config)
     return vllm_config
+
+
+def _announce(engine_args: EngineArgs, config: ServerConfig | None) -> None:
+    """Say once for each engine that the plugin is on, and how."""
+    if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
+        # One of several API servers: the process that starts them has said so.
+        return
+    if config is None:
+        logger.info("vllm-packcache %s is on: a masked model, without a policy", version("vllm-packcache"))
+        return
+    policy = engine_args.additional_config[POLICY_KEY]
+    options = json.dumps(config.as_mapping(), sort_keys=True)
+    logger.info("vllm-packcache %s is on: policy %s %s", version("vllm-packcache"), policy, options)
 
 
 def finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[..., int]:
@@ -415,7 +462,7 @@ def choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]
         config = ServerConfig.from_additional_config(vllm_config.additional_config)
         is_masked = plugin_masked.is_masked(vllm_config.model_config)
         if is_masked:
-            plugin_masked.check_backend(backend)
+            plugin_masked.check_backend(backend.get_name())
         if config is None:
             return backend
         if config.positions == "rebase":
@@ -427,6 +474,23 @@ def choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]
         # What a GPU's backend sets aside for rows is of max_num_seqs, and so are the V2 runner's captured graphs.
         frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
         return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
+
+    return wrapper
+
+
+def checking_runner(init_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``WorkerWrapperBase.init_device``, which makes the model runner, to look at it before the model loads."""
+
+    @wraps(init_device)
+    def wrapper(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_packcache.worker.runner import check_runner
+
+        made = init_device(worker, *args, **kwargs)
+        vllm_config = worker.vllm_config
+        is_on = ServerConfig.from_additional_config(vllm_config.additional_config) is not None
+        if is_on or plugin_masked.is_masked(vllm_config.model_config):
+            check_runner(worker.worker.model_runner)
+        return made
 
     return wrapper
 

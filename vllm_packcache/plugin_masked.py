@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.engine import EngineCoreRequest
 
 LARGEST_GRID = (60, 96)
@@ -231,16 +230,16 @@ def configure(vllm_config: VllmConfig) -> None:
     model.generation_config = "vllm"
 
 
-def check_backend(backend: type[AttentionBackend]) -> None:
-    """Refuse a backend that cannot read what a step's rows are.
+def check_backend(name: str) -> None:
+    """Refuse an attention backend that cannot read what a step's rows are.
 
     Raises:
         ConfigError: naming those that can.
     """
-    if backend.get_name() not in BACKENDS:
+    if name not in BACKENDS:
         raise ConfigError(
-            f"--attention-backend {backend.get_name()} is not for a model that makes whole frames: it is causal, or "
-            "has room for as many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
+            f"--attention-backend {name} is not for a model that makes whole frames: it is causal, or has room for as "
+            "many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
             f"{', '.join(BACKENDS)}, or leave the option out"
         )
 

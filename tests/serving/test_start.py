@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,53 @@ def test_axis_scale_needs_a_model_with_axes(start: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"axis_scale is for positions with three axes, and .* has one: leave"):
         start(additional=policy(layout=layout))
     start("three-axes", additional=policy(layout=layout))
+
+
+def test_transformers_own_code_rotates_keys_itself(start: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"rotates them in Transformers' own code \(--model-impl\): set positions"):
+        start(model_impl="transformers")
+    start(model_impl="transformers", additional=policy(positions="absolute"))
+
+
+def test_a_backend_that_is_named_and_of_unknown_layout(start: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"how attention backend HPC_ATTN stores them is not known: choose one of"):
+        start(attention_backend="HPC_ATTN")
+    start(attention_backend="HPC_ATTN", additional=policy(positions="absolute"))
+    start(attention_backend="TRITON_ATTN")
+
+
+@pytest.mark.parametrize(("on", "refused"), [("is_cpu", False), ("is_cuda", False), ("is_rocm", True)])
+def test_platforms(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, on: str, refused: bool) -> None:
+    from vllm.platforms import current_platform
+
+    config = start()
+    for name in ("is_cpu", "is_cuda", "is_rocm"):
+        monkeypatch.setattr(type(current_platform), name, lambda self, answer=name == on: answer)
+    if refused:
+        with pytest.raises(ConfigError, match=r"--kv-cache-policy needs a CPU or an NVIDIA GPU, and this platform is"):
+            plugin.check_engine(config)
+    else:
+        plugin.check_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "lines"),
+    [(1, 0, 1), (2, -1, 1), (2, 0, 0), (2, 1, 0)],
+    ids=["alone", "parent", "first", "second"],
+)
+def test_one_process_says_that_it_is_on(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, count: int, rank: int, lines: int
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(plugin.logger, "info", lambda message, *args: logged.append(message % args))
+    start(additional=policy(window=3), _api_process_count=count, _api_process_rank=rank)
+    assert len(logged) == lines
+    for line in logged:
+        assert line.startswith(f"vllm-packcache {version('vllm-packcache')} is on: policy packcache {{")
+        assert '"positions": "rebase"' in line
+        assert '"window": 3' in line
+    start(additional={})
+    assert len(logged) == lines
 
 
 def test_a_backend_of_unknown_layout_is_refused_before_weights_load(
