@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -533,11 +534,17 @@ _OWNERS = (PackCache, SlidingWindow, AttentionSink)
 _Model = TypeVar("_Model")
 
 
+@cache
+def _validator(model: type[_Model]) -> TypeAdapter[_Model]:
+    """Made once a class, which takes longer than many requests."""
+    return TypeAdapter(model)
+
+
 def _validate(model: type[_Model], options: Mapping[str, Any]) -> _Model:
     # By way of JSON, because that is what the options are: strict there means that [2, 3] is a pair and 2 a
     # number, while "2" and true are not.
     named = {str(option): value for option, value in options.items()}
-    return TypeAdapter(model).validate_json(json.dumps(named, default=repr))
+    return _validator(model).validate_json(json.dumps(named, default=repr))  # type: ignore[arg-type]
 
 
 def _parse_policy(

@@ -1085,7 +1085,7 @@ RELIANCES: tuple[Reliance, ...] = (
         exact=True,
     ),
     Reliance("V2 runner: all parts", "v1/worker/gpu/buffer_utils.py", "StagedWriteTensor.apply_write", ("self",)),
-    Reliance("V2 runner: numbers to the device", "utils/torch_utils.py", "async_tensor_h2d", ("data", "device")),
+    Reliance("worker: numbers to the device, unwaited", "utils/torch_utils.py", "async_tensor_h2d", ("data", "device")),
     *(
         Reliance("V2 runner: a request that comes", "v1/core/sched/output.py", f"NewRequestData.{field}")
         for field in ("req_id", "sampling_params", "prompt_len")

@@ -203,6 +203,12 @@ def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
             layout_of(name)
 
 
+def _check_tables(vllm_config: VllmConfig) -> None:
+    from vllm_packcache.worker.tables import check_tables
+
+    check_tables(vllm_config, groups=2 if plugin_masked.is_masked(vllm_config.model_config) else 1)
+
+
 def _check_rebasing(vllm_config: VllmConfig) -> None:
     """Refuse what cached keys cannot be rotated in."""
     dtype = vllm_config.cache_config.cache_dtype
@@ -284,6 +290,7 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
             POSITION_LIMIT_KEY: lengths.position_limit,
         }
         check_engine(vllm_config)
+        _check_tables(vllm_config)
     elif is_masked:
         _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
         _check_backends(vllm_config, "absolute")

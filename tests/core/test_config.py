@@ -576,6 +576,14 @@ def test_a_request_cannot_change_how_tokens_are_positioned(server):
         assert message == f"packcache_{option} is no known option: known are {REQUEST_OPTIONS}"
 
 
+def test_a_request_builds_no_validator_of_its_own(server, monkeypatch):
+    """Three processes plan every request, and a validator takes longer than all the rest."""
+    options = {"packcache_window": 3, "packcache_grid": [4, 6]}
+    expected = server.plan(options, 100)
+    monkeypatch.setattr("vllm_packcache.config.TypeAdapter", None)
+    assert server.plan(options, 100).policy == expected.policy
+
+
 def test_on_a_server_that_keeps_everything_a_request_needs_no_plan():
     server = ServerConfig.parse("full", {"layout": GRID})
 

@@ -119,6 +119,17 @@ def test_a_batch_of_padding_reads_everything() -> None:
     assert out.block_table.tolist() == [[5, 6, 7], [8, LEFT_OVER, LEFT_OVER]]
 
 
+def test_a_row_longer_than_any_request_can_be_is_cut_off() -> None:
+    """As vLLM captures and profiles: lengths up to those of the longest sequence, whatever there is room for."""
+    table = as_tensor(np.arange(1, 61).reshape(2, 30))
+    arguments = (table, as_tensor([60, 7]), as_tensor([[0, 0]]), as_tensor([], torch.int64))
+    for compacting in (compact_rows, compact_rows_reference):
+        out = left_over(3, 5)
+        compacting(*arguments, out, 4, 2)
+        assert out.seq_lens.tolist() == [10, 7, LEFT_OVER]
+        assert out.block_table.tolist() == [[1, 2, 3, 4, 5], [31, 32, 33, 34, LEFT_OVER], [LEFT_OVER] * 5]
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_captured_graph_replays_it() -> None:
     table, lengths = as_tensor([[5, 6, 7, 8]]), as_tensor([13])
@@ -138,7 +149,7 @@ def test_a_captured_graph_replays_it() -> None:
 @pytest.mark.parametrize("capability", [86, 90], ids=["A40", "H200"])
 def test_it_compiles_for_gpus(capability: int) -> None:
     names = "table_ptr table_stride seq_lens_ptr kept_ptr kept_stride slots_ptr num_slots out_table_ptr "
-    names += "out_table_stride out_seq_lens_ptr"
+    names += "out_table_stride most_blocks out_seq_lens_ptr"
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names.split()} | {"slots_ptr": "*i64"}
     constants = {"BLOCK_SIZE": 16, "SPLIT": 1, "HEADER_SIZE": HEADER, "AT_ONCE": 1024}
     ptx = compiled(_compact, capability, signature, constants)

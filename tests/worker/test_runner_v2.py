@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,22 @@ def test_only_the_model_sees_rebased_positions(runner: Any) -> None:
     assert all(model == index - 10 * max(0, (index - 20) // 10 - 2) for index, model in decoding.items())
 
 
+def test_tables_are_as_long_as_what_a_request_can_hold(runner: Any, reference: Any) -> None:
+    state, config = runner.model_state, runner.kv_cache_config
+    assert state._kept.memory.shape == (4, 2 + 8192 // 32), "the longest request holds less than there is"
+    try:
+        state.initialize_kv_cache(replace(config, num_blocks=9), runner.block_tables)
+        ids, options = prompt(20, seed=4), {"tokens_per_frame": 11}
+        tokens = generate_watched(runner, ids, 40, lambda: None, **options)
+        # As vLLM captures: with lengths of the longest sequence.
+        runner._dummy_run(4, uniform_decode=True)
+        assert state._kept.memory.shape == (4, 2 + 9)
+        assert {rows.block_table.shape for rows in state._compacted.values()} == {(4, 9)}
+        assert tokens == expected_tokens(reference, ids, 40, **options)
+    finally:
+        state.initialize_kv_cache(config, runner.block_tables)
+
+
 def test_warm_up_between_two_steps_changes_nothing(runner: Any, reference: Any) -> None:
     ids, options = prompt(30, seed=2), {"tokens_per_frame": 9}
     steps = iter(range(1000))
@@ -196,7 +213,7 @@ def test_backends_plan_with_live_lengths(runner: Any, kept: Any, path: str, monk
         )
     live = [video.live_tokens(computed + 1), 61, 0]
     assert live[0] < computed + 1
-    compaction = DeviceCompaction(kept, torch.tensor([2, 0]), np.array([2, 0]), {})
+    compaction = DeviceCompaction(kept, torch.tensor([2, 0]), np.array([2, 0]), {}, table.shape[1])
     before: list[int] = []
     for _ in range(2):
         with publish(compaction):

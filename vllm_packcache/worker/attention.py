@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -98,10 +99,10 @@ def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_s
     seq_lens = torch.from_numpy(batch.seq_lens)
     compacted = replace(
         common,
-        seq_lens=seq_lens.to(device, non_blocking=True),
+        seq_lens=async_tensor_h2d(seq_lens, device=device),
         seq_lens_cpu_upper_bound=seq_lens,
         max_seq_len=int(batch.seq_lens.max()),
-        block_table_tensor=torch.from_numpy(batch.block_table).to(device, non_blocking=True),
+        block_table_tensor=async_tensor_h2d(batch.block_table, device=device),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
@@ -113,7 +114,7 @@ def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_s
     is_prefilling = common.is_prefilling
     return replace(
         compacted,
-        query_start_loc=query_start_loc.to(device, non_blocking=True),
+        query_start_loc=async_tensor_h2d(query_start_loc, device=device),
         query_start_loc_cpu=query_start_loc,
         num_reqs=len(batch.seq_lens),
         max_query_len=int(query_lens.max()),

@@ -30,7 +30,8 @@ class CompactedRows(NamedTuple):
     """Where compacted rows are written to: the same memory in every step, so that captured graphs read it.
 
     Attributes:
-        block_table: int32, [most rows, most blocks]; of a row only its live blocks are written.
+        block_table: int32, [most rows, most blocks]; of a row only its live blocks are written. A row that has more,
+            which none of a request does, is cut off: what vLLM profiles and captures with holds no blocks.
         seq_lens: int32, [most rows].
     """
 
@@ -75,6 +76,7 @@ def compact_rows(
         len(slots),
         out.block_table,
         out.block_table.stride(0),
+        out.block_table.shape[1],
         out.seq_lens,
         BLOCK_SIZE=block_size,
         SPLIT=split,
@@ -83,7 +85,7 @@ def compact_rows(
     )
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "most_blocks"])
 def _compact(  # type: ignore[no-untyped-def]
     table_ptr,
     table_stride,
@@ -94,6 +96,7 @@ def _compact(  # type: ignore[no-untyped-def]
     num_slots,
     out_table_ptr,
     out_table_stride,
+    most_blocks,
     out_seq_lens_ptr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -107,10 +110,11 @@ def _compact(  # type: ignore[no-untyped-def]
     kept_ptr += slot * kept_stride
     past = tl.load(kept_ptr, mask=is_request, other=0)
     first = tl.load(kept_ptr + 1, mask=is_request, other=0)
+    kernel_block: tl.constexpr = BLOCK_SIZE // SPLIT
     length = tl.load(seq_lens_ptr + row) - (first - past) * BLOCK_SIZE
+    length = tl.minimum(length, most_blocks * kernel_block)
     tl.store(out_seq_lens_ptr + row, length)
 
-    kernel_block: tl.constexpr = BLOCK_SIZE // SPLIT
     blocks = (length + kernel_block - 1) // kernel_block
     for start in range(0, blocks, AT_ONCE):
         target = start + tl.arange(0, AT_ONCE)
@@ -131,6 +135,7 @@ def compact_rows_reference(
         past, first = keeps[:HEADER].tolist()
         everything = torch.arange(-(-tokens * split // block_size), device=block_table.device)
         in_past = torch.isin(everything // split, keeps[HEADER : HEADER + past])
-        live = block_table[row, everything[in_past | (everything >= first * split)]]
+        most = out.block_table.shape[1]
+        live = block_table[row, everything[in_past | (everything >= first * split)]][:most]
         out.block_table[row, : len(live)] = live
-        out.seq_lens[row] = tokens - (first - past) * block_size
+        out.seq_lens[row] = min(tokens - (first - past) * block_size, most * block_size // split)

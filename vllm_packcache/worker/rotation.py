@@ -19,6 +19,7 @@ from vllm.model_executor.layers.rotary_embedding.linear_scaling_rope import Line
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_packcache.config import ConfigError
 from vllm_packcache.positions import (
@@ -134,7 +135,8 @@ class KeyRotation:
         block_size = retention.block_size
         tokens = logical[:, None] * block_size + np.arange(block_size)
         kinds = torch.from_numpy(positions.slide_kinds(tokens))
-        blocks = block_table[torch.from_numpy(logical).to(block_table.device)].long()
+        # A copy from pageable memory would wait for everything that the device has yet to do.
+        blocks = block_table[async_tensor_h2d(logical, device=block_table.device)].long()
         angles = slide_angles(positions, self.rotary.frequencies, self.rotary.axis_of)
         if self._kernel is not None:
             self._kernel.rotate(blocks, kinds, angles, interleaved=bool(self.rotary.right[0] == 1))

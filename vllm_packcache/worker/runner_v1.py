@@ -12,6 +12,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_packcache.config import ServerConfig, config_of
 from vllm_packcache.positions import Positions
@@ -85,7 +86,7 @@ def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         shifts = position_shifts(step.rows)
         if shifts is not None:
             positions = inputs[2]
-            on_device = torch.from_numpy(shifts).to(positions.device, non_blocking=True)
+            on_device = async_tensor_h2d(shifts, device=positions.device)
             positions[..., : shifts.shape[1]] += on_device if positions.dim() > 1 else on_device[0]
         return inputs
 

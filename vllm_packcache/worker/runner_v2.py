@@ -57,7 +57,7 @@ class KeptBlocks:
 
     Args:
         slots: requests that there may be at a time.
-        max_blocks: logical blocks that a request may have.
+        max_blocks: that a request may hold.
         block_size: tokens of the manager's blocks.
         device: where the block tables are.
     """
@@ -112,23 +112,25 @@ class DeviceCompaction:
         slots: int64 on the device, [n]: the slots of the requests; the rows behind them fill up the batch.
         slots_np: the same on the host.
         out: the memory of each builder, made when it first builds.
+        max_blocks: of the manager's that a request may hold.
     """
 
     kept: KeptBlocks
     slots: Tensor
     slots_np: npt.NDArray[np.intp]
     out: dict[AttentionMetadataBuilder[Any], CompactedRows]
+    max_blocks: int
 
     def __call__(
         self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
     ) -> CommonAttentionMetadata:
         """See `vllm_packcache.worker.step.Compaction`."""
         table, rows = common.block_table_tensor, len(common.seq_lens)
+        split = self.kept.block_size // builder.kv_cache_spec.block_size
         if builder not in self.out:
             most_rows = builder.vllm_config.scheduler_config.max_num_seqs
-            self.out[builder] = CompactedRows.empty(most_rows, table.shape[1], table.device)
+            self.out[builder] = CompactedRows.empty(most_rows, self.max_blocks * split, table.device)
         out = self.out[builder].first(rows)
-        split = self.kept.block_size // builder.kv_cache_spec.block_size
         compact_rows(table, common.seq_lens, self.kept.memory, self.slots, out, self.kept.block_size, split)
         compacted = replace(
             common,
@@ -139,7 +141,7 @@ class DeviceCompaction:
         )
         if len(self.slots_np) == 0:
             # Warm-up and capture: lengths on the host are bounds for whatever is replayed.
-            return compacted
+            return replace(compacted, max_seq_len=min(common.max_seq_len, self.max_blocks * self.kept.block_size))
         lengths = common.seq_lens_cpu_upper_bound - self.kept.dropped_tokens(self.slots_np, rows)
         return replace(compacted, seq_lens_cpu_upper_bound=lengths, max_seq_len=int(lengths.max()))
 
@@ -167,7 +169,9 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             super().initialize_kv_cache(kv_cache_config, block_tables)
             (group,) = kv_cache_config.kv_cache_groups
             slots, blocks = block_tables.block_tables[0].gpu.shape
-            self._kept = KeptBlocks(slots, blocks, group.kv_cache_spec.block_size, self.device)
+            # However long a video may get, it holds no more than there is.
+            self._max_blocks = min(blocks, kv_cache_config.num_blocks)
+            self._kept = KeptBlocks(slots, self._max_blocks, group.kv_cache_spec.block_size, self.device)
             # vLLM may do this twice, the first time to profile: nothing of that may stay alive.
             self._compacted.clear()
             self._rotation: KeyRotation | None = None
@@ -213,7 +217,7 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             slots, slots_np = self._no_slots, np.empty(0, dtype=np.intp)
             if input_batch is self._batch:
                 slots, slots_np = input_batch.idx_mapping, input_batch.idx_mapping_np
-            with publish(DeviceCompaction(self._kept, slots, slots_np, self._compacted)):
+            with publish(DeviceCompaction(self._kept, slots, slots_np, self._compacted, self._max_blocks)):
                 return super().prepare_attn(input_batch, *args, **kwargs)
 
         def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
