@@ -23,6 +23,11 @@ from tests.margins import CarefulReference, call_without_ties
 from tests.runner import V2, is_for_this_runner
 from vllm_packcache import interpreted
 
+# Servers of tests are on this machine: no client of theirs may ask a proxy, and none of them wants a key.
+for _name in ("http_proxy", "https_proxy", "all_proxy", "vllm_api_key"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+
 if not torch.cuda.is_available():
     # Our own kernels are interpreted whichever runner is used.
     os.environ["TRITON_INTERPRET"] = "1"
