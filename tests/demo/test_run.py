@@ -78,16 +78,15 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     for name in ("frames.png", "resident.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 0
     # What the engine has recorded, in blocks of 32: the full cache grows by a frame each time.
-    full = [-(-(CONDITION_TOKENS + (frame + 1) * FRAME_TOKENS - 1) // 32) * 32 for frame in range(run.FRAMES)]
-    rows = re.findall(r"(\d+) │ +([\d,]+) │ +([\d,]+) │ +(\d+)%", done.stdout)
-    assert [int(row[1].replace(",", "")) for row in rows[:-1]] == full[:-1]
     plan = ServerConfig.parse("packcache", "demo").plan({"packcache_policy": "packcache"}, CONDITION_TOKENS)
     assert plan is not None
     retention = Retention(plan.layout, plan.policy, 32)
-    ends = [plan.layout.frame_start(frame + 1) - 1 for frame in range(run.FRAMES)]
-    assert [int(row[2].replace(",", "")) for row in rows[:-1]] == [
-        len(retention.live_blocks(end)) * 32 for end in ends[:-1]
-    ]
+    ends = [-(-plan.layout.frame_start(frame + 1) // 32) for frame in range(run.FRAMES)]
+    kept = [len(retention.past(frame)) - retention.blocks.tail_start(frame) for frame in range(run.FRAMES)]
+    rows = re.findall(r"(\d+) │ +([\d,]+) │ +([\d,]+) │ +(\d+)%", done.stdout)
+    assert [int(full.replace(",", "")) for _, full, _, _ in rows] == [32 * end for end in ends]
+    packed = [32 * (end + own) for end, own in zip(ends, kept, strict=True)]
+    assert [int(packcache.replace(",", "")) for _, _, packcache, _ in rows] == packed
     assert processes_of(out / "server.log") == []
 
 
