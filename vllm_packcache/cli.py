@@ -86,6 +86,9 @@ def generate(
     url: Annotated[
         str | None, typer.Option(help="Address of a server that runs, such as http://127.0.0.1:8000, instead.")
     ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="That the server at --url asks for; by default VLLM_API_KEY of the environment.")
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +132,7 @@ def generate(
             image=image,
             video=video,
         )
-        generate(asked, out, tokenizer, model=model, url=url, config=config)
+        generate(asked, out, tokenizer, model=model, url=url, config=config, api_key=api_key)
 
 
 @app.command()

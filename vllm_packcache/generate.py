@@ -7,17 +7,16 @@ the first latent frame, the frames of a video to continue follow it. The server 
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import httpx
-import imageio.v3 as iio
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -27,12 +26,15 @@ from vllm_packcache import masked
 from vllm_packcache.config import CONFIG_KEY, OWNER_KEY, POLICY_KEY, ConfigError, ServerConfig, load_mapping, presets
 from vllm_packcache.demo.server import ServerError, client_of, serving, stream_frames
 from vllm_packcache.masked import FRAMES_PER_LATENT, MaskedOptions
-from vllm_packcache.media.pictures import Pixels, fit, read_picture
+from vllm_packcache.media.files import claimed
+from vllm_packcache.media.pictures import fit, middle, read_picture
+from vllm_packcache.media.videos import SUFFIXES, encode_video, read_video
 from vllm_packcache.policies import PackCache
 from vllm_packcache.tokenizers.text import TextTokenizer
 from vllm_packcache.tokenizers.video import Codes, CosmosTokenizer, VideoTokenizer
 
-SUFFIXES = (".mp4", ".gif")
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Where vLLM's servers look for the key that they ask for, and their clients find it."""
 
 LARGEST_NUMBER = masked.MASK - masked.NUMBER_ZERO - 1
 """A prompt and a frame state numbers up to this one: the next id is the mask's."""
@@ -126,6 +128,7 @@ def generate(
     model: Path | None = None,
     url: str | None = None,
     config: str | None = None,
+    api_key: str | None = None,
 ) -> None:
     """Have a video made by a server that runs, or by one of our own, and write it.
 
@@ -138,6 +141,7 @@ def generate(
         model: checkpoint that our server serves.
         url: of a server that runs; either this or ``model``.
         config: of our server's policy: a preset, a file, or JSON; by default `fitting_config`.
+        api_key: of the server at ``url``; by default `KEY_VARIABLE` of the environment.
 
     Raises:
         ConfigError: the options do not go together, or an input cannot be used.
@@ -147,36 +151,58 @@ def generate(
         raise ConfigError("--model and --url: give the folder of a model to serve, or the address of a server")
     if url is not None and config is not None:
         raise ConfigError("--config is of a server of your own (--model): the one at --url has its own")
+    if url is None and api_key is not None:
+        raise ConfigError("--api-key is of a server that runs (--url): one of your own (--model) answers you alone")
     if out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out ends with {' or '.join(SUFFIXES)}, not {out.name!r}")
+        raise ConfigError(f"--out ends with {' or '.join(SUFFIXES)}, not {out.name[-80:]!r}")
     policy = {} if model is None else server_config(asked, config)
     dtype = "auto" if model is None else precision(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    key = api_key or os.environ.get(KEY_VARIABLE) if url is not None else None
     console = Console()
-    try:
-        text, video = TextTokenizer(tokenizer), CosmosTokenizer(tokenizer)
-        request = prepare(asked, text, video)
-        # What cannot be decoded should be known before it is made.
-        video.decode(np.zeros((1, *asked.grid), dtype=np.int64))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    running: AbstractContextManager[str] = nullcontext(str(url))
-    if model is not None:
-        running = _own_server(model, policy, dtype, request, asked.grid, out.with_suffix(".log"), console)
-    with running as address, _client(address) as client, _progress(console) as progress:
-        task = progress.add_task("latent frames", total=asked.latent_frames, completed=len(request.given))
-        made = stream_frames(
-            client, request.prompt_ids, asked.grid, request.options, lambda codes: progress.advance(task)
-        )
-    write_video(video.decode(np.concatenate([request.given, made]))[: asked.frames], out, asked.rate)
-    console.print(f"wrote [bold]{escape(str(out))}[/]", soft_wrap=True)
+    with claimed(out) as put:
+        if url is not None:
+            _client(url, key).close()
+        watch = _Watch()
+        try:
+            text, video = TextTokenizer(tokenizer), CosmosTokenizer(tokenizer)
+            request = prepare(asked, text, video, lambda told: console.print(escape(told), soft_wrap=True))
+            # What cannot be decoded should be known before it is made.
+            video.decode(np.zeros((1, *asked.grid), dtype=np.int64))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        watch.lap("tokenizers")
+        running: AbstractContextManager[str] = nullcontext(str(url))
+        if model is not None:
+            running = _own_server(model, policy, dtype, request, asked.grid, out.with_suffix(".log"), console)
+        with running as address, closing(_client(address, key)) as client, _progress(console) as progress:
+            watch.lap("server")
+            task = progress.add_task("latent frames", total=asked.latent_frames, completed=len(request.given))
+            made = stream_frames(
+                client, request.prompt_ids, asked.grid, request.options, lambda codes: progress.advance(task)
+            )
+            watch.lap(f"{len(made)} latent frames")
+        frames = video.decode(np.concatenate([request.given, made]))[: asked.frames]
+        watch.lap("decoding")
+        put(encode_video(frames, out.suffix, asked.rate))
+        watch.lap("writing")
+    console.print(f"wrote [bold]{escape(str(out))}[/], {len(frames)} frames at {asked.rate} a second", soft_wrap=True)
+    console.print(f"took {watch}", soft_wrap=True)
 
 
-def prepare(asked: Asked, text: TextTokenizer, video: VideoTokenizer) -> Request:
+def prepare(
+    asked: Asked, text: TextTokenizer, video: VideoTokenizer, tell: Callable[[str], None] = lambda told: None
+) -> Request:
     """The request for a video.
 
     A picture is its first latent frame. Of a video that is to be continued the first frame is the conditioning image,
-    which is kept for ever, and the others are frames as if they had been made.
+    which is kept for ever, and the others are frames as if they had been made. A video can be encoded if it has 1 + 4 k
+    frames: of others the last so many are taken, where the new ones go on.
+
+    Args:
+        asked: the video.
+        text: its tokenizer.
+        video: its tokenizer.
+        tell: is told what of a picture or a video is used.
 
     Raises:
         ValueError: an input cannot be used.
@@ -184,9 +210,22 @@ def prepare(asked: Asked, text: TextTokenizer, video: VideoTokenizer) -> Request
     """
     given = np.empty((0, *asked.grid), dtype=np.int64)
     if asked.image is not None:
-        given = video.encode(fit(read_picture(asked.image), asked.width, asked.height)[None])
+        picture = read_picture(asked.image)
+        tell(f"picture {asked.image}: {_cut(picture.shape[1], picture.shape[0], asked)}")
+        given = video.encode(fit(picture, asked.width, asked.height)[None])
     elif asked.video is not None:
-        given = video.encode(read_video(asked.video, asked))
+        clip = read_video(asked.video, asked.width, asked.height, asked.rate, asked.frames)
+        if clip.total >= asked.frames:
+            raise ConfigError(
+                f"{asked.video} has {clip.total} frames at --fps {asked.rate} ({float(clip.seconds):.1f} s), and "
+                f"--frames asks for {asked.frames} in all: ask for more, or give the end of it alone"
+            )
+        used = clip.frames[(clip.total - 1) % FRAMES_PER_LATENT :]
+        which = "all" if len(used) == clip.total else f"the last {len(used)} of"
+        cut = _cut(*clip.size, asked)
+        used_in_words = f"{which} {clip.total} frames at {asked.rate} a second, {cut}"
+        tell(f"video {asked.video}: {', '.join(clip.notes)}; used: {used_in_words}")
+        given = video.encode(used)
     if len(given) >= asked.latent_frames:
         raise ConfigError(
             f"--frames {asked.frames} are {asked.latent_frames} latent frames, of which {len(given)} are given: "
@@ -202,65 +241,6 @@ def prepare(asked: Asked, text: TextTokenizer, video: VideoTokenizer) -> Request
         "condition_frames": min(1, len(given)),
     }
     return Request(prompt, given, options)
-
-
-def read_video(path: Path, asked: Asked) -> Pixels:
-    """The frames of a video that can be continued: at the rate and of the size that are asked for.
-
-    A video can be encoded if it has 1 + 4 k frames: of others the last so many are taken, where the new ones go on.
-
-    Returns:
-        uint8, [1 + 4 k, height, width, 3].
-
-    Raises:
-        ConfigError: it has as many frames as are asked for in all.
-        OSError: it cannot be read.
-    """
-    frames: list[Pixels] = []
-    try:
-        for frame, end in _shown(path):
-            # Times in files are rounded: a frame that begins a little late is still the one.
-            while (len(frames) + Fraction(1, 4)) / asked.rate < end:
-                frames.append(fit(frame, asked.width, asked.height))
-                if len(frames) == asked.frames:
-                    raise ConfigError(
-                        f"{path} has {asked.frames} frames or more at --fps {asked.rate}, and --frames asks for as "
-                        "many in all: ask for more"
-                    )
-    except (av.FFmpegError, OSError, LookupError) as error:
-        raise OSError(f"{path} cannot be read as a video: {error}") from None
-    if not frames:
-        raise OSError(f"{path} cannot be read as a video: it has no frames")
-    return np.stack(frames[(len(frames) - 1) % FRAMES_PER_LATENT :])
-
-
-def _shown(path: Path) -> Iterator[tuple[Pixels, Fraction]]:
-    """Frames of a video, each with the time at which it is no longer shown, in seconds from the first one."""
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        unit = stream.time_base or Fraction(1)
-        first, before = 0, None
-        for frame in container.decode(stream):
-            if before is None:
-                first = frame.pts or 0
-            else:
-                yield _pixels(before), ((frame.pts or 0) - first) * unit
-            before = frame
-        if before is not None:
-            own = before.duration * unit if before.duration else 1 / (stream.average_rate or Fraction(1))
-            yield _pixels(before), ((before.pts or 0) - first) * unit + own
-
-
-def _pixels(frame: av.VideoFrame) -> Pixels:
-    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-
-def write_video(frames: Pixels, path: Path, rate: int) -> None:
-    """Write frames [T, H, W, 3] in the format of the path's suffix, one of `SUFFIXES`."""
-    if path.suffix == ".gif":
-        iio.imwrite(path, frames, duration=1000 / rate, loop=0)
-    else:
-        iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=rate)
 
 
 def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
@@ -355,20 +335,52 @@ def _own_server(
             raise ServerError(f"{error}; its log is {log}") from None
 
 
-@contextmanager
-def _client(address: str) -> Iterator[httpx.Client]:
+def _cut(width: int, height: int, asked: Asked) -> str:
+    """What of a picture of this size is used, in words."""
+    across, down = (round(side) for side in middle(width, height, asked.width, asked.height))
+    part = "all" if (across, down) == (width, height) else f"the middle {across} x {down}"
+    return f"{part} of {width} x {height} pixels, as {asked.width} x {asked.height}"
+
+
+class _Watch:
+    """How long what took."""
+
+    def __init__(self) -> None:
+        self._laps: list[tuple[str, float]] = []
+        self._began = self._last = time.monotonic()
+
+    def lap(self, what: str) -> None:
+        """What has just ended."""
+        now = time.monotonic()
+        self._laps.append((what, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        laps = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._laps)
+        return f"{self._last - self._began:.1f} s: {laps}"
+
+
+def _client(address: str, key: str | None) -> httpx.Client:
     """A client of a server that is there. It waits for a frame as long as that takes.
 
+    Args:
+        address: of the server.
+        key: that it asks for, if it does.
+
     Raises:
-        ServerError: there is no such server.
+        ServerError: there is no such server, or it asks for another key.
     """
     try:
         client = client_of(address, httpx.Timeout(60, read=None))
-        client.get("/health", timeout=60)
+        if key:
+            client.headers["Authorization"] = f"Bearer {key}"
+        answer = client.get("/v1/models", timeout=60)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"the server at {address} does not answer: {error}") from None
-    with client:
-        yield client
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        had = "does not take this API key" if key else "asks for an API key"
+        raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
+    return client
 
 
 def _progress(console: Console) -> Progress:

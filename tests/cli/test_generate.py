@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import httpx
 import imageio.v3 as iio
 import numpy as np
@@ -23,10 +25,12 @@ from vllm_packcache import generate as generating
 from vllm_packcache import masked
 from vllm_packcache.cli import app
 from vllm_packcache.config import ServerConfig, load_mapping
+from vllm_packcache.media.videos import read_video
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 from vllm_packcache.tokenizers.text import TextTokenizer
 from vllm_packcache.tokenizers.video import CosmosTokenizer
 
+INPUTS = Path(__file__).parents[1] / "media" / "inputs"
 WIDTH, HEIGHT = 64, 32
 GRID = (4, 8)
 PROMPT = "a red [bus], très vite"
@@ -47,11 +51,16 @@ class Server:
         self.codes = np.empty(0)
         self.answer: Callable[[], httpx.Response] | None = None
         self.fewer = 0
+        self.key: str | None = None
+        self.keys: list[str | None] = []
         self.arrive_at_once = 1.0
         """Share of a frame's ids that come at a time."""
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/health":
+        self.keys.append(request.headers.get("Authorization"))
+        if self.key is not None and self.keys[-1] != f"Bearer {self.key}":
+            return httpx.Response(401, json={"error": "Unauthorized"})
+        if request.url.path == "/v1/models":
             return httpx.Response(200)
         assert request.url.path == "/v1/completions"
         self.body = json.loads(request.content)
@@ -111,7 +120,11 @@ def test_text_to_video(arrive_at_once: float, tokenizer: Path, server: Server, t
     assert plan.options == masked.MaskedOptions(seed=5, steps=9, guidance=3)
     # 7 latent frames are 25 frames, of which 24 were asked for. The colours are few: GIF keeps them.
     np.testing.assert_array_equal(read_gif(out), CosmosTokenizer(tokenizer).decode(server.codes)[:24])
-    assert str(out) in result.stdout.replace("\n", "")
+    said = result.stdout.splitlines()[-2:]
+    assert said[0] == f"wrote {out}, 24 frames at 8 a second"
+    number = r"\d+\.\d s"
+    laps = f"tokenizers {number}, server {number}, 7 latent frames {number}, decoding {number}, writing {number}"
+    assert re.fullmatch(f"took {number}: {laps}", said[1])
 
 
 def test_the_published_options_are_the_defaults(tokenizer: Path, server: Server, tmp_path: Path) -> None:
@@ -163,6 +176,29 @@ def test_a_video_is_continued(rate: int, every: int, tokenizer: Path, server: Se
     shown = read_gif(out)
     assert len(shown) == 16
     np.testing.assert_array_equal(shown[:9], video)
+    old = f"video {tmp_path / 'old.mkv'}: {11 * every} frames in 1.4 s"
+    assert f"{old}; used: the last 9 of 11 frames at 8 a second, all of 64 x 32 pixels, as 64 x 32\n" in result.stdout
+
+
+def test_what_is_used_of_a_picture_is_said(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tmp_path / "a [b].png")
+    result = call(tokenizer, tmp_path / "a.gif", "--frames", "8", "--image", str(tmp_path / "a [b].png"))
+    assert result.exit_code == 0, result.stderr
+    said = f"picture {tmp_path / 'a [b].png'}: the middle 300 x 150 of 300 x 200 pixels, as 64 x 32\n"
+    assert said in result.stdout
+
+
+def test_a_sideways_video_is_continued_upright(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    old = INPUTS / "rot.mp4"
+    size = ("--width", "32", "--height", "64")
+    result = call(tokenizer, tmp_path / "a.gif", "--frames", "32", "--video", str(old), *size)
+    assert result.exit_code == 0, result.stderr
+    said = f"video {old}: 24 frames in 3.0 s, turned upright; used: the last 21 of 24 frames at 8 a second, "
+    assert said + "all of 64 x 128 pixels, as 32 x 64\n" in result.stdout
+    given = CosmosTokenizer(tokenizer).encode(read_video(old, 32, 64, 8, 32).frames[3:])
+    assert server.body["prompt"][-6 * len(masked.frame_of_codes(given[0])) :] == [
+        id for codes in given for id in masked.frame_of_codes(codes).tolist()
+    ]
 
 
 @pytest.mark.parametrize("in_stream", [True, False])
@@ -207,6 +243,101 @@ def test_a_server_that_fails(
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "variable", "sentence"),
+    [
+        ("secret", None, None),
+        (None, "secret", None),
+        ("secret", "other", None),
+        (None, None, "asks for an API key: give its own with --api-key, or in VLLM_API_KEY"),
+        ("guess", "secret", "does not take this API key: give its own with --api-key, or in VLLM_API_KEY"),
+        (None, "guess", "does not take this API key: give its own with --api-key, or in VLLM_API_KEY"),
+    ],
+)
+def test_a_server_that_asks_for_a_key(
+    option: str | None,
+    variable: str | None,
+    sentence: str | None,
+    tokenizer: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.key = "secret"
+    if variable is not None:
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+    result = call(tokenizer, tmp_path / "video.mp4", *([] if option is None else ["--api-key", option]))
+    if sentence is None:
+        assert result.exit_code == 0, result.stderr
+        assert set(server.keys) == {"Bearer secret"}
+    else:
+        assert result.exit_code == 2
+        assert result.stderr == f"vllm-packcache: the server at http://server:1 {sentence}\n"
+        assert not server.body
+
+
+@pytest.mark.parametrize(
+    ("host", "direct"),
+    [("127.0.0.1", True), ("localhost", True), ("[::1]", True), ("server", False), ("10.0.0.1", False)],
+)
+def test_a_proxy_is_for_other_machines(
+    host: str, direct: bool, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def request(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.host, isinstance(self._pool, httpcore.HTTPProxy)))
+        raise httpx.ConnectError("nobody there")
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", request)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    result = call(tokenizer, tmp_path / "video.mp4", to=("--url", f"http://{host}:8000"))
+    assert result.exit_code == 2
+    assert asked == [(host.strip("[]"), not direct)]
+
+
+def test_two_runs_do_not_share_a_file(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "video.mp4"
+    seen: list[Any] = []
+
+    def answer() -> httpx.Response:
+        server.answer = None
+        seen.append(call(tokenizer, out))
+        seen.append(server.body)
+        return httpx.Response(502)
+
+    server.answer = answer
+    assert call(tokenizer, out).exit_code == 2
+    second, body = seen
+    assert second.exit_code == 2
+    assert second.stderr.startswith(f"vllm-packcache: {out} cannot be written: another run is going to write it")
+    assert body == server.body, "the second asked for nothing"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        ("folder.mp4", "folder.mp4 cannot be written: it is a folder, name a file in it"),
+        ("file/video.mp4", "file is no folder"),
+        ("video", "--out ends with .mp4 or .gif, not 'video'"),
+    ],
+)
+def test_where_no_video_can_be_written(
+    out: str, sentence: str, tokenizer: Path, server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    result = call(tokenizer, tmp_path / out)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not server.body
+
+
 def test_no_server(tokenizer: Path, tmp_path: Path) -> None:
     result = call(tokenizer, tmp_path / "video.mp4", to=("--url", "http://127.0.0.1:9"))
     assert result.exit_code == 2
@@ -237,6 +368,9 @@ def test_no_server(tokenizer: Path, tmp_path: Path) -> None:
         (["--tokenizer", "nowhere"], "tokenizer.json is missing"),
         (["--model", "nowhere"], "give the folder of a model to serve, or the address"),
         (["--config", "demo"], "--config is of a server of your own"),
+        (["--image", str(INPUTS / "trunc.png")], "trunc.png cannot be read as a picture: it is cut off or damaged"),
+        (["--image", str(INPUTS / "empty.png")], "empty.png cannot be read as a picture: it is empty"),
+        (["--video", str(INPUTS / "empty.png")], "empty.png cannot be read as a video: it is empty"),
         (["--prompt", "a <video>"], "no id of text for this model"),
     ],
     ids=str,
@@ -264,9 +398,10 @@ def test_what_cannot_be_decoded_is_not_made(server: Server, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("frames", "rate", "arguments", "sentence"),
     [
-        (5, 5, ["--frames", "8"], "has 8 frames or more at --fps 8"),
-        (8, 8, ["--frames", "8"], "has 8 frames or more at --fps 8, and --frames asks for as many"),
-        (7, 8, ["--frames", "5", "--fps", "5"], "has 5 frames or more at --fps 5"),
+        (5, 5, ["--frames", "8"], "has 8 frames at --fps 8 (1.0 s), and --frames asks for 8 in all"),
+        (40, 8, ["--frames", "8"], "has 40 frames at --fps 8 (5.0 s), and --frames asks for 8 in all"),
+        (8, 8, ["--frames", "8"], "has 8 frames at --fps 8 (1.0 s), and --frames asks for 8 in all"),
+        (7, 8, ["--frames", "5", "--fps", "5"], "has 5 frames at --fps 5 (0.9 s)"),
     ],
 )
 def test_videos_that_cannot_be_continued(
@@ -292,6 +427,7 @@ def test_a_picture_alone_is_no_video(tokenizer: Path, server: Server, tmp_path: 
     [
         ({"architectures": ["LlamaForCausalLM"]}, [], "is of architecture LlamaForCausalLM: generate is for"),
         ({}, [], "is of architecture unknown"),
+        ({}, ["--api-key", "secret"], "--api-key is of a server that runs (--url)"),
         (None, [], "its config.json cannot be read"),
         ({"architectures": list(masked.ARCHITECTURES[:1])}, ["--config", '{"widow": 3}'], "widow"),
         (
@@ -385,8 +521,10 @@ def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytes
     picture = random_video(1, *GRID, seed=int(numbers(0).integers(1000)))[0]
     Image.fromarray(picture).save(tmp_path / "picture.png")
     shown = tmp_path / "shown.npy"
-    write = generating.write_video
-    monkeypatch.setattr(generating, "write_video", lambda frames, *args: (np.save(shown, frames), write(frames, *args)))
+    encode = generating.encode_video
+    monkeypatch.setattr(
+        generating, "encode_video", lambda frames, *args: (np.save(shown, frames), encode(frames, *args))[1]
+    )
     out = tmp_path / "video.mp4"
     config = {"window": 2, "history_frames": 1}
     options = ["--frames", "16", "--seed", "3", "--steps", "2", "--guidance", "2", "--config", json.dumps(config)]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import imageio.v3 as iio
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
@@ -41,6 +40,7 @@ from vllm_packcache.demo.tokenizer import (
 )
 from vllm_packcache.demo.world import World, make_world
 from vllm_packcache.media.pictures import Pixels, read_picture
+from vllm_packcache.media.videos import SUFFIXES, encode_video
 
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = 10_001
@@ -347,8 +347,8 @@ def likeness(world: World, codes: npt.NDArray[np.int64]) -> str:
 
 def write_video(frames: Pixels, stem: Path) -> None:
     """Write ``frames`` [T, H, W, 3] as ``stem``.gif and ``stem``.mp4 (H.264)."""
-    iio.imwrite(stem.with_suffix(".gif"), frames, duration=1000 // FRAMES_PER_SECOND, loop=0)
-    iio.imwrite(stem.with_suffix(".mp4"), frames, plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND)
+    for suffix in SUFFIXES:
+        stem.with_suffix(suffix).write_bytes(encode_video(frames, suffix, FRAMES_PER_SECOND))
 
 
 def contact_sheet(pictures: dict[str, Pixels], path: Path) -> None:

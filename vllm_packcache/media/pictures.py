@@ -57,30 +57,25 @@ def over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-def middle(width: int, height: int, wide: int, high: int) -> tuple[float, float, float, float]:
-    """The largest box of a shape in the middle of a picture.
+def middle(width: int | Fraction, height: int, wide: int, high: int) -> tuple[Fraction, Fraction]:
+    """Width and height of the largest box of a shape, ``wide`` to ``high``, that a picture holds."""
+    return min(Fraction(width), Fraction(height * wide, high)), min(Fraction(height), width * Fraction(high, wide))
+
+
+def fit(picture: Pixels, width: int, height: int, aspect: Fraction = Fraction(1)) -> Pixels:
+    """A picture, resized to cover ``width`` x ``height`` pixels, of which the middle is cut out.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        wide: width of the shape, to its height.
-        high: height of the shape.
-
-    Returns:
-        Left, top, right and bottom, in pixels of the picture.
+        picture: uint8, [H, W, 3].
+        width: in square pixels.
+        height: in square pixels.
+        aspect: width of a pixel of the picture to its height.
     """
-    across, down = (
-        min(Fraction(width), Fraction(height * wide, high)),
-        min(Fraction(height), Fraction(width * high, wide)),
-    )
-    left, top = (width - across) / 2, (height - down) / 2
-    return float(left), float(top), float(left + across), float(top + down)
-
-
-def fit(picture: Pixels, width: int, height: int) -> Pixels:
-    """A picture, [H, W, 3], resized to cover ``width`` x ``height`` pixels, of which the middle is cut out."""
     image = Image.fromarray(picture)
-    box = middle(image.width, image.height, width, height)
+    across, down = middle(image.width * aspect, image.height, width, height)
+    across /= aspect
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = float(left), float(top), float(left + across), float(top + down)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
