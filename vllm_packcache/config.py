@@ -15,12 +15,14 @@ It is given as a YAML or JSON file, as JSON text, as a mapping, or as the name o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from vllm_packcache import masked, policies
 from vllm_packcache.errors import ConfigError as ConfigError
@@ -28,7 +30,9 @@ from vllm_packcache.errors import named, shown
 from vllm_packcache.layout import FrameLayout, VideoLayout
 from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.policies.base import check_class
 from vllm_packcache.positions import Positions
+from vllm_packcache.retention import PolicyError, Retention
 from vllm_packcache.sources import CONFIG_KEY as CONFIG_KEY
 from vllm_packcache.sources import check_finite
 from vllm_packcache.sources import load_mapping as load_mapping
@@ -141,7 +145,7 @@ class VideoPlan:
     @property
     def as_stock(self) -> bool:
         """Whether the whole cache is kept and positions are as without a policy."""
-        return self.policy.name == OPT_OUT and self.positions.as_stock
+        return type(self.policy) is Full and self.positions.as_stock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +188,14 @@ class ServerConfig:
         positions: how tokens of videos are positioned.
         position_limit: positions that the model has, P: those of a request lie below it. None: vLLM's own limit on the
             length of a request is enough.
+        name: what the policy is called: the name of its entry point, whatever its class says.
     """
 
     policy: Policy
     layout: LayoutConfig | None = None
     positions: PositionMode = "absolute"
     position_limit: int | None = None
+    name: str = OPT_OUT
 
     @classmethod
     def parse(
@@ -212,17 +218,31 @@ class ServerConfig:
             policy_class = policies.find(policy)
         except ValueError as error:
             raise ConfigError(f"{POLICY_KEY}: {error}") from None
+        try:
+            check_class(policy_class, _RESERVED)
+        except TypeError as error:
+            raise ConfigError(f"{POLICY_KEY}: {policy!r}: {error}") from None
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions = options.pop("positions", None)
         parsed = _parse_policy(
-            policy_class, options, CONFIG_KEY, also=("layout", "positions"), way_out=_layout_alone if layout else None
+            policy_class,
+            options,
+            CONFIG_KEY,
+            name=policy,
+            also=("layout", "positions"),
+            way_out=_layout_alone if layout else None,
         )
-        for name, value in options.items():
-            check_finite(value, name)
+        for option, value in options.items():
+            check_finite(value, option)
         if layout is not None:
             _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
-        return cls(parsed, layout, _parse_positions(positions, parsed), position_limit)
+        config = cls(parsed, layout, _parse_positions(positions, parsed, policy), position_limit, policy)
+        try:
+            config.fingerprint()
+        except PolicyError as error:
+            raise ConfigError(f"{POLICY_KEY}: {policy!r}: {error}") from None
+        return config
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> ServerConfig | None:
@@ -269,6 +289,16 @@ class ServerConfig:
                 f"{list(layout.axis_scale)}: leave it out"
             )
         return config
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the policy is: its class, and a digest of what it decides.
+
+        Processes compare it, so that all of them keep the same blocks.
+
+        Raises:
+            PolicyError: the policy breaks its contract in a short video.
+        """
+        return {"class": _class_name(type(self.policy)), "decisions": _digest(self.policy, self.layout)}
 
     def as_mapping(self) -> dict[str, Any]:
         """The configuration as plain JSON-able data, every default spelled out."""
@@ -382,15 +412,14 @@ class ServerConfig:
 
     def _request_policy(self, name: str | None, changed: Mapping[str, Any]) -> Policy:
         """The server's policy with what a request changes of it."""
-        if name not in (None, OPT_OUT, self.policy.name):
+        if name not in (None, OPT_OUT, self.name):
             raise ConfigError(
-                f"{REQUEST_PREFIX}policy must be {self.policy.name!r}, the policy of this server, or {OPT_OUT!r}, "
-                f"not {name!r}"
+                f"{REQUEST_PREFIX}policy must be {self.name!r}, the policy of this server, or {OPT_OUT!r}, not {name!r}"
             )
         policy = self.policy
         if changed:
             merged = {name: getattr(policy, name) for name in self._policy_options} | dict(changed)
-            policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, prefix=REQUEST_PREFIX)
+            policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, name=self.name, prefix=REQUEST_PREFIX)
         return Full() if name == OPT_OUT else policy
 
     def _window(self, policy: Policy) -> int | None:
@@ -465,6 +494,14 @@ class ServerConfig:
 
 
 _MASKED_OPTIONS = [field.name for field in dataclasses.fields(MaskedOptions)]
+_RESERVED = {
+    "layout",
+    "positions",
+    *_RequestOptions.model_fields,
+    *_MaskedRequestOptions.model_fields,
+    *_MASKED_OPTIONS,
+}
+"""What no policy can call its options."""
 _MASKED_FLAGS = [field.name for field in dataclasses.fields(MaskedOptions) if field.type == "bool"]
 
 
@@ -552,6 +589,7 @@ def _parse_policy(
     options: Mapping[str, Any],
     where: str,
     *,
+    name: str,
     prefix: str = "",
     also: tuple[str, ...] = (),
     way_out: Callable[[str], str] | None = None,
@@ -562,24 +600,29 @@ def _parse_policy(
     if unknown:
         choices = ", ".join([*known, *also]) or "none"
         raise ConfigError(
-            f"{start}{named(unknown[0])} is no option of policy {policy_class.name!r}: its options are {choices}"
+            f"{start}{named(unknown[0])} is no option of policy {name!r}: its options are {choices}"
             f"{way_out(unknown[0]) if way_out else ''}"
         )
     try:
-        return _validate(policy_class, options)
+        policy = _validate(policy_class, options)
+        hash(policy)
     except ValidationError as error:
         raise ConfigError(_describe(error, start, known, prefix)) from None
+    except (PydanticUserError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{start}the options of policy {name!r} cannot be validated and compared: {reason}") from None
+    return policy
 
 
-def _parse_positions(value: object, policy: Policy) -> PositionMode:
+def _parse_positions(value: object, policy: Policy, name: str) -> PositionMode:
     if value is None:
-        return "rebase" if policy.rebases else "absolute"
+        value = "rebase" if policy.rebases else "absolute"
     modes = get_args(PositionMode)
     if value not in modes:
         raise ConfigError(f"{CONFIG_KEY}: positions must be {' or '.join(modes)}, not {shown(value)}")
     if value == "rebase" and policy.history_window is None:
         raise ConfigError(
-            f"{CONFIG_KEY}: positions: rebase needs a policy that keeps a window of frames, and {policy.name} does "
+            f"{CONFIG_KEY}: positions: rebase needs a policy that keeps a window of frames, and {name} does "
             "not: use packcache or sliding_window, or positions: absolute"
         )
     return value  # type: ignore[return-value]
@@ -605,3 +648,38 @@ def _describe(error: ValidationError, start: str, known: list[str], prefix: str)
     if len(first["loc"]) > 1:
         message = f"Item {int(first['loc'][1]) + 1}: {message}"
     return f"{start}{option}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+
+
+_PROBE = LayoutConfig(grid=(16, 16), condition_image_tokens=16)
+"""A frame for a server that has been told of none."""
+
+_PROBE_BLOCKS = 512
+"""So many a frame and the condition have at most: the larger they are, the larger is a block."""
+
+_PROBE_FRAMES = (*range(12), 40)
+
+
+def _class_name(policy: type[Policy]) -> str:
+    return f"{policy.__module__}:{policy.__qualname__}"
+
+
+@lru_cache(maxsize=64)
+def _digest(policy: Policy, layout: LayoutConfig | None) -> str:
+    """Of the decisions about a short video; nothing, where the policy refuses its frames.
+
+    Raises:
+        PolicyError: one of them is none that it may take.
+    """
+    usual = layout or _PROBE
+    video = VideoLayout(usual.frame_layout(), 40 + usual.condition_image_tokens, usual.condition_image_tokens)
+    digest = hashlib.sha256()
+    try:
+        policy.check(video.frame)
+    except ValueError:
+        return ""
+    retention = Retention(video, policy, max(16, video.frame_start(1) // _PROBE_BLOCKS))
+    for frame in _PROBE_FRAMES:
+        digest.update(retention.past(frame).tobytes())
+        digest.update(b"|")
+    digest.update(repr((retention.most_blocks(), policy.history_window)).encode())
+    return digest.hexdigest()[:16]

@@ -382,6 +382,13 @@ RELIANCES: tuple[Reliance, ...] = (
         ("_reserve_prefill_lookahead", "allocate_slots", "_reserve_prefill_lookahead", "allocate_slots"),
     ),
     Reliance(
+        "scheduler: a request that cannot go on ends with an error",
+        "v1/core/sched/scheduler.py",
+        "Scheduler.update_from_output",
+        (),
+        ("grammar_compile_error_reqs", "finish_requests", "FINISHED_ERROR", "EngineCoreOutput"),
+    ),
+    Reliance(
         "metrics: the scheduler's statistics",
         "v1/core/sched/scheduler.py",
         "Scheduler.make_stats",

@@ -26,7 +26,7 @@ from vllm_packcache.figures import DOTS_PER_INCH, new_figure
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.positions import TIME, Int64, Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.retention import Retention, check_policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -299,7 +299,8 @@ def explain(
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
         retention = Retention(layout, config.policy, block_size)
-        return Explanation(f"{name}: {config.policy.name}", retention, positions, frames, unconditional)
+        check_policy(retention, frames)
+        return Explanation(f"{name}: {config.name}", retention, positions, frames, unconditional)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)

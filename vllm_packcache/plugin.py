@@ -33,7 +33,7 @@ from vllm_packcache.config import (
     load_mapping,
 )
 from vllm_packcache.flags import CommandLine
-from vllm_packcache.retention import Retention
+from vllm_packcache.retention import PolicyError, Retention
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -353,7 +353,7 @@ def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
                 plugin_masked.check_request(processor, request, _pool_blocks(processor.vllm_config))
             elif config is not None and request.sampling_params is not None:
                 _check_request(request, config, processor.vllm_config)
-        except ConfigError as error:
+        except (ConfigError, PolicyError) as error:
             raise VLLMValidationError(str(error)) from None
         return request
 

@@ -275,7 +275,7 @@ def test_a_budget_that_leaves_a_frame_nothing_is_refused_when_the_frame_is_known
 )
 def test_good_options_are_taken(policy, options, parsed):
     positions = "rebase" if policy == "packcache" else "absolute"
-    assert ServerConfig.parse(policy, options) == ServerConfig(parsed, None, positions)
+    assert ServerConfig.parse(policy, options) == ServerConfig(parsed, None, positions, name=policy)
     assert ServerConfig.parse(policy, {**options, "layout": GRID}).layout == LayoutConfig(
         grid=(16, 16), frame_start_tokens=1
     )
@@ -409,7 +409,7 @@ def test_switched_on():
         {"kv_cache_policy": "sliding_window", "kv_cache_policy_config": {"window": 3}}
     )
 
-    assert config == ServerConfig(SlidingWindow(window=3))
+    assert config == ServerConfig(SlidingWindow(window=3), name="sliding_window")
 
 
 def test_the_position_limit_comes_with_the_additional_config():

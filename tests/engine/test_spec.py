@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +18,14 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from tests.core.strategies import quick
 from tests.engine.harness import stock_spec
-from vllm_packcache.config import ServerConfig
+from vllm_packcache import policies
+from vllm_packcache.config import ConfigError, ServerConfig, _digest
 from vllm_packcache.engine.manager import RetentionManager
-from vllm_packcache.engine.spec import RetentionSpec
+from vllm_packcache.engine.spec import RetentionSpec, of_json
 from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import SlidingWindow
+from vllm_packcache.policies import Policy, SlidingWindow
 from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.retention import BlockIndices, BlockMap, Retention
 
 CONFIGS = [
     ServerConfig.parse("packcache", {"history_frames": 3, "layout": {"grid": [4, 6], "row_end_tokens": 1}}),
@@ -41,6 +44,64 @@ def test_the_configuration_arrives_as_it_was_sent(config: ServerConfig) -> None:
     assert received == spec
     assert hash(received) == hash(spec)
     assert received.server_config == config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other(SlidingWindow):
+    """Has the name of its parent, and keeps a frame more."""
+
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        return SlidingWindow(window=self.window + 1).past_blocks(blocks, frame)
+
+    def most_past_blocks(self, blocks: BlockMap) -> int:
+        return SlidingWindow(window=self.window + 1).most_past_blocks(blocks)
+
+    @property
+    def history_window(self) -> int:
+        return self.window + 1
+
+
+def install(patch: pytest.MonkeyPatch, **own: type[Policy]) -> None:
+    """As if packages had these entry points."""
+    find = policies.find
+    patch.setattr(policies, "find", lambda name: own.get(name) or find(name))
+
+
+def test_a_policy_arrives_by_the_name_of_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, other=Other)
+    config = ServerConfig.parse("other", {"window": 3})
+    spec = RetentionSpec.retaining(stock_spec(), config, 0)
+    assert isinstance(spec, RetentionSpec)
+    assert type(spec.server_config.policy) is Other
+    assert spec.server_config == config
+
+
+@pytest.mark.parametrize(
+    ("here", "there"), [(SlidingWindow, "policies.sliding_window:SlidingWindow"), (Other, "test_spec:Other")]
+)
+def test_a_policy_that_is_another_one_in_the_scheduler_is_refused(
+    monkeypatch: pytest.MonkeyPatch, here: type[Policy], there: str
+) -> None:
+    install(monkeypatch, mine=Other)
+    spec = RetentionSpec.retaining(stock_spec(), ServerConfig.parse("mine", {"window": 5}), 0)
+    assert isinstance(spec, RetentionSpec)
+    with monkeypatch.context() as patch:
+        # Another class of that name, or another version of the same one.
+        install(patch, mine=here)
+        if here is Other:
+            patch.setattr(Other, "past_blocks", SlidingWindow.past_blocks)
+            _digest.cache_clear()
+        with pytest.raises(ConfigError) as error:
+            of_json(spec.retention)
+    _digest.cache_clear()
+    sentence = str(error.value)
+    assert re.fullmatch(
+        r"kv_cache_policy: 'mine' is tests\.engine\.test_spec:Other \(decisions \w{16}\) in the workers and "
+        r"\S+ \(decisions \w{16}\) in the scheduler: install the same package in the same version for every process "
+        r"and node",
+        sentence,
+    )
+    assert f"{there} (decisions" in sentence.partition(" and ")[2]
 
 
 def test_the_spec_is_the_stock_one_in_every_other_respect() -> None:

@@ -24,7 +24,7 @@ from vllm_packcache.engine.record import VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.retention import PolicyError, Retention
 
 logger = logging.getLogger("vllm.packcache")
 
@@ -63,6 +63,7 @@ class Video:
         record: outlives this when the request is preempted.
         most_blocks: that it holds at once; None: as many as its length takes.
         frame: up to which blocks have been freed.
+        decided: tokens, from the start, of which the policy has said what they read.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
@@ -72,6 +73,7 @@ class Video:
     record: VideoRecord
     most_blocks: int | None
     frame: int = CONDITION
+    decided: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
 
@@ -121,6 +123,8 @@ class RetentionManager(FullAttentionManager):
         self.enable_caching = True
         self._videos: dict[str, Video | None] = {}
         self._records: dict[str, VideoRecord] = {}
+        self.failures: dict[str, str] = {}
+        """Requests that cannot go on, and why: the scheduler ends them."""
         self.totals = Totals()
         self._announce(kv_cache_spec)
 
@@ -203,15 +207,53 @@ class RetentionManager(FullAttentionManager):
         if video is None or not blocks:
             return
         frame = video.retention.layout.frame_of(processed_computed_tokens)
-        if frame <= video.frame:
+        if frame <= video.frame or request_id in self.failures:
+            return
+        try:
+            indices = video.retention.dropped_blocks(video.frame, frame).tolist()
+        except PolicyError as error:
+            self.fail(request_id, str(error))
             return
         dropped: list[KVCacheBlock] = []
-        for index in video.retention.dropped_blocks(video.frame, frame).tolist():
+        for index in indices:
             dropped.append(blocks[index])
             blocks[index] = self._null_block
         self._count(video, frame, len(dropped))
         video.frame = frame
         self.block_pool.free_blocks(reversed(dropped))
+
+    def decide(self, request: Request, stop: int) -> None:
+        """Ask the policy what the tokens before ``stop`` read, before a worker does: there it would not fail alone.
+
+        Raises:
+            PolicyError: it breaks its contract.
+        """
+        video = self.video(request)
+        stop = self.own_tokens(request.request_id, stop)
+        if video is None or stop <= video.decided:
+            return
+        layout, retention = video.retention.layout, video.retention
+        for frame in range(layout.frame_of(video.decided), layout.frame_of(stop - 1) + 1):
+            retention.past(frame)
+            video.decided = layout.frame_start(frame + 1)
+
+    def own_tokens(self, request_id: str, tokens: int) -> int:
+        """How many of a request's first ``tokens`` tokens are in this KV cache group."""
+        del request_id
+        return tokens
+
+    def needed_blocks(self, request: Request) -> int:
+        """Blocks that the request holds when all tokens that it has so far are computed."""
+        video = self.video(request)
+        blocks = -(-self.own_tokens(request.request_id, request.num_tokens) // self.block_size)
+        return blocks if video is None or video.most_blocks is None else min(blocks, video.most_blocks)
+
+    def fail(self, request_id: str, why: str) -> None:
+        """The request cannot go on."""
+        if request_id in self.failures:
+            return
+        logger.error("Request %s is ended with an error: %s", request_id, why)
+        self.failures[request_id] = why
 
     def room_ends(self, video: Video, processed: int) -> int | None:
         """The token up to which ``video`` may be computed while ``processed`` tokens have been; None: to its end."""
@@ -252,6 +294,7 @@ class RetentionManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
+        self.failures.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
             record.held_blocks.pop(self.kv_cache_group_id, None)
@@ -276,19 +319,28 @@ class RetentionManager(FullAttentionManager):
         return found
 
     def video(self, request: Request) -> Video | None:
-        """What is known of ``request``; None: it keeps its whole cache."""
-        if request.request_id not in self._videos:
-            plan = self._plan_of(request)
-            video = None
-            if plan is not None:
-                record = record_of(request) or VideoRecord(plan.layout, self.block_size, request.num_prompt_tokens)
-                setattr(request, _RECORD, record)
-                self._records[request.request_id] = record
-            if plan is not None and not plan.as_stock:
-                retention = Retention(plan.layout, plan.policy, self.block_size)
-                video = Video(retention, plan.positions, record, retention.most_blocks(self._tokens_ahead))
-            self._videos[request.request_id] = video
-        return self._videos[request.request_id]
+        """What is known of ``request``; None: it keeps its whole cache, or cannot go on (see `failures`)."""
+        name = request.request_id
+        if name not in self._videos:
+            self._videos[name] = None
+            try:
+                self._videos[name] = self._new_video(request)
+            # A policy may raise anything, and no request may take others with it.
+            except Exception as error:
+                self.fail(name, " ".join(str(error).split()) or repr(error))
+        return self._videos[name]
+
+    def _new_video(self, request: Request) -> Video | None:
+        plan = self._plan_of(request)
+        if plan is None:
+            return None
+        record = record_of(request) or VideoRecord(plan.layout, self.block_size, request.num_prompt_tokens)
+        setattr(request, _RECORD, record)
+        self._records[request.request_id] = record
+        if plan.as_stock:
+            return None
+        retention = Retention(plan.layout, plan.policy, self.block_size)
+        return Video(retention, plan.positions, record, retention.most_blocks(self._tokens_ahead))
 
     def _plan_of(self, request: Request) -> VideoPlan | None:
         params = request.sampling_params
@@ -327,21 +379,47 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
     @wraps(reserve_prefill_lookahead)
     def wrapper(scheduler: Scheduler, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
-        # While it decodes there is no more than one token, and nothing to end.
-        if request.num_tokens - num_computed_tokens <= 1:
+        managers = retention_managers(scheduler.kv_cache_manager)
+        if not managers:
             return num_new_tokens
-        manager = retention_manager(scheduler.kv_cache_manager)
-        if manager is None or (video := manager.video(request)) is None:
-            return num_new_tokens
-        processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
-        ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
-        if manager.frame_by_frame:
-            layout = video.retention.layout
-            ends.append(layout.frame_start(layout.frame_of(num_computed_tokens) + 1))
-        room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)
-        return max(0, min(num_new_tokens, room))
+        try:
+            # While it decodes there is no more than one token, and nothing to end.
+            if request.num_tokens - num_computed_tokens > 1:
+                _check_room(managers, request)
+                num_new_tokens = _within_room(managers[0], request, num_computed_tokens, num_new_tokens)
+            for manager in managers:
+                manager.decide(request, num_computed_tokens + num_new_tokens)
+        except PolicyError as error:
+            managers[0].fail(request.request_id, str(error))
+        for manager in managers:
+            if manager.failures and request.request_id in manager.failures:
+                # Nothing of it is scheduled, and when the step has run vLLM ends these with an error.
+                scheduler.grammar_compile_error_reqs.add(request.request_id)
+                return 0
+        return num_new_tokens
 
     return wrapper
+
+
+def _within_room(manager: RetentionManager, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+    video = manager.video(request)
+    if video is None:
+        return num_new_tokens
+    processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
+    ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
+    if manager.frame_by_frame:
+        layout = video.retention.layout
+        ends.append(layout.frame_start(layout.frame_of(num_computed_tokens) + 1))
+    room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)
+    return max(0, min(num_new_tokens, room))
+
+
+def _check_room(managers: Sequence[RetentionManager], request: Request) -> None:
+    """Where no front end has checked it, a request without room would wait for ever, and those behind it with it."""
+    pool = managers[0].block_pool.num_gpu_blocks - 1
+    needed = sum(manager.needed_blocks(request) for manager in managers)
+    if needed > pool:
+        managers[0].fail(request.request_id, f"it holds {needed} blocks, and the KV cache has {pool}")
 
 
 def retention_managers(manager: KVCacheManager) -> list[RetentionManager]:

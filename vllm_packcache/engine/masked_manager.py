@@ -82,19 +82,19 @@ class UnconditionalManager(StreamManager):
         )
         return own
 
-    def _own(self, request_id: str, tokens: int) -> int:
+    def own_tokens(self, request_id: str, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens are in this stream."""
         start = self._starts.get(request_id)
         return 0 if start is None else max(0, tokens - start)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """See `RetentionManager.get_num_blocks_to_allocate`."""
-        return super().get_num_blocks_to_allocate(request_id, self._own(request_id, num_tokens), *args, **kwargs)
+        return super().get_num_blocks_to_allocate(request_id, self.own_tokens(request_id, num_tokens), *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Allocate the blocks of this stream for a request's first ``num_tokens`` tokens."""
         return super().allocate_new_blocks(
-            request_id, self._own(request_id, num_tokens), self._own(request_id, num_tokens_main_model)
+            request_id, self.own_tokens(request_id, num_tokens), self.own_tokens(request_id, num_tokens_main_model)
         )
 
     def cache_blocks(
@@ -107,14 +107,16 @@ class UnconditionalManager(StreamManager):
     ) -> None:
         """See `RetentionManager.cache_blocks`."""
         self.video(request)
-        own = self._own(request.request_id, num_tokens)
+        own = self.own_tokens(request.request_id, num_tokens)
         super().cache_blocks(request, own, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """See `RetentionManager.remove_skipped_blocks`."""
-        super().remove_skipped_blocks(request_id, self._own(request_id, processed_computed_tokens), num_prompt_tokens)
+        super().remove_skipped_blocks(
+            request_id, self.own_tokens(request_id, processed_computed_tokens), num_prompt_tokens
+        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `RetentionManager.pop_blocks_for_free`."""

@@ -24,6 +24,8 @@ class _WholePictures(Scheduler):
             # Before the first blocks are allocated, which is by the request's name alone.
             manager.video(request)
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if num_new_tokens == 0:
+            return 0
         plan = managers[0].plan(request)
         if num_computed_tokens < plan.text_tokens:
             return min(num_new_tokens, plan.text_tokens - num_computed_tokens)

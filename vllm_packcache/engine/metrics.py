@@ -156,7 +156,7 @@ class VideoMetrics(AggregateStatLoggerBase):
         )
         info = _gauge(INFO, "1, for what obeys which policy.", [*labels, "version", "policy", "positions"])
         self._model = vllm_config.model_config.served_model_name
-        about = (version("vllm-packcache"), config.policy.name, config.positions)
+        about = (version("vllm-packcache"), config.name, config.positions)
         for engine in engine_indexes:
             info.labels(self._model, str(engine), *about).set(1)
             # All are there from the start: a rate of what does not exist yet would miss its first increase.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_packcache.config import LayoutConfig, ServerConfig
+from vllm_packcache.config import POLICY_KEY, ConfigError, LayoutConfig, ServerConfig
 from vllm_packcache.retention import Retention
 
 
@@ -48,8 +49,12 @@ class RetentionSpec(FullAttentionSpec):
 
     @property
     def server_config(self) -> ServerConfig:
-        """The server's configuration."""
-        return ServerConfig.parse(**json.loads(self.retention))
+        """The server's configuration.
+
+        Raises:
+            ConfigError: the policy is another one here than in the process that made the spec.
+        """
+        return of_json(self.retention)
 
     @property
     def usual_layout(self) -> LayoutConfig | None:
@@ -90,10 +95,27 @@ class RetentionSpec(FullAttentionSpec):
 
 def as_json(config: ServerConfig) -> str:
     """``config`` in a form that can be compared and hashed."""
-    return json.dumps(
-        {"policy": config.policy.name, "source": config.as_mapping(), "position_limit": config.position_limit},
-        sort_keys=True,
-    )
+    arguments = {"policy": config.name, "source": config.as_mapping(), "position_limit": config.position_limit}
+    return json.dumps({"config": arguments, "fingerprint": config.fingerprint()}, sort_keys=True)
+
+
+@cache
+def of_json(text: str) -> ServerConfig:
+    """The configuration that `as_json` wrote in another process.
+
+    Raises:
+        ConfigError: the policy of that name has other options, is another one, or decides otherwise here.
+    """
+    sent = json.loads(text)
+    config, there = ServerConfig.parse(**sent["config"]), sent["fingerprint"]
+    here = config.fingerprint()
+    if here != there:
+        raise ConfigError(
+            f"{POLICY_KEY}: {config.name!r} is {there['class']} (decisions {there['decisions']}) in the workers and "
+            f"{here['class']} (decisions {here['decisions']}) in the scheduler: install the same package in the "
+            "same version for every process and node"
+        )
+    return config
 
 
 def fields_of(spec: AttentionSpec) -> dict[str, Any]:

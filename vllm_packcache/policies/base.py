@@ -6,10 +6,12 @@ in errors without further work), its `Policy.past_blocks` is its rule.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 from vllm_packcache.layout import FrameLayout
 from vllm_packcache.retention import BlockIndices, BlockMap
@@ -20,6 +22,7 @@ class Policy(ABC):
     """Decides which blocks of the past live while a frame is made."""
 
     name: ClassVar[str]
+    """What a built-in policy is called; that of another package has the name of its entry point."""
     rebases: ClassVar[bool] = False
     """Whether positions are re-based where nobody says (see `history_window`)."""
     # Options are numbers as written: "4" and true are no windows.
@@ -37,7 +40,7 @@ class Policy(ABC):
             frame: the frame being made, 0 or more.
 
         Returns:
-            Ascending logical block indices, all below ``blocks.tail_start(frame)``.
+            Ascending logical block indices, all below ``blocks.tail_start(frame)``. `Retention` checks them.
         """
 
     def most_past_blocks(self, blocks: BlockMap) -> int | None:
@@ -63,6 +66,33 @@ class Policy(ABC):
             ValueError: they cannot work together; the message names the option and the remedy.
         """
         del frame
+
+
+def check_class(policy: type[Policy], reserved: Collection[str]) -> None:
+    """Check what can be known of a policy without asking it for a decision.
+
+    Args:
+        policy: its class.
+        reserved: names that its options cannot have, because they are options already.
+
+    Raises:
+        TypeError: it is none whose options could be validated and compared; the message says what must be.
+    """
+    name = f"{policy.__module__}.{policy.__qualname__}"
+    if inspect.isabstract(policy):
+        raise TypeError(f"{name} has no {', '.join(sorted(policy.__abstractmethods__))}")
+    # A class that only inherits from a dataclass has none of its own options.
+    if "__dataclass_params__" not in vars(policy) or not vars(policy)["__dataclass_params__"].eq:
+        raise TypeError(f"{name} must be a frozen dataclass: decorate it with @dataclass(frozen=True, kw_only=True)")
+    try:
+        hints = get_type_hints(policy)
+    except Exception as error:
+        raise TypeError(f"{name}: the types of its options cannot be read: {error}") from None
+    for option in fields(policy):
+        if hints[option.name] in (Any, object):
+            raise TypeError(f"{name}: option {option.name} needs a type, so that what is given can be validated")
+        if option.name in reserved:
+            raise TypeError(f"{name}: option {option.name} needs another name, which is no option already")
 
 
 def check_range(option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False) -> None:
