@@ -78,6 +78,23 @@ def test_a_log_that_says_nothing_has_no_cause(told: str) -> None:
     assert cause(told) is None
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "(APIServer pid=7) WARNING 11-25 21:00:00 [core_client.py:817] [shutdown] MPClient: engine core exited "
+        "unexpectedly; starting cleanup",
+        "(EngineCore pid=8) ERROR 11-25 21:00:00 [executor.py:316] Worker proc VllmWorker-0 died unexpectedly "
+        "(exit code: -9), shutting down executor.",
+        'Traceback (most recent call last):\n  File "utils.py", line 587, in wait\nRuntimeError: Process ApiServer_0 '
+        "(PID: 7) died with exit code -9",
+        'Traceback (most recent call last):\n  File "utils.py", line 900, in wait\nRuntimeError: Engine core '
+        "initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}",
+    ],
+)
+def test_a_process_that_said_nothing_was_killed(told: str) -> None:
+    assert cause(told) == "a process of it was killed from outside, as happens where memory runs out"
+
+
 def test_a_cause_is_short() -> None:
     told = f'Traceback (most recent call last):\n  File "a.py"\nValueError: {"x" * 5000}'
     assert len(str(cause(told))) <= MOST_CHARACTERS + 4

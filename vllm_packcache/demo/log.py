@@ -25,13 +25,20 @@ _USAGE = re.compile(r"^(?:\S+(?: \S+)?: )?error: (?P<message>.+)")
 """How a command line is refused: by argparse with the command's name before it, by the plugin without."""
 _EXCEPTION = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
 _DERIVED = re.compile(
-    r"root cause|EngineDeadError|EngineCore encountered an issue|initialization failed|died unexpectedly", re.IGNORECASE
+    r"root cause|EngineDeadError|EngineCore encountered an issue|initialization failed|died unexpectedly|"
+    r"died with exit code",
+    re.IGNORECASE,
 )
 """What a process says when it ends because another one has."""
 _PLAIN = ("ConfigError", "Exception", "OSError", "RuntimeError", "ValidationError", "ValueError")
 """Exceptions whose message says it all."""
 _ENDED = ("KeyboardInterrupt", "SystemExit", "CancelledError")
-_KILLED = re.compile(r"(?:Engine ?[Cc]ore|Worker)[^:]*died unexpectedly")
+_KILLED = re.compile(
+    r"engine core (?:process \S+ )?(?:exited|died) unexpectedly|Worker proc \S+ died unexpectedly|"
+    r"died with exit code -9|Failed core proc\(s\): .*-9",
+    re.IGNORECASE,
+)
+"""What is said of a process that has said nothing itself."""
 
 
 class _Line(NamedTuple):
