@@ -70,14 +70,18 @@ RELIANCES: tuple[Reliance, ...] = (
         exact=True,
     ),
     *(
-        Reliance(
-            "plugin: a worker makes its model runner before the model loads",
-            f"v1/worker/{file}.py",
-            f"{worker}.init_device",
-            (),
-            ("model_runner",),
+        Reliance("plugin: and keeps it", f"v1/worker/{file}.py", f"{worker}.init_device", (), (made_by,))
+        for file, worker, made_by in (
+            ("gpu_worker", "Worker", "_init_workspace_and_model_runner"),
+            ("cpu_worker", "CPUWorker", "model_runner"),
         )
-        for file, worker in (("gpu_worker", "Worker"), ("cpu_worker", "CPUWorker"))
+    ),
+    Reliance(
+        "plugin: and keeps it",
+        "v1/worker/gpu_worker.py",
+        "Worker._init_workspace_and_model_runner",
+        (),
+        ("model_runner",),
     ),
     *(
         Reliance("plugin: which platform", "platforms/interface.py", f"Platform.{name}")
