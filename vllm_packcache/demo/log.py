@@ -35,7 +35,7 @@ _PLAIN = ("ConfigError", "Exception", "OSError", "RuntimeError", "ValidationErro
 _ENDED = ("KeyboardInterrupt", "SystemExit", "CancelledError")
 _KILLED = re.compile(
     r"engine core (?:process \S+ )?(?:exited|died) unexpectedly|Worker proc \S+ died unexpectedly|"
-    r"died with exit code -9|Failed core proc\(s\): .*-9",
+    r"died with exit code -9|Failed core proc\(s\): .*-9|EngineDeadError",
     re.IGNORECASE,
 )
 """What is said of a process that has said nothing itself."""
@@ -85,7 +85,7 @@ def cause(text: str) -> str | None:
     refused = (found["message"] for line in lines if (found := _USAGE.match(line.text)))
     why = next(_failures(lines), None) or next(refused, None)
     if why is None and any(_KILLED.search(line.text) for line in lines):
-        why = "a process of it was killed from outside, as happens where memory runs out"
+        why = "a process of it ended without a word, as one does that is killed where memory runs out"
     return why and _short(why)
 
 
