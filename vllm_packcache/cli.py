@@ -161,14 +161,16 @@ def explain(
         typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Write a PNG too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a picture too, as PNG or SVG.")] = None,
 ) -> None:
     """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
     from rich.console import Console
 
     from vllm_packcache import explain as explaining
+    from vllm_packcache.figures import check_format
 
     with _one_sentence():
+        check_format("--out", out)
         explanation = explaining.explain(
             config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
         )
@@ -335,7 +337,9 @@ def bench_long_video(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the results and what is needed to repeat them.")
     ] = None,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write curves over the frames as a PNG.")] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Write curves over the frames, as PNG or SVG.")
+    ] = None,
 ) -> None:
     """Measure the bundled model's quality over a video ten times as long as it was trained on."""
     from vllm_packcache.bench.long_video import run

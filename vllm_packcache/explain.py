@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from vllm_packcache import masked
 from vllm_packcache.config import ConfigError, ServerConfig
-from vllm_packcache.figures import DOTS_PER_INCH, new_figure
+from vllm_packcache.figures import new_figure, save
 from vllm_packcache.layout import CONDITION, VideoLayout
 from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.positions import TIME, Int64, Positions
@@ -183,19 +182,23 @@ class Explanation:
     @property
     def positions_summary(self) -> str:
         """How high positions get, in a sentence."""
+        bound, one_axis = self.positions_bound, self.positions.axes == 1
+        if self.positions.window is not None:
+            return f"Positions stay {bound}{'' if one_axis else ','} however long the video gets."
+        bound = bound.removeprefix("below ") if one_axis else f"{bound},"
+        return f"Positions grow with the video: {bound} after {self.frames} frames."
+
+    @property
+    def positions_bound(self) -> str:
+        """What the positions of these frames lie below, in a few words."""
         window = self.positions.window
         # The frame with the highest positions: while the window fills, or the last one.
         highest = self.frames - 1 if window is None else window
         limit = self.positions.limit(self.retention.layout.frame_start(highest + 1))
         if self.positions.axes == 1:
-            if window is None:
-                return f"Positions grow with the video: {limit:,} after {self.frames} frames."
-            return f"Positions stay below {limit:,} however long the video gets."
+            return f"below {limit:,}"
         times = int(self.seen_at(np.array([highest]), highest)[0]) + 1
-        both = f"below {times:,} in time (t), below {limit:,} on all axes"
-        if window is None:
-            return f"Positions grow with the video: {both}, after {self.frames} frames."
-        return f"Positions stay {both}, however long the video gets."
+        return f"below {times:,} in time (t), below {limit:,} on all axes"
 
     def seen_at(self, frames: Int64, made: int) -> Int64:
         """Where the model sees each of ``frames`` while frame ``made`` is made.
@@ -522,12 +525,10 @@ _LABELLED_FRAMES = 32
 """Up to so many frames each one is labelled."""
 _OUTLINED_FRAMES = 64
 """Up to so many frames each one is outlined."""
-_WORDS_WIDTH = 160
-"""Characters of a line above the picture."""
 
 
 def draw(explanation: Explanation, path: Path) -> None:
-    """Write a PNG, a row a frame: live blocks, positions of their frames, live tokens beside the full cache.
+    """Write a PNG or SVG, a row a frame: live blocks, positions of their frames, live tokens beside the full cache.
 
     Of masked generation both streams are drawn, one below the other.
 
@@ -536,40 +537,52 @@ def draw(explanation: Explanation, path: Path) -> None:
     """
     row_height = 0.32 if explanation.frames <= _LABELLED_FRAMES else 10 / explanation.frames
     streams = explanation.streams
-    height = 0.9 + (1.9 + row_height * max(explanation.frames, 4)) * len(streams)
+    height = 0.9 + (2.1 + row_height * max(explanation.frames, 4)) * len(streams)
     figure = new_figure(16, height)
     rows = figure.subplots(len(streams), 3, squeeze=False, sharey=True, width_ratios=[3.2, 1.2, 1])
     for (name, stream), (blocks, positions, tokens) in zip(streams.items(), rows, strict=True):
         _draw_blocks(stream, blocks)
         _draw_positions(stream, positions)
         _draw_tokens(stream.overview.tokens, tokens)
+        shape = f"{name.capitalize()}: {stream.shape}" if name else stream.shape
+        blocks.set_title(f"{shape}\n{stream.summary}", fontsize=10)
         if name:
             blocks.set_ylabel(f"frame being made,\n{name}")
     _draw_words(explanation, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    save(figure, path)
 
 
 def _pixels(explanation: Explanation) -> npt.NDArray[np.float64]:
-    """RGB [frames, columns, 3]: the mean colour of the blocks behind each column."""
+    """RGB [frames, columns, 3]: the mean colour of the `_group` of blocks behind each column."""
     from matplotlib.colors import to_rgb
 
     palette = np.array([to_rgb(_COLOURS[state]) for state in range(NOT_YET, OLDEST_SHADE + 1)])
-    columns = explanation.num_blocks
-    if columns > _MAX_SINGLE_BLOCKS:
-        columns = min(columns // _MIN_GROUP, _MAX_SINGLE_BLOCKS)
-    edges = np.linspace(0, explanation.num_blocks, columns + 1).astype(int)
+    edges = np.arange(0, explanation.num_blocks, _group(explanation))
+    sizes = np.diff(edges, append=explanation.num_blocks)
     rows = []
     for view in explanation.views():
         colours = palette[np.minimum(view.states, OLDEST_SHADE) - NOT_YET]
-        rows.append(np.add.reduceat(colours, edges[:-1], axis=0) / np.diff(edges)[:, None])
+        rows.append(np.add.reduceat(colours, edges, axis=0) / sizes[:, None])
     return np.stack(rows)
+
+
+def _group(explanation: Explanation) -> int:
+    """Blocks of a column. Groups of other sizes than powers of two would draw the order of dropping as stripes."""
+    if explanation.num_blocks <= _MAX_SINGLE_BLOCKS:
+        return 1
+    group = _MIN_GROUP
+    while explanation.num_blocks > group * _MAX_SINGLE_BLOCKS:
+        group *= 2
+    return group
 
 
 def _draw_blocks(explanation: Explanation, axes: Axes) -> None:
     num_blocks, frames = explanation.num_blocks, explanation.frames
-    extent = (0, num_blocks, frames - 0.5, -0.5)
-    axes.imshow(_pixels(explanation), aspect="auto", interpolation="nearest", extent=extent)
+    pixels = _pixels(explanation)
+    # The last group may be shorter; what it has too much is cut off below.
+    extent = (0, _group(explanation) * pixels.shape[1], frames - 0.5, -0.5)
+    axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
     if frames <= _OUTLINED_FRAMES:
         for row in range(1, frames):
             axes.axhline(row - 0.5, color="white", linewidth=min(2.0, 40 / frames))
@@ -596,22 +609,27 @@ def _draw_blocks(explanation: Explanation, axes: Axes) -> None:
     if frames <= _LABELLED_FRAMES:
         axes.set_yticks(range(frames))
     axes.set_xlim(0, num_blocks)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _position_bars(explanation: Explanation, made: int) -> Iterator[tuple[int, int, int]]:
     """State, first position and the one behind the last of what is retained while ``made`` is made."""
     retained = explanation.overview.retained[made]
-    first_frame = int(explanation.seen_at(np.array([0]), 0)[0])
-    # With three axes an image in the condition is as short in time as any other frame.
-    condition_stop = min(explanation.overview.condition_stops[made], first_frame)
+    scale = explanation.positions.scale
+    condition_stop = int(explanation.seen_at(np.array([0]), 0)[0])
+    if scale and explanation.retention.layout.condition_image_tokens:
+        # An image in the condition is one moment, as any other frame is.
+        condition_stop -= scale[TIME] - 1
+    condition_stop = min(explanation.overview.condition_stops[made], condition_stop)
     if condition_stop:
         yield IN_CONDITION, 0, condition_stop
     starts = explanation.seen_at(retained, made)
-    stops = explanation.seen_at(retained + 1, made)
+    following = explanation.seen_at(retained + 1, made)
     shades = np.minimum(made - retained, OLDEST_SHADE)
     # Neighbours of one colour are one bar: a full cache retains as many frames as the video has.
-    first = np.flatnonzero((np.diff(shades, prepend=-1) != 0) | (np.append(-1, stops[:-1]) != starts))
+    first = np.flatnonzero((np.diff(shades, prepend=-1) != 0) | (np.append(-1, following[:-1]) != starts))
     last = np.append(first[1:], len(retained)) - 1
+    stops = starts + 1 if scale else following
     yield from zip(shades[first].tolist(), starts[first].tolist(), stops[last].tolist(), strict=True)
 
 
@@ -629,7 +647,7 @@ def _draw_positions(explanation: Explanation, axes: Axes) -> None:
             antialiased=outlined,
         )
     scale = explanation.positions.scale
-    axes.set_title("positions that the model sees", fontsize=10)
+    axes.set_title(f"positions that the model sees:\n{explanation.positions_bound}", fontsize=10)
     axes.set_xlabel(f"position in time (t); frames are {scale[TIME]} apart" if scale else "position")
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5, integer=True)
@@ -654,7 +672,7 @@ def _draw_tokens(tokens: list[FrameTokens], axes: Axes) -> None:
                 fontsize=8,
             )
     axes.set_xlim(0, max(full) * 1.18)
-    axes.set_title("tokens in the cache", fontsize=10)
+    axes.set_title("tokens in the cache\n", fontsize=10)
     axes.set_xlabel("tokens")
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -678,9 +696,5 @@ def _draw_words(explanation: Explanation, figure: Figure) -> None:
         entries.append((_COLOURS[DROPPED], "dropped"))
     patches = [Patch(facecolor=colour, edgecolor="#999999", label=label) for colour, label in entries]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
-    lines = [f"{explanation.title} ({explanation.options})"]
-    for name, stream in explanation.streams.items():
-        shape = f"{name.capitalize()}: {stream.shape}" if name else stream.shape
-        lines += [shape, stream.summary, stream.positions_summary]
-    lines += [fill(sentence, _WORDS_WIDTH) for sentence in explanation.passes_summary]
+    lines = [f"{explanation.title} ({explanation.options})", *explanation.passes_summary[1:]]
     figure.suptitle("\n".join(lines), fontsize=11)

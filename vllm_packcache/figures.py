@@ -14,6 +14,8 @@ FORMATS = (".png", ".svg")
 
 DOTS_PER_INCH = 110
 
+QUICK = "a quick run: its numbers say nothing"
+
 
 def check_format(option: str, path: Path | None) -> None:
     """Make sure that a picture can be of the kind that its name says, before there is something to draw; None is none.
@@ -36,10 +38,18 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, as PNG or SVG by the suffix of ``path``: the same figure, the same file."""
+def save(figure: Figure, path: Path, *, quick: bool = False) -> None:
+    """Write a figure, as PNG or SVG by the suffix of ``path``: the same figure, the same file.
+
+    Args:
+        figure: what is drawn.
+        path: a name that `check_format` lets pass.
+        quick: say across the picture that its sizes are too small for its numbers to mean anything.
+    """
     from matplotlib import rc_context
 
+    if quick:
+        figure.text(0.5, 0.5, QUICK, fontsize=24, color="#c8102e", alpha=0.35, rotation=15, ha="center", va="center")
     kind = path.suffix[1:].lower()
     metadata = {"Date": None} if kind == "svg" else None
     # Without a salt the identifiers in an SVG are others each time.

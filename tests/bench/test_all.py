@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.bench import results
 from vllm_packcache import cli
 from vllm_packcache.bench import everything, files
+from vllm_packcache.bench.calibrate import report as calibrate_report
+from vllm_packcache.bench.decode import plot as decode_plot
 from vllm_packcache.bench.engine_process import EngineFailed
+from vllm_packcache.bench.masked import plot as masked_plot
+from vllm_packcache.bench.quality import show as quality_show
 from vllm_packcache.bench.report import CSV, REPORT
 from vllm_packcache.bench.report.parts import read
 from vllm_packcache.config import ConfigError
 from vllm_packcache.demo.server import ServerError
+from vllm_packcache.figures import QUICK
 
 ALL = ["decode", "serve", "masked", "quality", "calibrate"]
 JSON = [f"{name}.json" for name in ALL]
@@ -69,6 +75,9 @@ class Fakes:
         result = results.quality(3, plan.trained_frames)
         assert result["spans"] == sizes["spans"]
         self.write(folder / "quality.json", result | sizes)
+        # It does not know that it is part of a quick run.
+        self.draw_quality(result, folder)
+        self.drawn.clear()
         for name in STRIPS:
             (folder / name).write_text("one world", encoding="utf-8")
 
@@ -78,7 +87,7 @@ class Fakes:
 
     def draw(self, result: dict[str, Any], path: Path) -> None:
         self.drawn.append(path.name)
-        path.write_text("a picture", encoding="utf-8")
+        path.write_text(f"a {'quick' if result.get('quick') else 'full'} picture", encoding="utf-8")
 
     def draw_quality(self, result: dict[str, Any], folder: Path) -> None:
         for name in DRAWN[4:8]:
@@ -188,9 +197,29 @@ def test_a_quick_run_says_so_and_its_results_are_not_those_of_a_full_one(run, tm
     assert measured == ALL
     assert all(read(tmp_path / name)["quick"] for name in JSON)
     assert (tmp_path / REPORT).read_text(encoding="utf-8").count("**A quick run: ") == 5
+    assert {(tmp_path / name).read_text(encoding="utf-8") for name in DRAWN} == {"a quick picture"}
     assert run(quick=True)[0] == []
     assert run()[0] == ALL
     assert not any(read(tmp_path / name).get("quick") for name in JSON)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(
+    ("draw", "result"),
+    [
+        (decode_plot.draw, results.decode),
+        (masked_plot.draw, lambda: results.read("masked.json")),
+        (calibrate_report.draw, lambda: results.calibrate(2, 0.8)),
+        (quality_show.draw, lambda: results.quality(3, 2)),
+    ],
+    ids=["decode", "masked", "calibrate", "quality"],
+)
+def test_every_plot_of_a_quick_run_says_so(draw, result, quick: bool, tmp_path: Path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(result() | {"quick": quick}, tmp_path / "x.png")
+    assert figures
+    assert all((QUICK in [text.get_text() for text in figure.texts]) == quick for figure in figures)
 
 
 def test_a_quick_run_does_not_take_the_place_of_a_full_one(run, tmp_path: Path):

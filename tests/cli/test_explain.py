@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
 from vllm_packcache.config import ConfigError, VideoPlan, load_mapping, presets
-from vllm_packcache.explain import DROPPED, IN_CONDITION, NOT_YET, _position_bars, _shown_states, draw, explain
+from vllm_packcache.explain import DROPPED, IN_CONDITION, NOT_YET, _pixels, _position_bars, _shown_states, draw, explain
 from vllm_packcache.policies import names
 from vllm_packcache.positions import TIME
 from vllm_packcache.reference.visibility import frame_visibility
@@ -69,6 +69,29 @@ def test_lines_fit_the_terminal(preset: str, streams: int, columns: int) -> None
     output = run(preset, columns=columns)
     assert max(map(len, output.splitlines())) <= columns
     assert sum("│" in line for line in output.splitlines()) == 12 * streams
+
+
+def test_a_picture_is_of_the_kind_that_its_name_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.SVG"
+    run(TINY, *TINY_OPTIONS, "--out", str(path))
+    assert path.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    result = CliRunner().invoke(app, ["explain", "demo", "--out", str(path)])
+    assert (result.exit_code, result.stdout, path.exists()) == (2, "", False)
+    assert result.stderr == "vllm-packcache: --out must name a file that ends in .png or .svg, not 'x.jpg'\n"
+
+
+@pytest.mark.parametrize("blocks", [600, 601, 4800, 4801, 9601])
+def test_groups_of_blocks_are_powers_of_two(blocks: int) -> None:
+    """Blocks are dropped in bit-reversed order: each such group of a thinned frame keeps as many as the others."""
+    explanation = explain(json.dumps({"layout": {"tokens_per_frame": blocks - 1}}), "packcache", frames=1,
+                          condition_tokens=1, block_size=1)  # fmt: skip
+    columns = _pixels(explanation).shape[1]
+    group = next(group for group in (1, 8, 16, 32) if -(-blocks // group) <= 600)
+    assert columns == -(-blocks // group)
 
 
 @pytest.mark.parametrize("policy", names())
@@ -255,7 +278,25 @@ def test_bars_of_positions_do_not_overlap(preset: str, policy: str) -> None:
         assert all(stop <= start for stop, start in zip(stops, starts[1:], strict=False))
         seen = explanation.seen_at(view.retained, view.tokens.frame)
         assert starts[-1] == seen[-1]
-        assert stops[-1] - starts[-1] == (257 if preset == "demo" else 4)
+        # With three axes a frame is one moment.
+        assert stops[-1] - starts[-1] == (257 if preset == "demo" else 1)
+
+
+@pytest.mark.parametrize("positions", ["rebase", "absolute"])
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_bars_of_positions_end_where_the_words_say(preset: str, positions: str) -> None:
+    source = json.dumps({"layout": preset, "positions": positions})
+    for stream in explain(source, "packcache", frames=9).streams.values():
+        bound = int(re.findall(r"below ([\d,]+)", stream.positions_bound)[0].replace(",", ""))
+        assert bound == max(stop for made in range(9) for _, _, stop in _position_bars(stream, made))
+        assert stream.positions_bound.removeprefix("below ") in stream.positions_summary
+
+
+@pytest.mark.parametrize(("condition_tokens", "stop"), [(None, 36), (100, 100)])
+def test_a_conditioning_image_is_one_moment_too(condition_tokens: int | None, stop: int) -> None:
+    """32 tokens of text and the three that begin the image stand before it; text alone has an index a token."""
+    explanation = explain("lumos1_256p", "packcache", frames=2, condition_tokens=condition_tokens)
+    assert next(_position_bars(explanation, 1)) == (IN_CONDITION, 0, stop)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +328,16 @@ def test_picture_has_three_panels_for_every_stream(
     draw(explain(source, "packcache", frames=8), tmp_path / "x.png")
     panels = figures[0].axes
     assert len(panels) == 3 * len(streams)
+    title = figures[0].get_suptitle().splitlines()
+    assert title[0].startswith(f"{source}: packcache (history_frames 2, ")
+    assert len(title) == len(streams)
     for stream, (blocks, positions, tokens) in zip(streams, np.reshape(panels, (-1, 3)), strict=True):
         assert blocks.get_xlabel().startswith("block of the sequence")
+        # What is said of a stream stands above its own bars.
+        shape, summary = blocks.get_title().splitlines()
+        assert shape.startswith(f"{stream}ditional stream: condition ".capitalize() if stream else "condition ")
+        assert summary.startswith("Blocks are dropped from frame 3 on; frame 7 reads ")
+        assert positions.get_title().startswith("positions that the model sees:\nbelow ")
         assert blocks.get_ylabel() == (f"frame being made,\n{stream}ditional stream" if stream else "frame being made")
         assert positions.get_xlabel() == label
         assert tokens.get_xlabel() == "tokens"

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_packcache.config import ConfigError
-from vllm_packcache.figures import FORMATS, check_format, new_figure, save
+from vllm_packcache.figures import FORMATS, QUICK, check_format, new_figure, save
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -19,6 +19,13 @@ def test_the_same_figure_is_the_same_file(tmp_path, suffix):
 
     assert written[0] == written[1]
     assert written[0].lstrip().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_a_quick_run_says_so_in_its_picture(tmp_path):
+    for quick in (False, True):
+        figure = new_figure(3, 2)
+        save(figure, tmp_path / "picture.svg", quick=quick)
+        assert [text.get_text() for text in figure.texts] == [QUICK] * quick
 
 
 def test_other_kinds_are_refused_before_there_is_something_to_draw(tmp_path):

@@ -75,12 +75,14 @@ class Benchmark:
             (folder / name).unlink(missing_ok=True)
 
     def finish(self, folder: Path, quick: bool) -> None:
-        """Say in the result that it is ``quick``, and draw what is missing."""
+        """Say in the result and its plots that it is ``quick``, and draw what is missing."""
         result = self.part.read(folder)
         assert result is not None
         if quick and not result.get("quick"):
             result = {**result, "quick": True}
             files.write(folder / self.part.file, result)
+            for name in self.drawn:
+                (folder / name).unlink(missing_ok=True)
         for name, draw in self.drawn.items():
             if not _there(folder / name):
                 draw(result, folder / name)

@@ -211,7 +211,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['model']}: {result['videos']} videos of {result['frames']} frames, full cache", x=0.01, ha="left"
     )
-    save(figure, path)
+    save(figure, path, quick=result.get("quick", False))
 
 
 def _draw_segments(axes: Axes, result: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False)
-    save(figure, path)
+    save(figure, path, quick=result["quick"])
 
 
 def _label(name: str, measured: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     _ratios(ratios, result)
     _memory(memory, result["memory"])
     figure.suptitle(f"{result['is']}", x=0.01, ha="left", fontsize=9, wrap=True)
-    save(figure, path)
+    save(figure, path, quick=result["quick"])
 
 
 def _ratios(axes: Axes, result: Mapping[str, Any]) -> None:

@@ -131,9 +131,10 @@ def _numbers(found: Mapping[str, float] | None) -> list[float | None]:
 
 def draw(result: Mapping[str, Any], folder: Path) -> None:
     """Write quality over the frames and, if there is one, the frontier, each as PNG and SVG; see `PICTURES`."""
+    quick = result.get("quick", False)
     if result["frontier"]:
-        _save(_frontier(result), folder / FRONTIER)
-    _save(_by_frame(result), folder / PICTURES[result["benchmark"]].by_frame)
+        _save(_frontier(result), folder / FRONTIER, quick=quick)
+    _save(_by_frame(result), folder / PICTURES[result["benchmark"]].by_frame, quick=quick)
 
 
 def _frontier(result: Mapping[str, Any]) -> Figure:
@@ -235,6 +236,6 @@ def _legend(figure: Figure) -> None:
     figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, *, quick: bool = False) -> None:
     for suffix in FORMATS:
-        save(figure, path.with_suffix(suffix))
+        save(figure, path.with_suffix(suffix), quick=quick)
