@@ -98,11 +98,10 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
         if key not in engines:
             engines[key] = LLM(
                 model,
-                skip_tokenizer_init=True,
                 enforce_eager=True,
                 seed=0,
                 additional_config=additional,
-                **{"dtype": "float32", **options},
+                **{"dtype": "float32", "skip_tokenizer_init": True, **options},
             )
         return engines[key]
 
