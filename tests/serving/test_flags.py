@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -104,6 +105,30 @@ def test_every_process_that_gets_the_arguments_has_them(parse: Callable[..., arg
         timeout=300,
     )
     assert told.stdout.decode().strip() == str(BOTH)
+
+
+@pytest.mark.parametrize(
+    "makes_parser",
+    [
+        "vllm.entrypoints.launchers.cli_args:make_arg_parser",
+        "vllm.entrypoints.launchers.run_batch:make_arg_parser",
+        "vllm.benchmarks.latency:add_cli_args",
+        "vllm.benchmarks.throughput:add_cli_args",
+        "vllm.benchmarks.startup:add_cli_args",
+    ],
+)
+def test_every_command_makes_its_engine_of_them(makes_parser: str, checkpoint: Path, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    parser = FlexibleArgumentParser()
+    parser = resolve_name(makes_parser)(parser) or parser
+    files = ["-i", "in", "-o", "out"] if "run_batch" in makes_parser else []
+    options = tmp_path / "options.yaml"
+    options.write_text(f"kv-cache-policy-config: {json.dumps(CONFIG)}\n")
+    arguments = parser.parse_args(["--model", str(checkpoint), *files, *POLICY, "--config", str(options)])
+    assert AsyncEngineArgs.from_cli_args(arguments).additional_config == BOTH
 
 
 @pytest.mark.parametrize(
