@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.config import VllmConfig
 
 from tests.runner import needs_v2
-from tests.serving.conftest import prompt, run, sampling
+from tests.serving.conftest import generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig
 
 # The V1 runner leaves attention out of graphs.
@@ -128,3 +129,25 @@ def test_a_gpu_backend_equals_the_reference(engine: Any, reference: Any, backend
     reference.check(text, rest, 9)
     assert reference.differs(video, made)
     assert {(2, 2), (1, 1)} <= set(graphs.replayed)
+
+
+def test_chunks_end_with_frames_where_a_backend_has_rows_for_requests_only(
+    engine: Any, reference: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The V1 runner with a GPU's backend: a chunk of several frames would have more rows than there is memory for."""
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    condition, frame, block_size = 20, 25, 16
+    config = {"window": 2, "history_frames": 1.5, "positions": "absolute"}
+    llm = engine(
+        "packcache", config, variant=f"V1 {backend}", block_size=block_size, max_model_len=256,
+        max_num_batched_tokens=200, max_num_seqs=1, num_gpu_blocks_override=40,
+    )  # fmt: skip
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert type(runner).__mro__[1].__module__ == "vllm.v1.worker.gpu_model_runner"
+    assert runner.attn_groups[0][0].backend.get_name() == backend
+    options = {"tokens_per_frame": frame, "condition_tokens": condition}
+    plan = ServerConfig.parse("packcache", config).plan({f"packcache_{k}": v for k, v in options.items()}, condition)
+    video = prompt(condition + 5 * frame - 3, seed=5)
+    made = generate(llm, video, 6, **options)
+    reference.check(video, made, 6, plan, block_size)
+    assert reference.differs(video, made)
