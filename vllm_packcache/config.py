@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -27,7 +27,7 @@ from pydantic.errors import PydanticUserError
 from vllm_packcache import masked, policies
 from vllm_packcache.errors import ConfigError as ConfigError
 from vllm_packcache.errors import named, shown
-from vllm_packcache.layout import FrameLayout, VideoLayout
+from vllm_packcache.layout import MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.masked import MaskedOptions
 from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.policies.base import check_class
@@ -56,6 +56,9 @@ CANVAS_OPTION = "diffusion_canvas_length"
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
 
+DEEPEST = 4
+"""Lists and mappings inside each other that an option's value may be made of."""
+
 OPT_OUT = Full.name
 """The one other policy a request may name: its whole cache is kept."""
 
@@ -64,10 +67,12 @@ PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
-def _is_video_key(key: str) -> bool:
-    return key.startswith(REQUEST_PREFIX)
+def is_video_key(key: object) -> bool:
+    """Whether a request option is one of ours."""
+    return isinstance(key, str) and key.startswith(REQUEST_PREFIX)
 
 
+_Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 _Scale = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -121,6 +126,7 @@ class _RequestOptions(BaseModel):
     tokens_per_frame: int | None = None
     condition_tokens: Annotated[int, Field(ge=0)] | None = None
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
+    frames: _Frames | None = None
 
 
 class _MaskedRequestOptions(BaseModel):
@@ -130,7 +136,7 @@ class _MaskedRequestOptions(BaseModel):
 
     policy: str | None = None
     grid: tuple[int, int] | None = None
-    frames: Annotated[int, Field(ge=1)] | None = None
+    frames: _Frames | None = None
     condition_frames: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -146,6 +152,22 @@ class VideoPlan:
     def as_stock(self) -> bool:
         """Whether the whole cache is kept and positions are as without a policy."""
         return type(self.policy) is Full and self.positions.as_stock
+
+
+class Asked(NamedTuple):
+    """What a request says of its video.
+
+    Attributes:
+        policy: what to keep, and of it what the request changes.
+        layout: the video.
+        frames: how many frames to make, the one that the prompt ends in included; None: it does not say.
+        has_frames: whether anybody has said how large a frame is; without that, ``policy`` is `Full`.
+    """
+
+    policy: Policy
+    layout: VideoLayout
+    frames: int | None
+    has_frames: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,11 +345,39 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        plan = self.video(extra_args, num_prompt_tokens)
-        return None if plan is None or plan.as_stock else plan
+        asked = self.asked(extra_args, num_prompt_tokens)
+        return None if asked is None else self.plan_of(asked)
+
+    def plan_of(self, asked: Asked) -> VideoPlan | None:
+        """What the video of a request keeps; see `plan`.
+
+        Raises:
+            ConfigError: its layout does not go with the positions of the model.
+        """
+        plan = self._video_of(asked)
+        return None if plan.as_stock else plan
 
     def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
         """The same as `plan`, but of a video that opts out, too; None: it is none, or nobody says where its frames are.
+
+        Raises:
+            ConfigError: an option is wrong; the message names it.
+        """
+        asked = self.asked(extra_args, num_prompt_tokens)
+        if asked is None:
+            return None
+        plan = self._video_of(asked)
+        return plan if asked.has_frames or not plan.as_stock else None
+
+    def _video_of(self, asked: Asked) -> VideoPlan:
+        try:
+            positions = self.positions_of(asked.layout, asked.policy)
+        except ValueError as error:
+            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
+        return VideoPlan(asked.layout, asked.policy, positions)
+
+    def asked(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Asked | None:
+        """What a request says of its video, see `plan`; None: it is none.
 
         Raises:
             ConfigError: an option is wrong; the message names it.
@@ -339,18 +389,27 @@ class ServerConfig:
         try:
             options = _validate(_RequestOptions, own)
         except ValidationError as error:
-            known = [*_RequestOptions.model_fields, *sorted(self._policy_options)]
-            raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
+            raise ConfigError(_describe(error, REQUEST_PREFIX, self.request_options, REQUEST_PREFIX)) from None
         policy = self._request_policy(options.policy, changed)
         layout = self._request_layout(options, num_prompt_tokens)
         _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
-        try:
-            positions = self.positions_of(layout, policy)
-        except ValueError as error:
-            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        plan = VideoPlan(layout, policy, positions)
-        shaped = self.layout is not None or options.grid is not None or options.tokens_per_frame is not None
-        return plan if shaped or not plan.as_stock else None
+        has_frames = self.layout is not None or options.grid is not None or options.tokens_per_frame is not None
+        if options.frames is not None and not has_frames:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}frames needs {REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame: this server "
+                "was started without a layout"
+            )
+        return Asked(policy, layout, options.frames, has_frames)
+
+    @property
+    def request_options(self) -> list[str]:
+        """Names of what a request may say of its video, without prefix."""
+        return [*_RequestOptions.model_fields, *sorted(self._policy_options)]
+
+    @property
+    def masked_request_options(self) -> list[str]:
+        """The same for a masked model."""
+        return [*_MaskedRequestOptions.model_fields, *_MASKED_OPTIONS, *sorted(self._policy_options)]
 
     def masked_plan(self, extra_args: Mapping[str, Any] | None, prompt_ids: Sequence[int]) -> MaskedPlan:
         """What a request to a masked model makes and keeps: every request is a video.
@@ -365,18 +424,21 @@ class ServerConfig:
         """
         own, changed = self._split(_video_options(extra_args))
         how = {name: own.pop(name) for name in _MASKED_OPTIONS if name in own}
-        known = [*_MaskedRequestOptions.model_fields, *_MASKED_OPTIONS, *sorted(self._policy_options)]
         try:
             options = _validate(_MaskedRequestOptions, own)
             # JSON over HTTP turns true and false into 1 and 0.
             flags = {name: bool(how[name]) for name in _MASKED_FLAGS if how.get(name) in (0, 1)}
             made = _validate(MaskedOptions, how | flags)
         except ValidationError as error:
-            raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
+            raise ConfigError(_describe(error, REQUEST_PREFIX, self.masked_request_options, REQUEST_PREFIX)) from None
         policy = self._request_policy(options.policy, changed)
         grid = options.grid or (self.layout.grid if self.layout else None)
         if grid is None:
             raise ConfigError(f"{REQUEST_PREFIX}grid is needed: this server was started without a layout")
+        try:
+            masked.check_text(prompt_ids)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         try:
             layout = self._masked_layout(prompt_ids, grid, options.condition_frames)
             first_frame = masked.given_frames(prompt_ids, layout)
@@ -414,7 +476,7 @@ class ServerConfig:
         """The server's policy with what a request changes of it."""
         if name not in (None, OPT_OUT, self.name):
             raise ConfigError(
-                f"{REQUEST_PREFIX}policy must be {self.name!r}, the policy of this server, or {OPT_OUT!r}, not {name!r}"
+                f"{REQUEST_PREFIX}policy must be {self.name!r}, the policy of this server, or {OPT_OUT!r}, not {shown(name)}"
             )
         policy = self.policy
         if changed:
@@ -506,8 +568,25 @@ _MASKED_FLAGS = [field.name for field in dataclasses.fields(MaskedOptions) if fi
 
 
 def _video_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a request says of its video, names without prefix."""
-    return {key.removeprefix(REQUEST_PREFIX): value for key, value in (extra_args or {}).items() if _is_video_key(key)}
+    """What a request says of its video, names without prefix.
+
+    Raises:
+        ConfigError: a value is made of too much to be an option's.
+    """
+    given = {key.removeprefix(REQUEST_PREFIX): value for key, value in (extra_args or {}).items() if is_video_key(key)}
+    for name, value in given.items():
+        if _deeper(value, DEEPEST):
+            raise ConfigError(f"{REQUEST_PREFIX}{named(name)} is nested too deeply: give numbers, or lists of them")
+    return given
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and mappings lie more than ``levels`` deep inside each other in ``value``."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return False
+    return levels == 0 or any(_deeper(item, levels - 1) for item in value)
 
 
 def _check_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> None:
@@ -581,7 +660,9 @@ def _validate(model: type[_Model], options: Mapping[str, Any]) -> _Model:
     # By way of JSON, because that is what the options are: strict there means that [2, 3] is a pair and 2 a
     # number, while "2" and true are not.
     named = {str(option): value for option, value in options.items()}
-    return _validator(model).validate_json(json.dumps(named, default=repr))  # type: ignore[arg-type]
+    # A lone surrogate is no text: whatever option it is in, that is wrong.
+    text = json.dumps(named, default=repr, ensure_ascii=False).encode("utf-8", "replace")
+    return _validator(model).validate_json(text)  # type: ignore[arg-type]
 
 
 def _parse_policy(
@@ -638,7 +719,7 @@ def _check_policy(policy: Policy, frame: FrameLayout, where: str) -> None:
 def _describe(error: ValidationError, start: str, known: list[str], prefix: str) -> str:
     """The first thing wrong, in one sentence."""
     first = error.errors()[0]
-    option = str(first["loc"][0]) if first["loc"] else ""
+    option = named(str(first["loc"][0])) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         names = ", ".join(prefix + name for name in known)
         return f"{start}{option} is no known option: known are {names}"
@@ -647,7 +728,7 @@ def _describe(error: ValidationError, start: str, known: list[str], prefix: str)
         return f"{start}{message}"
     if len(first["loc"]) > 1:
         message = f"Item {int(first['loc'][1]) + 1}: {message}"
-    return f"{start}{option}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+    return f"{start}{option}: {message[0].lower()}{message[1:]}, not {shown(first['input'])}"
 
 
 _PROBE = LayoutConfig(grid=(16, 16), condition_image_tokens=16)

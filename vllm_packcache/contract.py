@@ -176,6 +176,47 @@ RELIANCES: tuple[Reliance, ...] = (
         )
     ),
     Reliance("start-up: cache option that is refused", "config/cache.py", "CacheConfig.kv_sharing_fast_prefill"),
+    *(
+        Reliance(
+            "request: as it came", f"entrypoints/{file}.py", symbol, ("self", "request", "raw_request"), exact=True
+        )
+        for file, symbol in (
+            ("openai/completion/serving", "OpenAIServingCompletion.create_completion"),
+            ("openai/chat_completion/serving", "OpenAIServingChat.create_chat_completion"),
+            ("openai/chat_completion/batch_serving", "OpenAIServingChatBatch.create_batch_chat_completion"),
+            ("openai/responses/serving", "OpenAIServingResponses.create_responses"),
+            ("scale_out/token_in_token_out/serving", "ServingTokens.serve_tokens"),
+        )
+    ),
+    *(
+        Reliance("request: where its options are", f"entrypoints/{file}/protocol.py", f"{owner}.{field}")
+        for file, owner, fields in (
+            ("openai/completion", "CompletionRequest", ("vllm_xargs", "max_tokens", "use_beam_search")),
+            (
+                "openai/chat_completion",
+                "ChatCompletionRequest",
+                ("vllm_xargs", "max_tokens", "max_completion_tokens", "use_beam_search"),
+            ),
+            ("openai/responses", "ResponsesRequest", ("vllm_xargs", "max_output_tokens")),
+            (
+                "scale_out/token_in_token_out",
+                "GenerateRequest",
+                ("sampling_params", "is_sampling_param_provided"),
+            ),
+        )
+        for field in fields
+    ),
+    Reliance(
+        "request: where its options are",
+        "entrypoints/generate/base/serving.py",
+        "GenerateBaseServing.__init__",
+        (),
+        ("input_processor",),
+    ),
+    *(
+        Reliance("request: what the operator gives", "config/model.py", f"ModelConfig.{field}")
+        for field in ("override_generation_config", "logits_processors")
+    ),
     Reliance(
         "request: refuse bad options with HTTP 400",
         "v1/engine/input_processor.py",

@@ -80,9 +80,39 @@ ENGINE: tuple[Hook, ...] = (
         "re-based sequences may be longer than the model has positions",
     ),
     Hook(
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion.create_completion",
+        "vllm_packcache.plugin_requests:reading_body",
+        "what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
+    ),
+    Hook(
+        "vllm.entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat.create_chat_completion",
+        "vllm_packcache.plugin_requests:reading_body",
+        "what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
+    ),
+    Hook(
+        "vllm.entrypoints.openai.chat_completion.batch_serving",
+        "OpenAIServingChatBatch.create_batch_chat_completion",
+        "vllm_packcache.plugin_requests:reading_body",
+        "what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
+    ),
+    Hook(
+        "vllm.entrypoints.openai.responses.serving",
+        "OpenAIServingResponses.create_responses",
+        "vllm_packcache.plugin_requests:reading_body",
+        "what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
+    ),
+    Hook(
+        "vllm.entrypoints.scale_out.token_in_token_out.serving",
+        "ServingTokens.serve_tokens",
+        "vllm_packcache.plugin_requests:reading_body",
+        "what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
+    ),
+    Hook(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",
-        "vllm_packcache.plugin:checking_request",
+        "vllm_packcache.plugin_requests:checking_request",
         "bad options, and what can never fit, are HTTP 400",
     ),
     Hook(

@@ -19,8 +19,11 @@ from typing import NamedTuple
 CONDITION = -1
 """The segment number of the condition; frames are numbered 0, 1, 2, ..."""
 
-MAX_TOKENS_PER_FRAME = 2**31 - 1
-"""Tokens are counted in int64: this many, times any frame number that is ever reached, does not overflow."""
+MAX_TOKENS_PER_FRAME = 2**20
+"""Most tokens of a frame, a hundred times what models have: some checks of a request look at a frame token by token."""
+
+MAX_FRAMES = 2**20
+"""Most frames that a request may ask for or a window may have: their tokens do not overflow an int64."""
 
 
 class Segment(NamedTuple):
@@ -151,6 +154,10 @@ class VideoLayout:
         if token < self.condition_tokens:
             return CONDITION
         return (token - self.condition_tokens) // self.tokens_per_frame
+
+    def tokens_to_end(self, given: int, frames: int) -> int:
+        """Tokens that end a video of ``given`` tokens after ``frames`` more frames; one that has begun is the first."""
+        return frames * self.tokens_per_frame - (given - self.condition_tokens) % self.tokens_per_frame
 
     def place(self, token: int) -> TokenPlace:
         """Frame, row and column of ``token``; row and column are None for text and special tokens.

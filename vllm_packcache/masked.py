@@ -66,6 +66,16 @@ VIDEO_START_TOKENS = 3
 LEAST_TEXT_TOKENS = 2 + VIDEO_START_TOKENS
 """Tokens of a prompt without words: begin of the sequence and separator come first."""
 
+STRUCTURE = frozenset({BOS, SEPARATOR, VIDEO_BEGIN, VIDEO_END, FRAME_BEGIN, FRAME_END, NEWLINE, MASK})
+"""Ids that mean something only where the grammar of a sequence has them: no text holds one."""
+
+MAX_STEPS = 1000
+"""Most passes of a frame, twenty times the published number: each costs a pass over two streams."""
+MAX_GUIDANCE = 1000.0
+"""Most guidance, either way: far beyond what changes a token, and far below what overflows float32."""
+MAX_TEMPERATURE = 1000.0
+"""Most noise: beyond it the order in which tokens become known is random already."""
+
 LEAST_PROBABILITY = 1e-20
 """Confidence is the logarithm of a probability that is this at least."""
 
@@ -79,10 +89,10 @@ class MaskedOptions:
 
     Args:
         seed: of the noise, 0 to 2^64 - 1.
-        steps: passes of a frame in which tokens are chosen; one more commits it.
-        guidance: s, by which the logits move away from the unconditional ones: ``u + s (c - u)``. 1: there is no
-            unconditional stream.
-        temperature: tau of the confidence's noise before the first step.
+        steps: passes of a frame in which tokens are chosen, at most `MAX_STEPS`; one more commits it.
+        guidance: s, by which the logits move away from the unconditional ones: ``u + s (c - u)``, at most
+            `MAX_GUIDANCE` either way. 1: there is no unconditional stream.
+        temperature: tau of the confidence's noise before the first step, at most `MAX_TEMPERATURE`.
         remask: share of a finished frame's content that is committed as mask tokens; 0: none.
         reset_temperature: published is False: tau decays to 0 over the first frame that is made and stays there. True:
             every frame begins with ``temperature``.
@@ -107,12 +117,12 @@ class MaskedOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {self.seed}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, not {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, not {self.guidance}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more and finite, not {self.temperature}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be 1 or more and at most {MAX_STEPS}, not {self.steps}")
+        if not abs(self.guidance) <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must lie between -{MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {self.guidance}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or more and at most {MAX_TEMPERATURE:g}, not {self.temperature}")
         if not 0 <= self.remask <= 1:
             raise ValueError(f"remask must lie between 0 and 1, not {self.remask}")
 
@@ -289,6 +299,34 @@ def given_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> int:
             f"{layout.tokens_per_frame} must make it up"
         )
     return frames
+
+
+def check_text(prompt_ids: Sequence[int]) -> None:
+    """Check what stands before the first picture: ids of structure stand where `text_prompt` puts them.
+
+    Args:
+        prompt_ids: as of `text_prompt`, with any frames that are given.
+
+    Raises:
+        ValueError: the prompt is not of this form, or its text holds an id of structure, which the model would obey.
+    """
+    ids = list(prompt_ids)
+    if VIDEO_BEGIN not in ids:
+        raise ValueError(f"the prompt has no video begin ({VIDEO_BEGIN}): end its text with it, a duration and a rate")
+    begin = ids.index(VIDEO_BEGIN)
+    if begin < 2 or ids[0] != BOS or ids[begin - 1] != SEPARATOR:
+        raise ValueError(
+            f"before the prompt's video begin ({VIDEO_BEGIN}) stand the begin of the sequence ({BOS}), the text and a "
+            f"separator ({SEPARATOR})"
+        )
+    for wrong in (id for id in ids[1 : begin - 1] if id in STRUCTURE or id >= VISUAL_BEGIN or id < 0):
+        raise ValueError(f"the text of the prompt holds {wrong}, which is no text to this model: leave it out")
+    for number in ids[begin + 1 : begin + VIDEO_START_TOKENS]:
+        if not NUMBER_ZERO <= number < MASK:
+            raise ValueError(
+                f"after the prompt's video begin ({VIDEO_BEGIN}) stand a duration and a rate, numbers from "
+                f"{NUMBER_ZERO} (0) to {MASK - 1}, not {number}"
+            )
 
 
 # Steps

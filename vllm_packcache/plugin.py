@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -24,22 +24,17 @@ from vllm_packcache.config import (
     POLICY_FLAG,
     POLICY_KEY,
     POSITION_LIMIT_KEY,
-    REQUEST_PREFIX,
     ConfigError,
     PositionMode,
     ServerConfig,
-    VideoPlan,
-    config_of,
     load_mapping,
 )
 from vllm_packcache.flags import CommandLine
-from vllm_packcache.retention import PolicyError, Retention
+from vllm_packcache.plugin_requests import steps_ahead
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 _REBASED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -337,121 +332,6 @@ def finding_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callab
         return length
 
     return wrapper
-
-
-def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``InputProcessor.process_inputs`` to refuse requests, which vLLM answers with HTTP 400."""
-
-    @wraps(process_inputs)
-    def wrapper(processor: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.exceptions import VLLMValidationError
-
-        request = process_inputs(processor, *args, **kwargs)
-        config = config_of(processor)
-        try:
-            if plugin_masked.is_masked(processor.vllm_config.model_config):
-                plugin_masked.check_request(processor, request, _pool_blocks(processor.vllm_config))
-            elif config is not None and request.sampling_params is not None:
-                _check_request(request, config, processor.vllm_config)
-        except (ConfigError, PolicyError) as error:
-            raise VLLMValidationError(str(error)) from None
-        return request
-
-    return wrapper
-
-
-def _check_request(request: EngineCoreRequest, config: ServerConfig, vllm_config: VllmConfig) -> None:
-    """Check the options of a request, and hold it to the positions of the model and to the blocks of the KV cache.
-
-    Raises:
-        ConfigError: an option is wrong, or the request needs more than there is.
-    """
-    params = request.sampling_params
-    assert params is not None
-    prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
-    assert prompt is not None
-    plan = config.plan(params.extra_args, len(prompt))
-    if plan is None or plan.positions.window is None:
-        _end_within(config.position_limit, "the model has", "positions", len(prompt), params)
-    if plan is None:
-        blocks = _pool_blocks(vllm_config)
-        tokens = None if blocks is None else blocks * vllm_config.cache_config.block_size
-        _end_within(tokens, "the KV cache has room for", "tokens", len(prompt), params)
-        return
-    if request.resumable:
-        raise ConfigError(
-            f"a session with streamed input cannot be a video, because its condition would grow: leave the "
-            f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
-        )
-    if plan.positions.scale is not None and request.mm_features:
-        raise ConfigError(
-            "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
-            f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
-        )
-    total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
-    _check_size(plan, total, config.position_limit, vllm_config)
-
-
-def _end_within(limit: int | None, whose: str, what: str, prompt_tokens: int, params: SamplingParams) -> None:
-    """End a request that keeps its whole cache as vLLM does at its own limit, with finish_reason "length".
-
-    Raises:
-        ConfigError: its prompt alone is beyond ``limit``.
-    """
-    if limit is None:
-        return
-    if prompt_tokens >= limit:
-        raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens, and {whose} {limit} {what}: only videos, of which the policy "
-            f"drops what is old, may be longer (see the {REQUEST_PREFIX}* options)"
-        )
-    params.max_tokens = min(params.max_tokens or 0, limit - prompt_tokens)
-
-
-def _check_size(plan: VideoPlan, total: int, position_limit: int | None, vllm_config: VllmConfig) -> None:
-    """Hold a video of ``total`` tokens to the positions of the model and to the blocks of the KV cache.
-
-    Raises:
-        ConfigError: it needs more.
-    """
-    positions = max(plan.positions.limit(total), plan.positions.window_tokens(total))
-    if position_limit is not None and positions > position_limit:
-        raise ConfigError(
-            f"this video needs {positions} positions, and the model has {position_limit}: lower {REQUEST_PREFIX}window "
-            "or the size of a frame, or shorten the condition"
-        )
-    available = _pool_blocks(vllm_config)
-    if available is None:
-        return
-    block_size = vllm_config.cache_config.block_size
-    blocks = -(-total // block_size)
-    most = Retention(plan.layout, plan.policy, block_size).most_blocks(steps_ahead(vllm_config))
-    blocks = blocks if most is None else min(blocks, most)
-    if blocks > available:
-        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.policy)) or "it keeps all"
-        raise ConfigError(
-            f"this video holds {blocks} blocks of {block_size} tokens, and the KV cache has {available}: let the "
-            f"policy keep less ({options}), make frames or the condition smaller, or start the server with a larger "
-            "KV cache"
-        )
-
-
-def steps_ahead(vllm_config: VllmConfig) -> int:
-    """Steps that may be scheduled before the one in flight has been processed."""
-    return vllm_config.max_concurrent_batches - 1
-
-
-def _pool_blocks(vllm_config: VllmConfig) -> int | None:
-    """Blocks that one engine can give to requests; None: no engine has said yet."""
-    blocks = vllm_config.cache_config.num_gpu_blocks
-    if not blocks:
-        return None
-    parallel = vllm_config.parallel_config
-    engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
-    if parallel.data_parallel_rank_local is not None:
-        engines = 1
-    # A front end adds up what its engines report, and one block of each is the null block.
-    return blocks // engines - 1
 
 
 def choosing_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:

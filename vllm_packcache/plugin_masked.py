@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from vllm_packcache.config import (
     ServerConfig,
     masked_config_of,
 )
+from vllm_packcache.errors import named
 from vllm_packcache.retention import Retention
 
 if TYPE_CHECKING:
@@ -228,6 +230,18 @@ def configure(vllm_config: VllmConfig) -> None:
     vllm_config.attention_config.use_non_causal = True
     # What a checkpoint recommends for sampling is for decoders, and vLLM would refuse it in every request.
     model.generation_config = "vllm"
+    for value, option in (
+        (model.override_generation_config, "--override-generation-config"),
+        (model.logits_processors, "--logits-processors"),
+    ):
+        if value:
+            raise ConfigError(
+                f"{option} has no effect on {model.model}, whose frames are made as a request's {REQUEST_PREFIX}* "
+                "options say: leave it out"
+            )
+    installed = sorted(found.name for found in entry_points(group="vllm.logits_processors"))
+    if installed:
+        logger.warning("Logits processors that are installed have no effect on this model: %s", ", ".join(installed))
 
 
 def check_backend(name: str) -> None:
@@ -258,13 +272,14 @@ def choose_scheduler(vllm_config: VllmConfig) -> None:
     scheduler.scheduler_cls = f"vllm_packcache.engine.masked_scheduler.{own[chosen]}"
 
 
-def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int | None) -> None:
+def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int | None, *, length_given: bool) -> None:
     """Check a request, and set what its options imply for vLLM.
 
     Args:
         processor: vLLM's, with its ``vllm_config``.
         request: its sampling parameters are set.
         pool_blocks: blocks of the KV cache; None: not known.
+        length_given: whether the request's ``max_tokens`` is the client's.
 
     Raises:
         ConfigError: an option is wrong, or the request needs more than there is.
@@ -272,8 +287,11 @@ def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int |
     params, vllm_config = request.sampling_params, processor.vllm_config
     if params is None or request.prompt_token_ids is None:
         raise ConfigError("this model makes videos: send the prompt as token ids (see vllm_packcache.masked)")
+    if request.resumable:
+        raise ConfigError("a session with streamed input cannot be a video: send the whole prompt at once")
+    if request.mm_features:
+        raise ConfigError("pictures are token ids to this model: send them in the prompt (see vllm_packcache.masked)")
     plan = masked_config_of(processor).masked_plan(params.extra_args, request.prompt_token_ids)
-    _check_sampling(params)
     frame = plan.conditional.layout.tokens_per_frame
     canvas = vllm_config.diffusion_config.canvas_length
     if frame > canvas:
@@ -284,34 +302,82 @@ def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int |
     vocabulary = vllm_config.model_config.get_vocab_size()
     if max(request.prompt_token_ids) >= vocabulary:
         raise ConfigError(f"the prompt has ids beyond the model's {vocabulary}: its visual codes are too large")
-    wanted = plan.frames * frame if plan.frames is not None else params.max_tokens or 0
-    if wanted < frame or wanted % frame:
-        raise ConfigError(
-            f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple of it"
-        )
+    length = params.max_tokens if length_given else None
+    frames = 1 if plan.frames is None and length is None else plan.frames
+    wanted = length or 0 if frames is None else frames * frame
     total, most = len(request.prompt_token_ids) + wanted, vllm_config.model_config.max_model_len
     if total > most:
         raise ConfigError(
             f"this video has {total} tokens with its prompt, and the server takes {most}: ask for fewer frames "
             f"({REQUEST_PREFIX}frames), or start it with a larger --max-model-len"
         )
+    if length not in (None, wanted):
+        raise ConfigError(
+            f"max_tokens is {length}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: give one of the "
+            "two, or make them agree"
+        )
+    if wanted % frame:
+        raise ConfigError(
+            f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple of it"
+        )
     _check_blocks(plan, total, vllm_config, pool_blocks)
     params.max_tokens = wanted
-    # Ids of a frame's special tokens may be those that end a text.
-    params.ignore_eos, params.stop_token_ids = True, []
     params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
 
 
-def _check_sampling(params: SamplingParams) -> None:
-    given = (
-        (params.n > 1, "n", f"ask once for each video, with a {REQUEST_PREFIX}seed of its own"),
-        (params.logprobs is not None, "logprobs", "a frame's tokens are drawn in several passes"),
-        (params.prompt_logprobs is not None, "prompt_logprobs", "frames are not predicted token by token"),
-        (bool(params.stop), "stop", f"a video ends after {REQUEST_PREFIX}frames"),
-    )
-    for is_given, option, reason in given:
-        if is_given:
+SEED = f"give {REQUEST_PREFIX}seed"
+DRAWN = "tokens of a frame are drawn in several passes, all that are uncertain anew"
+WHOLE = f"frames are made whole: a video ends after {REQUEST_PREFIX}frames"
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((1,), f"ask once for each video, with a {REQUEST_PREFIX}seed of its own"),
+    "temperature": ((1,), f"give {REQUEST_PREFIX}temperature"),
+    "seed": ((None,), SEED),
+    "top_k": ((0, -1), DRAWN),
+    "top_p": ((1,), DRAWN),
+    "min_p": ((0,), DRAWN),
+    "repetition_penalty": ((1,), DRAWN),
+    "presence_penalty": ((0,), DRAWN),
+    "frequency_penalty": ((0,), DRAWN),
+    "logit_bias": ((None, {}), DRAWN),
+    "allowed_token_ids": ((None, []), DRAWN),
+    "bad_words": ((None, []), DRAWN),
+    "structured_outputs": ((None,), DRAWN),
+    "logprobs": ((None,), DRAWN),
+    "logprob_token_ids": ((None, []), DRAWN),
+    "prompt_logprobs": ((None,), "frames are not predicted token by token"),
+    "prompt_logprob_token_ids": ((None,), "frames are not predicted token by token"),
+    "min_tokens": ((0,), WHOLE),
+    "stop": ((None, []), WHOLE),
+    "stop_token_ids": ((None, []), WHOLE),
+    "repetition_detection": ((None,), WHOLE),
+    "thinking_token_budget": ((None,), WHOLE),
+    "trace_decode_token_ids": ((None, []), DRAWN),
+}
+"""Sampling parameters that frames are not made by: the values with which they say nothing, and a reason or a remedy."""
+
+DIFFUSION_PREFIX = "diffusion_"
+"""Of vLLM's options for models that denoise canvases of text."""
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for option, (silent, reason) in REFUSED.items():
+        value = getattr(params, option)
+        if not any(value is own or (value is not None and own is not None and value == own) for own in silent):
             raise ConfigError(f"{option} is not for videos of this model: {reason}")
+    for option in params.extra_args or {}:
+        if str(option).startswith(DIFFUSION_PREFIX):
+            raise ConfigError(
+                f"{named(option)} is not for videos of this model: their {REQUEST_PREFIX}* options say how they "
+                "are made"
+            )
+    # Ids of a frame's special tokens may be those that end a text.
+    params.ignore_eos = True
 
 
 def _check_blocks(plan: MaskedPlan, total: int, vllm_config: VllmConfig, available: int | None) -> None:

@@ -253,6 +253,11 @@ def test_the_originals_can_be_called_as_the_plugin_calls_them() -> None:
     accepts(original("EngineArgs.add_cli_args"), "parser")
     accepts(original("EngineArgs.create_engine_config"), "engine_args")
     accepts(original("InputProcessor.process_inputs"), "processor", "id", "prompt", "params", "tasks")
+    accepts(original("OpenAIServingCompletion.create_completion"), "serving", "request", "raw request")
+    accepts(original("OpenAIServingChat.create_chat_completion"), "serving", "request", "raw request")
+    accepts(original("OpenAIServingChatBatch.create_batch_chat_completion"), "serving", "request", "raw request")
+    accepts(original("OpenAIServingResponses.create_responses"), "serving", "request", "raw request")
+    accepts(original("ServingTokens.serve_tokens"), "serving", "request", "raw request")
     accepts(original("KVCacheManager.get_computed_blocks"), "manager", "request")
     accepts(
         original("GPUModelRunner._build_attention_metadata"),

@@ -97,23 +97,27 @@ def refusal(call) -> str:
         (
             "packcache",
             {"history_frames": math.inf},
-            "kv_cache_policy_config: history_frames must be above 0, not inf",
+            "kv_cache_policy_config: history_frames must be above 0 and at most 1048576, not inf",
         ),
         (
             "packcache",
             {"gamma_text": 2},
             "kv_cache_policy_config: gamma_text must be 0 or more and at most 1, not 2.0",
         ),
-        ("sliding_window", {"window": 0}, "kv_cache_policy_config: window must be 1 or more, not 0"),
+        (
+            "sliding_window",
+            {"window": 0},
+            "kv_cache_policy_config: window must be 1 or more and at most 1048576, not 0",
+        ),
         (
             "attention_sink",
             {"sink_tokens": -1},
-            "kv_cache_policy_config: sink_tokens must be 0 or more, not -1",
+            "kv_cache_policy_config: sink_tokens must be 0 or more and at most 1099511627776, not -1",
         ),
         (
             "attention_sink",
             {"recent_tokens": 0},
-            "kv_cache_policy_config: recent_tokens must be 1 or more, not 0",
+            "kv_cache_policy_config: recent_tokens must be 1 or more and at most 1099511627776, not 0",
         ),
         (
             "packcache",
@@ -598,6 +602,7 @@ REQUEST_OPTIONS = ", ".join(
         "tokens_per_frame",
         "condition_tokens",
         "condition_image_tokens",
+        "frames",
         "decay",
         "gamma_condition",
         "gamma_text",
@@ -629,8 +634,11 @@ REQUEST_OPTIONS = ", ".join(
             {"packcache_history_frames": "2"},
             "packcache_history_frames: input should be a valid number, not '2'",
         ),
-        ({"packcache_history_frames": -1}, "packcache_history_frames must be above 0, not -1.0"),
-        ({"packcache_history_frames": 10**400}, "packcache_history_frames must be above 0, not inf"),
+        ({"packcache_history_frames": -1}, "packcache_history_frames must be above 0 and at most 1048576, not -1.0"),
+        (
+            {"packcache_history_frames": 10**400},
+            "packcache_history_frames must be above 0 and at most 1048576, not inf",
+        ),
         ({"packcache_tokens_per_frame": 0}, "packcache_tokens_per_frame must be 1 or more, not 0"),
         (
             {"packcache_tokens_per_frame": 1.5},
@@ -638,7 +646,7 @@ REQUEST_OPTIONS = ", ".join(
         ),
         (
             {"packcache_tokens_per_frame": 10**400},
-            f"packcache_tokens_per_frame must be at most 2147483647, not {10**400}",
+            f"packcache_tokens_per_frame must be at most 1048576, not {10**400}",
         ),
         (
             {"packcache_condition_tokens": 301},

@@ -61,7 +61,7 @@ def test_a_layout_without_a_grid_places_no_token_of_a_frame():
     ("make", "message"),
     [
         (lambda: FrameLayout(0), "tokens_per_frame must be 1 or more, not 0"),
-        (lambda: FrameLayout(2**31), "tokens_per_frame must be at most 2147483647, not 2147483648"),
+        (lambda: FrameLayout(2**20 + 1), "tokens_per_frame must be at most 1048576, not 1048577"),
         (lambda: FrameLayout(4, frame_start_tokens=-1), "frame_start_tokens must be 0 or more, not -1"),
         (lambda: FrameLayout(4, row_end_tokens=-1), "row_end_tokens must be 0 or more, not -1"),
         (lambda: FrameLayout(4, frame_end_tokens=-1), "frame_end_tokens must be 0 or more, not -1"),

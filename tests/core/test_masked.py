@@ -343,3 +343,30 @@ def test_the_defaults_are_the_published_ones():
 def test_an_impossible_option_is_named(option, value):
     with pytest.raises(ValueError, match=f"^{option} must"):
         MaskedOptions(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ([0, 7, 8710, 9004, 8806, 8816], None),
+        ([0, 8710, 9004, 8804, 9002], None),
+        ([0, 7, 9003, 8710, 9004, 8806, 8816], "holds 9003"),
+        ([0, 7, 8710, 7, 8710, 9004, 8806, 8816], "holds 8710"),
+        ([0, 8197, 8710, 9004, 8806, 8816], "holds 8197"),
+        ([0, 7, 0, 8710, 9004, 8806, 8816], "holds 0"),
+        ([0, 65_536, 8710, 9004, 8806, 8816], "holds 65536"),
+        ([0, -1, 8710, 9004, 8806, 8816], "holds -1"),
+        ([0, 7, 9004, 8806, 8816], "a separator"),
+        ([7, 8710, 9004, 8806, 8816], "the begin of the sequence"),
+        ([8710, 9004, 8806, 8816], "the begin of the sequence"),
+        ([0, 7, 8710, 9004, 9003, 8816], "not 9003"),
+        ([0, 7, 8710, 9004, 8806, 5], "not 5"),
+        ([0, 7, 8710], "has no video begin"),
+    ],
+)
+def test_structure_stands_where_the_grammar_has_it(ids, sentence):
+    if sentence is None:
+        masked.check_text(ids)
+        return
+    with pytest.raises(ValueError, match=sentence):
+        masked.check_text(ids)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.layout import CONDITION, MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.policies import PackCache
 from vllm_packcache.policies.packcache import MAX_WINDOW, allotment, shares
 from vllm_packcache.retention import Retention
@@ -166,7 +166,7 @@ def literal_kept(policy: PackCache, tokens_per_frame: int, frames: int) -> list[
 
 
 windows = st.one_of(st.integers(1, 12), st.integers(1, 48))
-budgets = st.one_of(st.floats(0.01, 50), st.integers(1, 50).map(float), st.just(1e308))
+budgets = st.one_of(st.floats(0.01, 50), st.integers(1, 50).map(float), st.just(float(MAX_FRAMES)))
 decays = st.one_of(st.sampled_from([1e-5, 1 / 3, 0.5, 2 / 3, 0.99, 1.0]), st.floats(0.001, 1))
 frame_sizes = st.one_of(st.integers(1, 16), st.integers(1, 5000), st.just(2**31 - 1))
 
@@ -318,8 +318,8 @@ def test_lumos_at_thirteen_latent_frames_in_numbers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"history_frames": 0}, "history_frames must be above 0, not 0"),
-        ({"history_frames": float("inf")}, "history_frames must be above 0, not inf"),
+        ({"history_frames": 0}, "history_frames must be above 0 and at most 1048576, not 0"),
+        ({"history_frames": float("inf")}, "history_frames must be above 0 and at most 1048576, not inf"),
         ({"window": 0}, "window must be 1 or more and at most 256, not 0"),
         ({"window": 10**30}, f"window must be 1 or more and at most 256, not {10**30}"),
         ({"decay": 0.0}, "decay must be above 0 and at most 1, not 0.0"),

@@ -10,6 +10,9 @@ import numpy as np
 from vllm_packcache.policies.base import Policy, check_range
 from vllm_packcache.retention import BlockIndices, BlockMap
 
+MAX_TOKENS = 2**40
+"""Most of either, more than any sequence has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSink(Policy):
@@ -23,7 +26,7 @@ class AttentionSink(Policy):
         recent_tokens: n, tokens kept at the end of the history.
 
     Raises:
-        ValueError: ``sink_tokens`` is negative or ``recent_tokens`` below 1.
+        ValueError: ``sink_tokens`` is negative, ``recent_tokens`` below 1, or either above `MAX_TOKENS`.
     """
 
     name: ClassVar[str] = "attention_sink"
@@ -31,8 +34,8 @@ class AttentionSink(Policy):
     recent_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        check_range("sink_tokens", self.sink_tokens, 0)
-        check_range("recent_tokens", self.recent_tokens, 1)
+        check_range("sink_tokens", self.sink_tokens, 0, MAX_TOKENS)
+        check_range("recent_tokens", self.recent_tokens, 1, MAX_TOKENS)
 
     def most_past_blocks(self, blocks: BlockMap) -> int:
         """Blocks of s tokens at the start, and those that end in n tokens in a row."""

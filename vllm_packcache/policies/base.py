@@ -102,5 +102,5 @@ def check_range(option: str, value: float, low: float, high: float | None = None
     if too_low or (high is not None and value > high) or no_number:
         bound = f"above {low:g}" if open_low else f"{low:g} or more"
         if high is not None:
-            bound += f" and at most {high:g}"
+            bound += f" and at most {high:.15g}"
         raise ValueError(f"{option} must be {bound}, not {value}")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from vllm_packcache.layout import FrameLayout
+from vllm_packcache.layout import MAX_FRAMES, FrameLayout
 from vllm_packcache.policies.base import Policy, check_range
 from vllm_packcache.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
 from vllm_packcache.retention import BlockIndices, BlockMap
@@ -50,7 +50,7 @@ class PackCache(Policy):
     selection: Selection = "spatial"
 
     def __post_init__(self) -> None:
-        check_range("history_frames", self.history_frames, 0, open_low=True)
+        check_range("history_frames", self.history_frames, 0, MAX_FRAMES, open_low=True)
         check_range("window", self.window, 1, MAX_WINDOW)
         check_range("decay", self.decay, 0, 1, open_low=True)
         check_range("gamma_text", self.gamma_text, 0, 1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vllm_packcache.layout import MAX_FRAMES
 from vllm_packcache.policies.base import Policy, check_range
 from vllm_packcache.retention import BlockIndices, BlockMap
 
@@ -19,14 +20,14 @@ class SlidingWindow(Policy):
         window: n, whole frames of history.
 
     Raises:
-        ValueError: ``window`` is below 1.
+        ValueError: ``window`` is below 1 or above `MAX_FRAMES`.
     """
 
     name: ClassVar[str] = "sliding_window"
     window: int = 2
 
     def __post_init__(self) -> None:
-        check_range("window", self.window, 1)
+        check_range("window", self.window, 1, MAX_FRAMES)
 
     @property
     def history_window(self) -> int:

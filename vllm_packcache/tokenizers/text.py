@@ -38,7 +38,7 @@ class TextTokenizer:
             ValueError: they cannot stand before a video.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        for wrong in (id for id in ids if id >= masked.VISUAL_BEGIN or id == masked.VIDEO_BEGIN):
+        for wrong in (id for id in ids if id >= masked.VISUAL_BEGIN or id in masked.STRUCTURE):
             raise ValueError(
                 f"{self._file} makes {wrong} of {self._tokenizer.id_to_token(wrong)!r}, no id of text for this model: "
                 "leave it out, or give the model's own tokenizer"
