@@ -261,7 +261,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "v1/request.py",
         "Request.__init__",
         (),
-        ("request_id", "sampling_params", "num_prompt_tokens", "num_in_flight_tokens"),
+        ("request_id", "sampling_params", "num_prompt_tokens", "num_in_flight_tokens", "num_preemptions"),
     ),
     Reliance(
         "spec: base class",
@@ -468,12 +468,10 @@ RELIANCES: tuple[Reliance, ...] = (
         for symbol in (
             "AttentionSpec.page_size_bytes",
             "KVCacheGroupSpec.layer_names",
-            "KVCacheGroupSpec.kv_cache_spec",
         )
     ),
     Reliance("metrics: why a request ended", "v1/request.py", "Request.get_finished_reason"),
     Reliance("metrics: reasons to end a request", "v1/engine/__init__.py", "FinishReason.__str__"),
-    Reliance("metrics: preemptions of a request", "v1/request.py", "Request.__init__", (), ("num_preemptions",)),
     Reliance(
         "metrics: a request ends",
         "v1/core/sched/scheduler.py",
