@@ -476,7 +476,8 @@ class ServerConfig:
         """The server's policy with what a request changes of it."""
         if name not in (None, OPT_OUT, self.name):
             raise ConfigError(
-                f"{REQUEST_PREFIX}policy must be {self.name!r}, the policy of this server, or {OPT_OUT!r}, not {shown(name)}"
+                f"{REQUEST_PREFIX}policy must be {self.name!r}, the policy of this server, or {OPT_OUT!r}, not "
+                f"{shown(name)}"
             )
         policy = self.policy
         if changed:
