@@ -399,13 +399,6 @@ RELIANCES: tuple[Reliance, ...] = (
         ("num_computed_tokens", "num_in_flight_tokens"),
     ),
     Reliance(
-        "manager: until their output is processed",
-        "v1/core/sched/scheduler.py",
-        "Scheduler.update_from_output",
-        (),
-        ("num_in_flight_tokens", "_update_request_with_output"),
-    ),
-    Reliance(
         "manager: a preempted request starts anew",
         "v1/core/sched/scheduler.py",
         "Scheduler._preempt_request",
@@ -427,11 +420,18 @@ RELIANCES: tuple[Reliance, ...] = (
         ("_reserve_prefill_lookahead", "allocate_slots", "_reserve_prefill_lookahead", "allocate_slots"),
     ),
     Reliance(
-        "scheduler: a request that cannot go on ends with an error",
+        "manager, scheduler: output is processed, and a request that cannot go on ends with an error",
         "v1/core/sched/scheduler.py",
         "Scheduler.update_from_output",
         (),
-        ("grammar_compile_error_reqs", "finish_requests", "FINISHED_ERROR", "EngineCoreOutput"),
+        (
+            "num_in_flight_tokens",
+            "_update_request_with_output",
+            "grammar_compile_error_reqs",
+            "finish_requests",
+            "FINISHED_ERROR",
+            "EngineCoreOutput",
+        ),
     ),
     Reliance(
         "metrics: the scheduler's statistics",
