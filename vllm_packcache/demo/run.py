@@ -380,7 +380,7 @@ def draw_resident(packed: Sequence[int], full: Sequence[int], condition: int, pa
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for shift, colour, label, held in ((-0.2, "#b0b7c3", "full cache", full), (0.2, "#2f6fde", "packcache", packed)):
         axes.bar([frame + shift for frame in range(len(held))], held, 0.4, color=colour, label=label)
-    axes.axhline(condition, color="#d1495b", linewidth=1, linestyle="--", label="condition (text and picture)")
+    axes.axhline(condition, color="#d1495b", linewidth=1, linestyle="--", label="condition (kept for ever)")
     axes.set(xlabel="frame being made", ylabel="most KV-cache tokens held", xticks=range(len(full)))
     axes.set_title("KV cache held by one video, as the engine recorded it")
     axes.spines[["top", "right"]].set_visible(False)
