@@ -10,11 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.platforms.cpu import CpuPlatform
 
+from tests.margins import Tie
 from tests.runner import needs_v2
 from tests.serving.conftest import generate, prompt, run, sampling
 from vllm_packcache.config import ServerConfig
+from vllm_packcache.reference import LlamaReference
 
 # The V1 runner leaves attention out of graphs.
 pytestmark = needs_v2
@@ -151,3 +158,58 @@ def test_chunks_end_with_frames_where_a_backend_has_rows_for_requests_only(
     made = generate(llm, video, 6, **options)
     reference.check(video, made, 6, plan, block_size)
     assert reference.differs(video, made)
+
+
+class QuantisedReference(LlamaReference):
+    """Keys, once they are rotated, and values are stored as fp8."""
+
+    def rotate(self, heads: Tensor, at: Tensor) -> Tensor:
+        rotated = super().rotate(heads, at)
+        return _as_fp8(rotated) if heads.shape[1] == self.config.kv_heads else rotated
+
+    def attention(self, queries: Tensor, queries_at: Tensor, cached: Tensor, keys_at: Tensor, mask: Tensor) -> Tensor:
+        stored = torch.stack([cached[0], _as_fp8(cached[1])])
+        return super().attention(queries, queries_at, stored, keys_at, mask)
+
+
+def _as_fp8(numbers: Tensor) -> Tensor:
+    """As Triton stores them: its interpreter rounds some in its own way."""
+    stored = torch.empty(numbers.shape, dtype=torch.float8_e4m3fn)
+    _store[(1,)](numbers.contiguous(), stored, numbers.numel(), triton.next_power_of_2(numbers.numel()))
+    return stored.to(numbers.dtype)
+
+
+@triton.jit
+def _store(source, target, count, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.arange(0, TILE)
+    tl.store(target + index, tl.load(source + index, mask=index < count), mask=index < count)
+
+
+FP8_TIE = 0.05
+"""As `tests.margins.TIE`: a sum that is rounded otherwise may become the next number of fp8."""
+
+
+@pytest.mark.parametrize("backend", ["TRITON_ATTN"], indirect=True)
+def test_a_quantised_cache_with_absolute_positions(
+    engine: Any, reference: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, because vLLM's attention for CPUs stores fp8 only where there is AVX-512 or AMX."""
+    # The kernel that writes to the cache asks whether the GPU knows fp8; what interprets it does.
+    monkeypatch.setattr(CpuPlatform, "has_device_capability", classmethod(lambda cls, *args, **kwargs: True))
+    condition, frame, block_size = 20, 25, 16
+    config = {**CONFIG, "positions": "absolute"}
+    llm = engine(
+        "packcache", config, variant=f"fp8 {backend}", block_size=block_size, max_model_len=256,
+        max_num_batched_tokens=64, max_num_seqs=1, num_gpu_blocks_override=40, kv_cache_dtype="fp8",
+    )  # fmt: skip
+    options = {"tokens_per_frame": frame, "condition_tokens": condition}
+    plan = ServerConfig.parse("packcache", config).plan({f"packcache_{k}": v for k, v in options.items()}, condition)
+    video = prompt(condition + 4 * frame - 3, seed=6)
+    own = QuantisedReference(reference.config, reference._weights)
+    made = own.generate(video, 5, plan, block_size)
+    if made.gaps.min() < FP8_TIE or made.token_ids == own.generate(video, 5).token_ids:
+        raise Tie("a token that fp8 may turn, or none that the policy does")
+    assert generate(llm, video, 5, **options) == made.token_ids
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+    assert {layer.kv_cache.element_size() for layer in layers} == {1}
