@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from vllm_packcache import masked
 from vllm_packcache.config import REQUEST_PREFIX
@@ -249,6 +250,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     # The engine core and its workers are in the group; none may outlive the server.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    # Memory of gigabytes takes a while to be given back, and so do folders and locks.
+    deadline = time.monotonic() + 20
+    while _runs(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _runs(group: int) -> bool:
+    """Whether any process of a group has not ended; one that nobody has asked for its status has."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                return True
+    return False
 
 
 @contextmanager
