@@ -121,8 +121,10 @@ def _given(request: Any, body: Mapping[str, Any]) -> list[str]:
     lengths = {name: getattr(request, name, None) for name in LENGTHS}
     field = type(request).model_fields.get("max_tokens")
     if field is not None and field.default is not None and lengths["max_tokens"] == field.default:
-        # Completions: what is left out is already filled in.
-        request.max_tokens = lengths["max_tokens"] = body.get("max_tokens")
+        # Completions: what is left out is already filled in, and vLLM goes on to use it.
+        lengths["max_tokens"] = body.get("max_tokens")
+        if lengths["max_tokens"] is None:
+            request.max_tokens = max(field.default, request.min_tokens)
     if any(length is not None for length in lengths.values()):
         given.append("max_tokens")
     return given

@@ -56,7 +56,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.wait(60)
 
 
-def complete(client: httpx.Client, ids: list[int], max_tokens: int, **options: Any) -> httpx.Response:
+def complete(client: httpx.Client, ids: list[int], max_tokens: int | None, **options: Any) -> httpx.Response:
     xargs = {f"packcache_{name}": value for name, value in options.items()}
     body = {
         "model": "m", "prompt": ids, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
@@ -82,6 +82,16 @@ def test_video_over_http_equals_reference(server: httpx.Client, reference: Any) 
     for options in requests:
         extra = {f"packcache_{name}": value for name, value in options.items()}
         reference.check(ids, tokens(complete(server, ids, 500, **options)), 500, config.plan(extra, len(ids)))
+
+
+def test_frames_say_how_long_a_video_is(server: httpx.Client) -> None:
+    ids = prompt(70, seed=11)
+    by_tokens = tokens(complete(server, ids, 3 * 46, grid=[5, 9]))
+    assert tokens(complete(server, ids, None, grid=[5, 9], frames=3)) == by_tokens
+    # Nobody says: it is one frame of the server's.
+    assert len(tokens(complete(server, ids, None, policy="packcache"))) == 67
+    # 20 tokens of it are given.
+    assert len(tokens(complete(server, ids, None, condition_tokens=50, frames=2))) == 2 * 67 - 20
 
 
 def test_300_frames_over_http_equal_the_reference(server: httpx.Client, reference: Any) -> None:
