@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vllm_packcache import plugin
-from vllm_packcache.config import ConfigError
+from vllm_packcache.config import ConfigError, ServerConfig
 
 POLICY = ("--kv-cache-policy", "packcache")
 CONFIG = {"window": 3, "layout": {"grid": [4, 8]}}
@@ -84,6 +84,23 @@ def test_a_file_of_options_says_what_flags_say(parse: Callable[..., argparse.Nam
     # The command line comes after the file.
     changed = parse("--config", str(options), "--kv-cache-policy", "sliding_window").additional_config
     assert changed == {"other": 1, **BOTH, "kv_cache_policy": "sliding_window"}
+
+
+@pytest.mark.parametrize("policy", ["sliding_window", "attention_sink", "full"])
+def test_another_policy_takes_a_presets_layout_alone_whichever_way_it_is_said(
+    parse: Callable[..., argparse.Namespace], policy: str, tmp_path: Path
+) -> None:
+    keys = {"kv_cache_policy": policy, "kv_cache_policy_config": "demo"}
+    options = tmp_path / "serve.yaml"
+    options.write_text(json.dumps({key.replace("_", "-"): value for key, value in keys.items()}))
+    expected = ServerConfig.parse(policy, {"layout": "demo"})
+    for told in (
+        keys,
+        parse("--kv-cache-policy", policy, "--kv-cache-policy-config", "demo").additional_config,
+        parse("--additional-config", json.dumps(keys)).additional_config,
+        parse("--config", str(options)).additional_config,
+    ):
+        assert ServerConfig.from_additional_config(told) == expected
 
 
 def test_every_process_that_gets_the_arguments_has_them(parse: Callable[..., argparse.Namespace], file: Path) -> None:
