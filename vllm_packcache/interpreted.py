@@ -9,6 +9,7 @@ processes from the same module, which prepares each of them.
 
 from __future__ import annotations
 
+import errno
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -40,4 +41,9 @@ if __name__ == "__main__":
         )
     from vllm.entrypoints.cli.main import main
 
-    main()
+    try:
+        main()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise SystemExit("error: another program listens at this --host and --port: give another --port") from None
