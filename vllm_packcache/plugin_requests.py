@@ -64,10 +64,12 @@ def reading_body(serve: Callable[..., Any]) -> Callable[..., Any]:
     async def wrapper(serving: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
         processor = serving.input_processor
         is_masked = plugin_masked.is_masked(processor.vllm_config.model_config)
-        if is_masked or config_of(processor) is not None:
+        config = masked_config_of(processor) if is_masked else config_of(processor)
+        if config is not None:
             body = None if raw_request is None else await raw_request.json()
+            names = config.masked_request_options if is_masked else config.request_options
             try:
-                _read(request, body if isinstance(body, Mapping) else {}, is_masked)
+                _read(request, body if isinstance(body, Mapping) else {}, names, is_masked)
             except ConfigError as error:
                 return serving.create_error_response(str(error))
         return await serve(serving, request, raw_request, *args, **kwargs)
@@ -75,12 +77,13 @@ def reading_body(serve: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _read(request: Any, body: Mapping[str, Any], is_masked: bool) -> None:
+def _read(request: Any, body: Mapping[str, Any], names: list[str], is_masked: bool) -> None:
     """Check a request as it came, and note in its options what the client has given.
 
     Args:
         request: vLLM's.
         body: the JSON that it was read from; empty: there was none.
+        names: of the options of videos, without prefix.
         is_masked: whether it is to a masked model.
 
     Raises:
@@ -95,8 +98,14 @@ def _read(request: Any, body: Mapping[str, Any], is_masked: bool) -> None:
             )
     holder, attribute = (request.sampling_params, "extra_args") if len(place) > 1 else (request, "vllm_xargs")
     options = getattr(holder, attribute, None) or {}
+    bare = [name for name in body if name in names and name not in type(request).model_fields]
     if not is_masked and not any(map(is_video_key, options)):
+        # It may mean something to somebody else.
+        for name in bare:
+            _warn_of(name)
         return
+    if bare:
+        raise ConfigError(f"{bare[0]} is read by nobody: give {REQUEST_PREFIX}{bare[0]} in {'.'.join(place)}")
     if getattr(request, "use_beam_search", False):
         raise ConfigError("use_beam_search is not for videos, whose cache would differ from beam to beam: leave it out")
     setattr(holder, attribute, {**options, GIVEN_KEY: _given(request, body)})

@@ -101,6 +101,28 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+GOOD: dict[str, list[Any]] = {
+    "window": [1, 2, 4],
+    "history_frames": [1, 1.5, 2],
+    "decay": [0.5, 1],
+    "gamma_text": [0.5, 0],
+    "gamma_condition": [1, 0.3],
+    "selection": ["spatial", "tail"],
+    "policy": ["packcache", "full"],
+    "frames": [1, 2, 3],
+    "tokens_per_frame": [19, 45],
+    "condition_tokens": [0, 20],
+    "condition_frames": [0],
+    "seed": [0, 2**64 - 1],
+    "steps": [1, 2],
+    "guidance": [1, 2.5],
+    "remask": [0, 0.7],
+    "reset_temperature": [0, 1],
+    "share_history": [True, False],
+}
+"""Values that are served, beside which the others are tried."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One request, and what is known of it.
@@ -144,9 +166,11 @@ class Requests:
         if self._is_masked:
             options[f"{PREFIX}steps"] = 1
         for _ in range(choose.choice([0, 1, 1, 2, 4])):
-            name = choose.choice([*self._valid, *self._valid, "gird", "", "ünï", "x" * 300, "\ud800"])
-            options[PREFIX + name] = choose.choice(ODD)
-        if choose.random() < 0.15:
+            name = choose.choice(sorted(self._valid))
+            options[PREFIX + name] = choose.choice(GOOD[name] if name in GOOD and choose.random() < 0.7 else ODD)
+        if choose.random() < 0.1:
+            options[PREFIX + choose.choice(["gird", "", "ünï", "x" * 300, "\ud800"])] = choose.choice(ODD)
+        if choose.random() < 0.1:
             name = choose.choice([name for name in self._valid if name != "seed" or self._is_masked])
             options[choose.choice([name, f"PackCache_{name}", f"packcache-{name}", f"packcache{name}"])] = 1
             why.append("a name that is nobody's")
@@ -163,16 +187,17 @@ class Requests:
         choose = self._random
         ids = choose.choice(self._prompts)
         sampling: dict[str, Any] = {}
-        for name in choose.sample(sorted(SAMPLING), choose.choice([0, 0, 0, 1, 2])):
+        for name in choose.sample(sorted(SAMPLING), choose.choice([0, 0, 0, 0, 1, 2])):
             sampling[name] = choose.choice(SAMPLING[name])
             if self._is_masked and path in ("/v1/completions", GENERATE):
                 said = any(type(sampling[name]) is type(v) and sampling[name] == v for v in SILENT.get(name, ()))
                 if not said and sampling[name] not in SILENT.get(name, ()):
                     why.append(f"{name} is {sampling[name]!r}")
-        known = set(options) <= {f"{PREFIX}frames", f"{PREFIX}steps", f"{PREFIX}window", f"{PREFIX}decay"}
+        elsewhere = ("grid", "tokens_per_frame", "condition_tokens", "condition_frames", "policy")
+        known = not any(f"{PREFIX}{name}" in options for name in elsewhere)
         frames = options[f"{PREFIX}frames"]
         tokens = frames * self._frame if known and type(frames) is int and not sampling else None
-        length = choose.choice([None, None, self._frame, 7, 0, -1, 10**12, "a", 1.5])
+        length = choose.choice([None, self._frame, 7, 0, -1, 10**12, "a", 1.5]) if choose.random() < 0.4 else None
         if length is not None and path in ("/v1/completions", GENERATE):
             sampling["max_tokens"] = length
             if type(length) is not int or (

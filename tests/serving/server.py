@@ -70,6 +70,7 @@ class Server:
             "--num-gpu-blocks-override", str(POOL_BLOCKS), "--block-size", str(BLOCK),
             "--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "128", "--max-num-seqs", "16",
             "--skip-tokenizer-init", "--served-model-name", "m", "--dtype", "float32", "--enforce-eager",
+            "--enable-scale-out",
         ]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             for name, value in ENVIRONMENT.items():

@@ -72,8 +72,8 @@ def run(url: httpx.URL | str, requests: Requests, count: int, body: dict[str, An
 def test_requests_at_random(server: Server, alone: Callable[[Case], list[int]]) -> None:
     requests = Requests(1, [prompt(FRAME), prompt(70)], FRAME, is_masked=False, endpoints=TOKENS)
     ended = run(server.client.base_url, requests, 100, server.body(VIDEO), alone(VIDEO))
-    assert ended["served"] > 3
-    assert ended["refused"] > 50
+    assert ended["served"] > 10
+    assert ended["refused"] > 40
     assert server.healthy()
 
 
@@ -89,6 +89,7 @@ def test_many_requests_at_random(api_servers: int, tmp_path: Path) -> None:
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(config), "--dtype", "float32"),
         *("--served-model-name", "m", "--enforce-eager", "--max-model-len", "4000", "--block-size", "32"),
         *("--num-gpu-blocks-override", "200", "--api-server-count", str(api_servers), "--chat-template", str(template)),
+        "--enable-scale-out",
     ]
     model = Path(demo_server.__file__).parent / "model"
     body = {
@@ -112,6 +113,7 @@ def test_many_requests_at_random_to_a_masked_model(lumos: Path, tmp_path: Path) 
     arguments = [
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(MASKED_CONFIG)),
         *("--block-size", str(BLOCK), "--dtype", "float32", "--skip-tokenizer-init", "--served-model-name", "m"),
+        "--enable-scale-out",
     ]
     body = {
         "model": "m", "prompt": IMAGE_TO_VIDEO.ids, "return_token_ids": True, "vllm_xargs": IMAGE_TO_VIDEO.extra_args
@@ -130,7 +132,7 @@ def test_the_requests_are_of_every_kind() -> None:
     requests = Requests(1, [[1]], FRAME, is_masked=False, endpoints=(*TOKENS, *TEXTS))
     made = [next(requests) for _ in range(1000)]
     assert {request.path for request in made} == {*TOKENS, *TEXTS}
-    assert 50 < sum(not request.must_refuse for request in made) < 500
+    assert 200 < sum(not request.must_refuse for request in made) < 700
     assert any(request.tokens is not None for request in made)
-    assert len({request.body for request in made}) > 900
+    assert len({request.body for request in made}) > 800
     assert malformed.CAUSAL.keys() ^ malformed.MASKED.keys()

@@ -241,6 +241,7 @@ def test_a_checkpoints_penalties_are_not_for_videos(
         ({"sampling_params": {"extra_args": {"packcache_grid": 1}}}, "stands in sampling_params.extra_args"),
         ({"use_beam_search": True, "vllm_xargs": {"packcache_grid": [5, 9]}}, "use_beam_search is not for videos"),
         ({"vllm_xargs": {"grid": [5, 9]}}, "for a video give packcache_grid"),
+        ({"grid": [5, 9], "vllm_xargs": {"packcache_frames": 1}}, "give packcache_grid in vllm_xargs"),
         ({"vllm_xargs": {"PackCache-Grid": [5, 9]}}, "PackCache-Grid is no known option"),
         ({"vllm_xargs": {"packcache": "packcache"}}, "packcache is no known option"),
     ],
