@@ -53,6 +53,25 @@ def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
 
 
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every request that is preempted, how many tokens it had made by then."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    # A hook that is put in place later would be taken back with what is put in place here.
+    load_general_plugins()
+    seen: list[int] = []
+    preempt = Scheduler._preempt_request
+
+    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(request.num_output_tokens)
+        preempt(scheduler, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+    return seen
+
+
 def check_video(
     llm: Any, reference: Any, ids: list[int], length: int, plan: VideoPlan, block_size: int = 32, **options: Any
 ) -> tuple[list[int], list[int]]:

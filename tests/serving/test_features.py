@@ -131,18 +131,8 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_grammars_of_preempted_videos(
-    engine: Any, reference: Any, with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Any, reference: Any, with_tokenizer: Path, preemptions: list[int]
 ) -> None:
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.num_output_tokens)
-        return preempt(scheduler, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
     llm = engine(
         "packcache", num_gpu_blocks_override=40, max_model_len=1024, max_num_batched_tokens=256,
         model=with_tokenizer, skip_tokenizer_init=False,
@@ -154,7 +144,7 @@ def test_grammars_of_preempted_videos(
         own.structured_outputs = StructuredOutputsParams(regex="([a-h][a-p]){400}")
         params.append(own)
     outputs = run(llm, prompts, params)
-    assert max(preempted) > 10
+    assert max(preemptions) > 10
     for ids, tokens, own in zip(prompts, outputs, params, strict=True):
         plan = ServerConfig.parse("packcache").plan(own.extra_args, len(ids))
         logits = reference.logits([*ids, *tokens[:-1]], plan)[len(ids) - 1 :]

@@ -147,22 +147,6 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-@pytest.fixture
-def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Requests that have been preempted."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    seen: list[str] = []
-    preempt = Scheduler._preempt_request
-
-    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(request.request_id)
-        preempt(scheduler, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
-    return seen
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_alone(case: Case, masked_engine: Any, oracle: Any) -> None:
     assert generate(masked_engine(), case) == [oracle(case)]
@@ -190,7 +174,7 @@ def test_chunked_prefill(ahead: bool, masked_engine: Any, oracle: Any, monkeypat
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
-def test_preempted(ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[str], monkeypatch: Any) -> None:
+def test_preempted(ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[int], monkeypatch: Any) -> None:
     """Frames that had been committed are computed again, and the frame that was being made is made again."""
     schedule_asynchronously(monkeypatch, ahead)
     llm = masked_engine(num_gpu_blocks_override=34, variant=("crowded", ahead))
@@ -306,8 +290,10 @@ def test_what_can_never_fit_is_refused(masked_engine: Any) -> None:
     llm = masked_engine(num_gpu_blocks_override=34, variant=("crowded", False))
     with pytest.raises(VLLMValidationError, match="this video holds"):
         generate(llm, Case(900).having(frames=2))
-    with pytest.raises(VLLMValidationError, match="max_tokens is 16, and a frame has 32 tokens"):
-        generate(llm, Case(5))
+    cut = params(Case(5))
+    cut.max_tokens = 40
+    with pytest.raises(VLLMValidationError, match="max_tokens is 40, and a frame has 32 tokens"):
+        llm.generate([{"prompt_token_ids": Case(5).ids}], cut, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="this server makes them of 32 at most"):
         generate(llm, Case(5, (5, 6)).having(frames=1))
     beyond = [*Case(5).ids, *masked.frame_of_codes(np.full((4, 6), CODES)).tolist()]

@@ -54,7 +54,12 @@ def test_the_longest_request_need_not_fit_where_what_the_policy_keeps_does(
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("positions", ["rebase", "absolute"])
 def test_videos_that_are_recomputed_hold_no_more_than_before(
-    engine: Callable[..., Any], reference: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, positions: str
+    engine: Callable[..., Any],
+    reference: Any,
+    preemptions: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    asynchronous: bool,
+    positions: str,
 ) -> None:
     schedule_asynchronously(monkeypatch, asynchronous)
     config = {**CONFIG, "positions": positions}
@@ -68,7 +73,6 @@ def test_videos_that_are_recomputed_hold_no_more_than_before(
     most = [most_blocks(condition, int(asynchronous)) for condition in conditions]
     llm = engine("packcache", config, num_gpu_blocks_override=max(most) + 4, **options)
     manager, engine_, held = manager_of(llm), llm.llm_engine, 0
-    manager.take_totals()
     names = [engine_.add_request(str(n), {"prompt_token_ids": ids}, params) for n, (ids, params) in enumerate(requests)]
     answers: dict[str, list[int]] = {}
     while engine_.has_unfinished_requests():
@@ -80,7 +84,7 @@ def test_videos_that_are_recomputed_hold_no_more_than_before(
             held = max(held, video.resident_blocks)
     for number, (ids, _) in enumerate(requests):
         reference.check(ids, answers[str(number)], 10 * FRAME, plan_of(len(ids), positions))
-    assert manager.take_totals().preemptions >= 3
+    assert len(preemptions) >= 3
     assert held >= max(most) - 1, "the bound is what they really hold"
 
 

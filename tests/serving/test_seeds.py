@@ -46,20 +46,10 @@ def test_prompts_in_parts(engine: Any, reference: Any) -> None:
         assert tokens == drawn(reference, ids, tokens, params)
 
 
-def test_preempted_videos(engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def counting(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.num_output_tokens)
-        return preempt(scheduler, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+def test_preempted_videos(engine: Any, reference: Any, preemptions: list[int]) -> None:
     llm = engine("packcache", num_gpu_blocks_override=40, max_model_len=1024, max_num_batched_tokens=256)
     requests = [(prompt(70 + i, seed=20 + i), seeded(400, i, tokens_per_frame=67 - 7 * i)) for i in range(4)]
     outputs = run(llm, [ids for ids, _ in requests], [params for _, params in requests])
-    assert max(preempted) > 10
+    assert max(preemptions) > 10
     for (ids, params), tokens in zip(requests, outputs, strict=True):
         assert tokens == drawn(reference, ids, tokens, params)
