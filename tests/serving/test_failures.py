@@ -10,7 +10,7 @@ import pytest
 
 from tests.runner import shorter
 from tests.serving.conftest import prompt, sampling, schedule_asynchronously
-from vllm_packcache import plugin, policies
+from vllm_packcache import plugin_requests, policies
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.policies import PackCache, SlidingWindow
 from vllm_packcache.retention import BlockMap
@@ -127,7 +127,7 @@ def test_what_no_front_end_has_checked_ends_that_request(
     engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, errors: list[str]
 ) -> None:
     llm = engine("breaking", CONFIG, variant=False, num_gpu_blocks_override=40)
-    monkeypatch.setattr(plugin, "_check_request", lambda *args: None)
+    monkeypatch.setattr(plugin_requests, "_check_request", lambda *args, **kwargs: None)
     bad = [
         (prompt(30, seed=66), sampling(5, nonsense=1)),
         (prompt(30, seed=67), sampling(5, tokens_per_frame=0)),
