@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,42 +17,28 @@ import pytest
 
 from tests.serving.conftest import prompt
 from vllm_packcache.config import ServerConfig
+from vllm_packcache.demo.server import serving
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}}
-ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+SERVER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENVIRONMENT = {**os.environ, **SERVER}
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of ``vllm serve CHECKPOINT --kv-cache-policy packcache``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        VLLM, "serve", str(checkpoint), "--kv-cache-policy", "packcache", "--kv-cache-policy-config",
-        json.dumps(CONFIG), "--skip-tokenizer-init", "--served-model-name", "m", "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "20000", "--block-size", "32", "--host", "127.0.0.1", "--port", str(port),
+    arguments = [
+        "--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(CONFIG), "--skip-tokenizer-init",
+        "--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "20000",
+        "--block-size", "32",
     ]  # fmt: skip
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    try:
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                if client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with (
+        serving(checkpoint, arguments, log, lambda line: None, environment=SERVER) as url,
+        httpx.Client(base_url=url, timeout=120) as client,
+    ):
         yield client
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def complete(client: httpx.Client, ids: list[int], max_tokens: int | None, **options: Any) -> httpx.Response:
