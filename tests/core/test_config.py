@@ -361,7 +361,7 @@ def test_whose_options_a_configuration_holds():
     )
     # Not the window, which the policy has too, and not the positions.
     assert ServerConfig.parse("sliding_window", {**options, "policy": "packcache"}) == ServerConfig(
-        SlidingWindow(), LayoutConfig(grid=(16, 16), frame_start_tokens=1), "absolute"
+        SlidingWindow(), LayoutConfig(grid=(16, 16), frame_start_tokens=1), "absolute", name="sliding_window"
     )
     assert ServerConfig.parse("full", {"policy": "packcache", "window": 3}) == ServerConfig(Full())
 

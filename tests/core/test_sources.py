@@ -195,7 +195,7 @@ def test_what_was_read_is_nobody_elses() -> None:
 class Unchecked(Full):
     name: ClassVar[str] = "unchecked"
     share: float = math.inf
-    table: Any = None
+    table: tuple[tuple[float, ...], ...] | int | None = None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ class Unchecked(Full):
         ('{"share": Infinity}', "share must be a finite number, not inf"),
         ('{"share": -Infinity}', "share must be a finite number, not -inf"),
         ('{"share": 1e999}', "share must be a finite number, not inf"),
-        ('{"table": {"a": [1, NaN]}}', "table.a: item 2 must be a finite number, not nan"),
+        ('{"table": [[1, NaN]]}', "table: item 1: item 2 must be a finite number, not nan"),
     ],
 )
 def test_numbers_that_are_not_finite_are_refused_by_name(
