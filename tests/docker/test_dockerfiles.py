@@ -116,7 +116,7 @@ def test_flags_exist(dockerfile: Path, serve_parser: ArgumentParser) -> None:
     assert entrypoint.words == ["vllm", "serve"]
     assert command.words is not None
     arguments = parse_exactly(serve_parser, command.words)
-    ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
+    assert ServerConfig.from_additional_config(arguments.additional_config) is not None
 
 
 def test_the_cpu_image_serves_the_bundled_model() -> None:

@@ -121,7 +121,8 @@ def test_logits_are_those_of_transformers(tmp_path, shape):
         logits = model.visual_logits(model.run(torch.tensor(ids), 0, model.new_cache(length), at, seen))
 
     assert logits.shape == (length, 64)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    # Rounding is in proportion to how large logits are: of tied weights they are 13 times as large.
+    torch.testing.assert_close(logits, expected, atol=5e-5 * float(expected.std()), rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
