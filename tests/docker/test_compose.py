@@ -71,7 +71,8 @@ def test_flags_exist_and_mean_something(env_file: Path | None, serve_parser: Arg
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
-    config = ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
+    config = ServerConfig.from_additional_config(arguments.additional_config)
+    assert config is not None
     assert config.positions == "rebase"
     values = environment(env_file) if env_file else {}
     assert values.get("PACKCACHE_CONFIG", "lumos1_384p") in presets()
@@ -91,7 +92,8 @@ WEIGHTS = 7e9
 def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentParser) -> None:
     """The reckoning in the env files, with the policy's own numbers: both streams, and a step scheduled ahead."""
     arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
-    config = ServerConfig.parse(arguments.kv_cache_policy, arguments.kv_cache_policy_config)
+    config = ServerConfig.from_additional_config(arguments.additional_config)
+    assert config is not None
     grid, frames, words = (48, 84), 13, 267
     image = masked.frame_of_codes(np.zeros(grid, dtype=np.int64)).tolist()
     prompt = masked.text_prompt([5] * words, 6, 8) + image
