@@ -112,9 +112,9 @@ def _read(request: Any, body: Mapping[str, Any], names: list[str], is_masked: bo
 
 
 def _ours(body: Mapping[str, Any], where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Options of ours in a request, and where they stand."""
+    """Options of ours in a request, or names that are all but theirs, and where they stand."""
     for name, value in body.items():
-        if is_video_key(name):
+        if _resembles_ours(name):
             yield where, name
         elif isinstance(value, Mapping) and len(where) < DEEPEST_PLACE:
             yield from _ours(value, (*where, named(name)))
@@ -182,15 +182,20 @@ def _check_names(options: Mapping[str, Any], names: list[str], vllm_config: Vllm
             if not _others_read_options(vllm_config):
                 raise ConfigError(f"{name} is read by nobody on this server: for a video give {REQUEST_PREFIX}{name}")
             _warn_of(name)
-        elif not is_video_key(name) and _normal(name).startswith(_normal(REQUEST_PREFIX)):
+        elif not is_video_key(name) and _resembles_ours(name):
             raise ConfigError(
                 f"{named(name)} is no known option: those of a video begin with {REQUEST_PREFIX}: known are "
                 + ", ".join(names)
             )
 
 
-def _normal(name: object) -> str:
-    return str(name).lower().replace("-", "").replace("_", "").replace(".", "") if name != GIVEN_KEY else ""
+def _resembles_ours(name: object) -> bool:
+    """Whether a name begins as those of our options do, but for how it is written."""
+    return name != GIVEN_KEY and str(name).lower().translate(_STROKES).startswith(REQUEST_PREFIX.translate(_STROKES))
+
+
+_STROKES = dict.fromkeys(map(ord, "-_."))
+"""What is left out to compare names."""
 
 
 def _others_read_options(vllm_config: VllmConfig) -> bool:

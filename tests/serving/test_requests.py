@@ -237,6 +237,10 @@ def test_a_checkpoints_penalties_are_not_for_videos(
     ("body", "sentence"),
     [
         ({"packcache_grid": [5, 9]}, "must stand in vllm_xargs, and packcache_grid stands beside them"),
+        (
+            {"packcachehistory_frames": 1, "vllm_xargs": {"packcache_frames": 1}},
+            "packcachehistory_frames stands beside",
+        ),
         ({"extra_body": {"vllm_xargs": {"packcache_grid": [5, 9]}}}, "packcache_grid stands in extra_body.vllm_xargs"),
         ({"sampling_params": {"extra_args": {"packcache_grid": 1}}}, "stands in sampling_params.extra_args"),
         ({"use_beam_search": True, "vllm_xargs": {"packcache_grid": [5, 9]}}, "use_beam_search is not for videos"),
