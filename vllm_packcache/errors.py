@@ -23,6 +23,18 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
+def shown_path(path: object) -> str:
+    """A file's path as Python writes a text, cut to `SHOWN_CHARACTERS`: its middle, since its end tells files apart."""
+    text = str(path)
+    if len(text) > 2 * SHOWN_CHARACTERS:
+        text = text[:SHOWN_CHARACTERS] + text[-SHOWN_CHARACTERS:]
+    quoted = repr(text)
+    if len(quoted) <= SHOWN_CHARACTERS:
+        return quoted
+    start = SHOWN_CHARACTERS // 3
+    return f"{quoted[:start]}…{quoted[start + 1 - SHOWN_CHARACTERS :]}"
+
+
 def named(option: str) -> str:
     """The name of an option, which may be anybody's text: as it is where it looks like a name, as `shown` otherwise."""
     return option if option.isprintable() and len(option) <= SHOWN_CHARACTERS else shown(option)

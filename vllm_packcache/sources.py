@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from vllm_packcache.errors import ConfigError, named, shown
+from vllm_packcache.errors import ConfigError, named, shown, shown_path
 
 CONFIG_KEY = "kv_cache_policy_config"
 """Key of ``additional_config`` (and, with dashes, the flag) that holds the configuration."""
@@ -65,7 +65,7 @@ def load_mapping(source: Mapping[str, Any] | str | None) -> dict[str, Any]:
     loaded = _parse(_read(path), path)
     if not isinstance(loaded, _Entries):
         kind = "null" if loaded is None else type(loaded).__name__
-        raise ConfigError(f"{CONFIG_KEY}: {path} must hold a mapping of options, not {kind}")
+        raise ConfigError(f"{CONFIG_KEY}: {shown_path(path)} must hold a mapping of options, not {kind}")
     return _plain_mapping(loaded)
 
 
@@ -101,7 +101,9 @@ def _find(text: str) -> Path:
         pass
     found = presets()
     if text not in found:
-        raise ConfigError(f"{CONFIG_KEY}: {shown(text)} is neither a file nor a preset: presets are {', '.join(found)}")
+        raise ConfigError(
+            f"{CONFIG_KEY}: {shown_path(text)} is neither a file nor a preset: presets are {', '.join(found)}"
+        )
     return found[text]
 
 
@@ -110,17 +112,17 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise ConfigError(f"{CONFIG_KEY}: {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{CONFIG_KEY}: {shown_path(path)} cannot be read: {error.strerror}") from None
     if len(content) > LARGEST_FILE:
         raise ConfigError(
-            f"{CONFIG_KEY}: {path} cannot be read: a configuration has at most {LARGEST_FILE // 1024} KiB, and it is "
-            "larger"
+            f"{CONFIG_KEY}: {shown_path(path)} cannot be read: a configuration has at most "
+            f"{LARGEST_FILE // 1024} KiB, and it is larger"
         )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{CONFIG_KEY}: {path} cannot be read: byte {error.start} is no UTF-8: save it as text in UTF-8"
+            f"{CONFIG_KEY}: {shown_path(path)} cannot be read: byte {error.start} is no UTF-8: save it as text in UTF-8"
         ) from None
 
 
@@ -128,7 +130,7 @@ def _parse(text: str, path: Path) -> object:
     suffix = path.suffix.lower()
     if suffix == ".json" or text.lstrip().startswith("{"):
         try:
-            return _json(text, f"{CONFIG_KEY}: {path}")
+            return _json(text, f"{CONFIG_KEY}: {shown_path(path)}")
         except ConfigError:
             # YAML, too, can begin like that.
             if suffix not in _YAML_SUFFIXES:
@@ -136,9 +138,11 @@ def _parse(text: str, path: Path) -> object:
     try:
         loaded = yaml.load(text, _Loader)
     except RecursionError:
-        raise ConfigError(f"{CONFIG_KEY}: {path} is nested more than {DEEPEST} deep: no option is") from None
+        raise ConfigError(
+            f"{CONFIG_KEY}: {shown_path(path)} is nested more than {DEEPEST} deep: no option is"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{CONFIG_KEY}: {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{CONFIG_KEY}: {shown_path(path)} cannot be read: {' '.join(str(error).split())}") from None
     return _Entries() if loaded is None else loaded
 
 

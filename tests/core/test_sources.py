@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_packcache import policies
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.errors import SHOWN_CHARACTERS, ConfigError, shown
+from vllm_packcache.errors import SHOWN_CHARACTERS, ConfigError, shown, shown_path
 from vllm_packcache.policies import Full
 from vllm_packcache.sources import DEEPEST, LARGEST_FILE, MOST_VALUES, load_mapping
 
@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    assert refusal(path) == f"kv_cache_policy_config: {path} cannot be read: Permission denied"
+    assert refusal(path) == f"kv_cache_policy_config: {shown_path(path)} cannot be read: Permission denied"
 
 
 @pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": {"\\udfff": 1}}'])
@@ -361,3 +361,13 @@ def test_an_empty_file_and_no_source_mean_the_defaults(tmp_path: Path) -> None:
 def test_what_was_given_is_shown_in_short(value: object, text: str) -> None:
     assert shown(value) == text
     assert len(text) <= SHOWN_CHARACTERS
+
+
+def test_a_long_path_shows_its_beginning_and_its_end():
+    assert shown_path("a/short name") == "'a/short name'"
+    for path in ("/home/" + "nested/" * 30 + "mine.yaml", "/home/" + "\n" * 60 + "/mine.yaml"):
+        text = shown_path(Path(path))
+        assert len(text) == SHOWN_CHARACTERS
+        assert text.startswith("'/home/")
+        assert text.endswith("/mine.yaml'")
+    assert len(shown_path("\n" * 10**6)) == SHOWN_CHARACTERS

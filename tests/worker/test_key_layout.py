@@ -43,7 +43,7 @@ def read(keys: CachedKeys, slots: torch.Tensor) -> torch.Tensor:
 def test_the_cpu_backend(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> None:
     if isa == "amx" and head_size % 32:
         pytest.skip("vLLM has no amx kernel for this head size")
-    if isa == "amx" and dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
+    if isa == "amx" and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's kernels for processors without AVX-512 have no amx layout")
     kv_cache = torch.zeros(BLOCKS, HEADS, block_size, 2 * head_size, dtype=dtype)
     slots = torch.randperm(BLOCKS * block_size)[: 3 * block_size]
