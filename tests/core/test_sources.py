@@ -248,7 +248,7 @@ def test_a_yaml_file_holds_plain_data_only(tmp_path: Path, text: str, reason: st
 
     message = refusal(path)
 
-    assert message.startswith(f"kv_cache_policy_config: {path} ")
+    assert message.startswith(f"kv_cache_policy_config: {shown_path(path)} ")
     assert reason in message
 
 
