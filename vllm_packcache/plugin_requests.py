@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_packcache import plugin_masked
 from vllm_packcache.config import (
+    POLICY_FLAG,
     REQUEST_PREFIX,
     Asked,
     ConfigError,
@@ -151,6 +152,7 @@ def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         is_masked = plugin_masked.is_masked(vllm_config.model_config)
         config = masked_config_of(processor) if is_masked else config_of(processor)
         if config is None:
+            _refuse_options(params)
             return process_inputs(processor, request_id, prompt, params, *args, **kwargs)
         length_given = True
         try:
@@ -169,6 +171,23 @@ def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return wrapper
+
+
+def _refuse_options(params: Any) -> None:
+    """Refuse a video where no policy is on: it would be served as text.
+
+    Raises:
+        VLLMValidationError: it has options of a video.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    options = getattr(params, "extra_args", None) or {}
+    name = next(filter(is_video_key, options), None)
+    if name is not None:
+        raise VLLMValidationError(
+            f"{named(name)} is an option of a video, and this server was started without {POLICY_FLAG}: start it "
+            "with that, or leave the option out"
+        )
 
 
 def _check_names(options: Mapping[str, Any], names: list[str], vllm_config: VllmConfig) -> None:

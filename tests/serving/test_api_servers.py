@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 
 from tests.serving.conftest import prompt
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.server import serving
+from vllm_packcache.demo.server import free_port, serving
 
 CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}, "window": 2, "history_frames": 1.5}
 BLOCK, POOL_BLOCKS = 32, 40
@@ -21,11 +25,15 @@ ASKED = 8
 """Requests of each kind, every one over a connection of its own: enough for each API server to get one."""
 
 
+TWO_NODES = ("--data-parallel-size", "2", "--data-parallel-size-local", "1", "--data-parallel-address", "127.0.0.1")
+
+
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(("--data-parallel-size", "2"), id="two engines with an API server each"),
         pytest.param(("--api-server-count", "2"), id="two API servers", marks=pytest.mark.long),
+        pytest.param(TWO_NODES, id="an engine on a node of its own", marks=pytest.mark.long),
     ],
 )
 def url(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -35,13 +43,29 @@ def url(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pyte
         "--num-gpu-blocks-override", str(POOL_BLOCKS), "--block-size", str(BLOCK), "--max-model-len", "20000",
         "--skip-tokenizer-init", "--served-model-name", "m", "--dtype", "float32", "--enforce-eager",
     ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         # Two engines, a core each.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        log = tmp_path_factory.mktemp("servers") / "log"
-        with serving(checkpoint, arguments, log, lambda line: None) as address:
-            yield address
+        folder = tmp_path_factory.mktemp("servers")
+        if request.param == TWO_NODES:
+            arguments += ["--data-parallel-rpc-port", str(free_port())]
+            running.enter_context(second_node(checkpoint, arguments, folder / "second node"))
+        yield running.enter_context(serving(checkpoint, arguments, folder / "log", lambda line: None))
+
+
+@contextmanager
+def second_node(checkpoint: Path, arguments: list[str], log: Path) -> Iterator[None]:
+    """One that has an engine and no API server; it waits for the first."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *arguments),
+        *("--headless", "--data-parallel-start-rank", "1"),
+    ]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
 
 
 def ask(url: str, ids: list[int], max_tokens: int, **options: Any) -> list[httpx.Response]:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.core.test_policy_contract import Wide
 from tests.runner import shorter
 from tests.serving.conftest import prompt, sampling, schedule_asynchronously
 from vllm_packcache import plugin_requests, policies
 from vllm_packcache.config import ServerConfig
-from vllm_packcache.policies import PackCache, SlidingWindow
+from vllm_packcache.policies import SlidingWindow
 from vllm_packcache.retention import BlockMap
 
 BLOCK, FRAME = 32, 40
@@ -32,17 +33,6 @@ class Breaking(SlidingWindow):
         if self.raises:
             raise KeyError(frame)
         return np.arange(blocks.tail_start(frame) + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wide(PackCache):
-    """Keeps the frames of its window whole, and says nothing of its name: it has its parent's."""
-
-    def past_blocks(self, blocks: BlockMap, frame: int) -> Any:
-        return SlidingWindow(window=self.window).past_blocks(blocks, frame)
-
-    def most_past_blocks(self, blocks: BlockMap) -> int:
-        return SlidingWindow(window=self.window).most_past_blocks(blocks)
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +130,19 @@ def test_what_no_front_end_has_checked_ends_that_request(
     assert len(errors) == 5
     assert "packcache_nonsense is no known option" in " ".join(errors)
     assert "it holds 44 blocks, and the KV cache has 39" in errors
+
+
+def test_a_video_that_comes_to_an_engine_without_a_policy_is_ended(
+    engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, errors: list[str]
+) -> None:
+    """As on a second node that was started without the flags of the first."""
+    llm = engine()
+    monkeypatch.setattr(plugin_requests, "_refuse_options", lambda params: None)
+    ids = prompt(50, seed=74)
+    ended = serve(llm, [(ids, sampling(20, window=2)), (ids, sampling(20)), (ids, sampling(5, window=2))])
+    assert ended == [("error", []), ("length", reference.generate(ids, 20, None, BLOCK).token_ids), ("error", [])]
+    assert errors == ["--kv-cache-policy"] * 2
+    assert not scheduler_of(llm).requests
 
 
 def test_a_policy_that_has_its_parents_name_is_itself_in_every_process(engine: Any, reference: Any) -> None:

@@ -198,7 +198,7 @@ def test_preemptions_of_videos_are_counted(engine: Any, lines: list[str]) -> Non
 
 def test_switched_off_there_is_nothing(engine: Any, lines: list[str]) -> None:
     llm = engine(disable_log_stats=False, max_num_seqs=3)
-    generate(llm, prompt(30), 5, tokens_per_frame=8)
+    generate(llm, prompt(30), 5)
     assert metrics(llm) == {}
     assert lines == []
 

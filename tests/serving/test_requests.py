@@ -98,6 +98,17 @@ def completion(**body: Any) -> tuple[CompletionRequest, dict[str, Any]]:
     return CompletionRequest.model_validate(body), body
 
 
+def test_options_of_a_video_are_refused_where_no_policy_is_on() -> None:
+    on = processor(None)
+    for name in ("packcache_grid", "packcache_nonsense"):
+        message = refusal(lambda name=name: admitted(on, SamplingParams(extra_args={name: 1, "mine": 2}), [5] * PROMPT))
+        assert message == (
+            f"{name} is an option of a video, and this server was started without --kv-cache-policy: start it with "
+            "that, or leave the option out"
+        )
+    assert admitted(on, SamplingParams(max_tokens=7, extra_args={"mine": 2}), [5] * PROMPT).max_tokens == 7
+
+
 # --------------------------------------------------------------------------- the length of a video
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -167,9 +178,9 @@ def test_a_text_is_as_it_was() -> None:
     assert admitted(on, params, [5] * PROMPT) == params
     assert (params.max_tokens, params.repetition_penalty, params.extra_args) == (16, 1.3, {"other": 1})
     off = processor(None)
-    request, body = completion(vllm_xargs={"packcache_grid": [5, 9]}, packcache_grid=1, use_beam_search=True)
+    request, body = completion(vllm_xargs={"other": 1}, packcache_grid=1, use_beam_search=True)
     params = of_client(off, request, body)
-    assert (params.max_tokens, params.extra_args) == (16, {"packcache_grid": [5, 9]})
+    assert (params.max_tokens, params.extra_args) == (16, {"other": 1})
     assert admitted(off, params, [5] * PROMPT) == params
 
 

@@ -87,14 +87,6 @@ def test_text_and_opted_out_requests_equal_stock(engine: Any, reference: Any) ->
     assert generate(llm, ids, length, tokens_per_frame=shorter(67, 9), policy="full") == stock
 
 
-def test_switched_off_options_change_nothing(engine: Any, reference: Any) -> None:
-    ids = prompt(70, seed=3)
-    length = shorter(600, 40)
-    stock = generate(engine(), ids, length)
-    reference.check(ids, stock, length)
-    assert generate(engine(), ids, length, tokens_per_frame=shorter(67, 9)) == stock
-
-
 @pytest.mark.parametrize("chunk", shorter([32, 61, 512, 2048], [32, 512]))
 def test_given_frames_in_any_chunk_size(engine: Any, reference: Any, chunk: int) -> None:
     condition, frame, frames = 70, 67, 12

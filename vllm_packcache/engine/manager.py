@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config import POLICY_FLAG, ServerConfig, VideoPlan, is_video_key
 from vllm_packcache.engine.record import VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.layout import CONDITION, VideoLayout
@@ -381,7 +381,7 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
         managers = retention_managers(scheduler.kv_cache_manager)
         if not managers:
-            return num_new_tokens
+            return 0 if _is_misdirected(scheduler, request) else num_new_tokens
         try:
             # While it decodes there is no more than one token, and nothing to end.
             if request.num_tokens - num_computed_tokens > 1:
@@ -399,6 +399,25 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
         return num_new_tokens
 
     return wrapper
+
+
+def _is_misdirected(scheduler: Scheduler, request: Request) -> bool:
+    """Whether a video has come to an engine without a policy. It is ended with an error.
+
+    The front end refuses it, unless it has a policy itself: then the engine's node was started without.
+    """
+    options = request.sampling_params.extra_args if request.sampling_params is not None else None
+    if not options or request.num_output_tokens or not any(map(is_video_key, options)):
+        return False
+    if request.request_id not in scheduler.grammar_compile_error_reqs:
+        logger.error(
+            "Request %s is ended with an error: it is a video, and this engine was started without %s: start every "
+            "node with the same flags",
+            request.request_id,
+            POLICY_FLAG,
+        )
+        scheduler.grammar_compile_error_reqs.add(request.request_id)
+    return True
 
 
 def _within_room(manager: RetentionManager, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:

@@ -1,0 +1,91 @@
+"""Commands of vLLM's other than ``serve`` that start engines: each takes the flags, and heeds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import prompt
+from vllm_packcache.config import ServerConfig
+
+CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}, "window": 2, "history_frames": 1.5}
+BLOCK = 32
+FLAGS = (
+    "--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(CONFIG),
+    "--num-gpu-blocks-override", "40", "--block-size", str(BLOCK), "--max-model-len", "4096",
+    "--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager",
+)  # fmt: skip
+
+
+def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``vllm ARGUMENTS``, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+
+
+def test_run_batch(checkpoint: Path, tmp_path: Path, reference: Any) -> None:
+    """A video's tokens are right, and a bad option is a 400 of its own line."""
+    ids = prompt(70, seed=11)
+    options = {
+        "video": {"packcache_policy": "packcache"},
+        "nonsense": {"packcache_nonsense": 1},
+        "too large": {"packcache_tokens_per_frame": 1400},
+        "again": {"packcache_policy": "packcache"},
+    }
+    body = {"model": "m", "prompt": ids, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    lines = [
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {**body, "return_token_ids": True, "vllm_xargs": xargs},
+        }
+        for name, xargs in options.items()
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    done = vllm(
+        *("run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")),
+        *("--model", str(checkpoint), "--served-model-name", "m", *FLAGS),
+    )
+
+    assert done.returncode == 0, done.stdout
+    answers = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    plan = ServerConfig.parse("packcache", CONFIG).plan(options["video"], len(ids))
+    expected = reference.generate(ids, 300, plan, BLOCK).token_ids
+    for name in ("video", "again"):
+        assert answers[name]["response"]["body"]["choices"][0]["token_ids"] == expected
+    for name, sentence in (
+        ("nonsense", "packcache_nonsense is no known option"),
+        ("too large", "and the KV cache has 39: let the policy keep less"),
+    ):
+        assert answers[name]["response"]["status_code"] == 400
+        assert sentence in answers[name]["error"]["message"], answers[name]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["latency", "throughput"])
+def test_benchmarks(kind: str, checkpoint: Path) -> None:
+    """They time random text, and say that a policy is on."""
+    requests = {
+        "latency": ("--num-iters", "1", "--num-iters-warmup", "1", "--batch-size", "2"),
+        "throughput": ("--num-prompts", "4", "--dataset-name", "random"),
+    }[kind]
+    done = vllm(
+        *("bench", kind, "--model", str(checkpoint), "--input-len", "64", "--output-len", "8", *requests, *FLAGS)
+    )
+    assert done.returncode == 0, done.stdout
+    assert "is on: policy packcache {" in done.stdout
