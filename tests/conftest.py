@@ -12,7 +12,8 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ if V2:
 
 LONGEST = (
     "test_masked_tokens.py",
-    "test_run.py",
-    "test_start.py",
-    "test_positions.py",
-    "test_faults.py",
+    "test_decode.py",
     "test_masked_run.py",
+    "test_faults.py",
+    "test_run.py",
+    "test_positions.py",
     "test_tokens.py",
+    "test_api_servers.py",
+    "test_quality.py",
+    "test_generate.py",
+    "test_serve.py",
 )
 
 
@@ -78,7 +83,7 @@ def reference(checkpoint: Path) -> CarefulReference:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint: Path) -> Callable[..., Any]:
+def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
     """``engine(policy, config, **options)`` -> an `LLM`; policy None is stock vLLM. Engines are shared.
 
     ``model``: another checkpoint than the shared one. ``variant``: tells engines apart that have the same options.
@@ -103,6 +108,10 @@ def engine(checkpoint: Path) -> Callable[..., Any]:
                 additional_config=additional,
                 **{"dtype": "float32", "skip_tokenizer_init": True, **options},
             )
+            # It lives until the end: no collection need look through it.
+            gc.freeze()
         return engines[key]
 
-    return make
+    yield make
+    # Each one's end collects garbage, and there are dozens.
+    gc.freeze()

@@ -15,7 +15,8 @@ import pytest
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 ON_BOTH = frozenset(
-    f"serving/test_{name}.py" for name in ("tokens", "positions", "async", "schedules", "failures", "tensor_parallel")
+    f"serving/test_{name}.py"
+    for name in ("tokens", "positions", "async", "schedules", "failures", "interruptions", "tensor_parallel")
 )
 """Files whose tests are run on both runners, relative to this folder."""
 

@@ -516,7 +516,6 @@ def test_what_a_server_of_its_own_is_told(
 
 def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user: the codes that are decoded are those of the published loop."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = make_random_lumos(tmp_path / "model", visual_codes=CODES)
     picture = random_video(1, *GRID, seed=int(numbers(0).integers(1000)))[0]
     Image.fromarray(picture).save(tmp_path / "picture.png")

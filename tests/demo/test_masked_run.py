@@ -52,6 +52,8 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     assert near.mean() > 0.98
 
 
+# Over HTTP text to video is in the suite (tests/serving/test_masked_http.py), and so is what a demo says of a prompt.
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_a_sentence_alone_is_text_to_video(tmp_path: Path) -> None:
     out = tmp_path / "out"

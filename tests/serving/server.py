@@ -27,7 +27,6 @@ POOL_BLOCKS = 40
 MAX_MODEL_LEN = 20_000
 CONFIG = {"window": 2, "history_frames": 1.5, "layout": {"tokens_per_frame": 45}}
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     # torch keeps a kernel for every size of a batch, 1,024 at most: some minutes of load, and 100 MiB, until memory is
     # flat without any leak. With few of them it is after seconds.
@@ -86,6 +85,15 @@ class Server:
         """Stop it and all its processes."""
         self._running.close()
         self._process = None
+
+    def stop_for(self, error: Exception) -> None:
+        """The same with what a client of it has met.
+
+        Raises:
+            ServerError: what the server died of.
+        """
+        running, self._running, self._process = self._running, ExitStack(), None
+        running.__exit__(type(error), error, None)
 
     def healthy(self) -> bool:
         """Whether it says so; a server that does not answer does not."""

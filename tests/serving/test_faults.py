@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.serving.test_schedules import Case
+from vllm_packcache.demo.server import ServerError
 from vllm_packcache.errors import shown_path
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def test_clients_of_a_killed_engine_get_an_error_and_a_restart_serves_the_same(
     assert not server.healthy()
     _, orphans = psutil.wait_procs(processes, timeout=60)
     assert not orphans
+    with pytest.raises(ServerError, match=r"^the server died while it was used: a process of it ended[^\n]*$"):
+        server.stop_for(httpx.ReadError("nobody answers"))
     server.start()
     for case in catalogue:
         assert server.tokens(case) == alone(case)

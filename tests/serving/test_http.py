@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +16,8 @@ from tests.serving.conftest import prompt
 from vllm_packcache.config import ServerConfig
 from vllm_packcache.demo.server import serving
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
 CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}}
 SERVER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-ENVIRONMENT = {**os.environ, **SERVER}
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +153,7 @@ def test_flag_is_shown_in_help(flag: str, vllm_command: Callable[..., tuple[Any,
     assert "--kv-cache-policy-config" in shown
 
 
-def test_unknown_policy_stops_the_command_early(checkpoint: Path) -> None:
-    stopped = subprocess.run(
-        [VLLM, "serve", str(checkpoint), "--kv-cache-policy", "nope"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert stopped.returncode == 2
-    assert "--kv-cache-policy: invalid choice: 'nope'" in stopped.stderr
+def test_unknown_policy_stops_the_command_early(checkpoint: Path, vllm_command: Callable[..., tuple[Any, str]]) -> None:
+    status, said = vllm_command("serve", str(checkpoint), "--kv-cache-policy", "nope")
+    assert status == 2
+    assert "--kv-cache-policy: invalid choice: 'nope'" in said

@@ -13,7 +13,7 @@ from vllm_packcache.config import ServerConfig
 
 BLOCK, FRAME = 32, 45
 CONFIG = {"window": 2, "history_frames": 1.5, "layout": {"tokens_per_frame": FRAME}}
-LENGTH = shorter(5 * FRAME, 12)
+LENGTH = shorter(5 * FRAME, 40)
 GIVEN = shorter(0, 3 * FRAME)
 REQUESTS = [
     (prompt(40 + GIVEN, seed=80), sampling(LENGTH, condition_tokens=40)),
@@ -73,7 +73,7 @@ def test_urgent_videos_take_the_blocks_of_others(
     started: Any, expected: list[list[int]], preemptions: list[int]
 ) -> None:
     # The first two fit, and the third and fourth do not fit beside them.
-    run = started(scheduling_policy="priority", num_gpu_blocks_override=shorter(18, 20))
+    run = started(scheduling_policy="priority", num_gpu_blocks_override=shorter(18, 13))
     run.add(0, priority=9)
     run.add(1, priority=5)
     run.step(shorter(80, 8))

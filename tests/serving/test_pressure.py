@@ -12,7 +12,7 @@ from vllm_packcache.config import ServerConfig, VideoPlan
 from vllm_packcache.retention import Retention
 
 BLOCK = 32
-FRAME, FRAMES = 67, 20
+FRAME, FRAMES = 67, 10
 LAYOUT = {"tokens_per_frame": FRAME}
 CONFIG = {"window": 3, "history_frames": 1.5, "layout": LAYOUT}
 
@@ -65,7 +65,7 @@ def test_videos_that_are_recomputed_hold_no_more_than_before(
     config = {**CONFIG, "positions": positions}
     conditions = [40, 75, 40, 61]
     requests = [
-        (prompt(condition, seed=30 + number), sampling(10 * FRAME, condition_tokens=condition))
+        (prompt(condition, seed=30 + number), sampling(5 * FRAME, condition_tokens=condition))
         for number, condition in enumerate(conditions)
     ]
     options = {"max_num_batched_tokens": 512, "enable_prefix_caching": False, "variant": asynchronous}
@@ -83,7 +83,7 @@ def test_videos_that_are_recomputed_hold_no_more_than_before(
             assert video.resident_blocks <= bound == video.most_blocks
             held = max(held, video.resident_blocks)
     for number, (ids, _) in enumerate(requests):
-        reference.check(ids, answers[str(number)], 10 * FRAME, plan_of(len(ids), positions))
+        reference.check(ids, answers[str(number)], 5 * FRAME, plan_of(len(ids), positions))
     assert len(preemptions) >= 3
     assert held >= max(most) - 1, "the bound is what they really hold"
 
