@@ -101,7 +101,10 @@ def test_benchmarks(kind: str, model: Path) -> None:
     """They time random text, and say that a policy is on."""
     requests = {
         # Its ids are below 10,000, and the tokenizer knows fewer.
-        "latency": ("--skip-tokenizer-init", "--num-iters", "1", "--num-iters-warmup", "1", "--batch-size", "2"),
+        "latency": (
+            *("--skip-tokenizer-init", "--load-format", "dummy", "--hf-overrides", '{"vocab_size": 10000}'),
+            *("--num-iters", "1", "--num-iters-warmup", "1", "--batch-size", "2"),
+        ),
         "throughput": ("--num-prompts", "4", "--dataset-name", "random"),
     }[kind]
     done = vllm(*("bench", kind, "--model", str(model), "--input-len", "64", "--output-len", "8", *requests, *FLAGS))
