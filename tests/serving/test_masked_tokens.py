@@ -423,6 +423,8 @@ def test_more_requests_than_there_is_room_for_are_said(
         (CONFIG, {"long_prefill_token_threshold": 8}, "--long-prefill-token-threshold is 8"),
         (CONFIG, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         (CONFIG, {"diffusion_config": {"canvas_length": 16}}, "canvas_length is 16, and a frame has 32 tokens"),
+        (CONFIG, {"override_generation_config": {"temperature": 0.5}}, "--override-generation-config has no effect"),
+        (CONFIG, {"logits_processors": ["a.b:C"]}, "--logits-processors has no effect on .*: leave it out"),
         ({"layout": {"tokens_per_frame": 32}}, {}, "give grid"),
         ({"layout": {"grid": [4, 6], "frame_start_tokens": 1}}, {}, "frame_start_tokens: 3"),
         ({"layout": {"grid": [4, 6], "axis_scale": [1, 1, 1]}}, {}, r"axis_scale of this model is \[4, 8, 8\]"),
