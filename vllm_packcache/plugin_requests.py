@@ -151,11 +151,11 @@ def checking_request(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = processor.vllm_config
         is_masked = plugin_masked.is_masked(vllm_config.model_config)
         config = masked_config_of(processor) if is_masked else config_of(processor)
-        if config is None:
-            _refuse_options(params)
-            return process_inputs(processor, request_id, prompt, params, *args, **kwargs)
         length_given = True
         try:
+            if config is None:
+                _refuse_options(params)
+                return process_inputs(processor, request_id, prompt, params, *args, **kwargs)
             if isinstance(params, SamplingParams):
                 names = config.masked_request_options if is_masked else config.request_options
                 _check_names(params.extra_args or {}, names, vllm_config)
@@ -177,14 +177,12 @@ def _refuse_options(params: Any) -> None:
     """Refuse a video where no policy is on: it would be served as text.
 
     Raises:
-        VLLMValidationError: it has options of a video.
+        ConfigError: it has options of a video.
     """
-    from vllm.exceptions import VLLMValidationError
-
     options = getattr(params, "extra_args", None) or {}
     name = next(filter(is_video_key, options), None)
     if name is not None:
-        raise VLLMValidationError(
+        raise ConfigError(
             f"{named(name)} is an option of a video, and this server was started without {POLICY_FLAG}: start it "
             "with that, or leave the option out"
         )

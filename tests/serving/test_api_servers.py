@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,7 +61,7 @@ def second_node(checkpoint: Path, arguments: list[str], log: Path) -> Iterator[N
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *arguments),
         *("--headless", "--data-parallel-start-rank", "1"),
     ]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as process:
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             yield
         finally:

@@ -17,10 +17,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from tests.serving.conftest import prompt
+from tests.serving.test_api_servers import BLOCK, CONFIG
 from vllm_packcache.config import ServerConfig
 
-CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}, "window": 2, "history_frames": 1.5}
-BLOCK = 32
 FLAGS = (
     "--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(CONFIG),
     "--num-gpu-blocks-override", "40", "--block-size", str(BLOCK), "--max-model-len", "4096",

@@ -141,7 +141,8 @@ def test_a_video_that_comes_to_an_engine_without_a_policy_is_ended(
     ids = prompt(50, seed=74)
     ended = serve(llm, [(ids, sampling(20, window=2)), (ids, sampling(20)), (ids, sampling(5, window=2))])
     assert ended == [("error", []), ("length", reference.generate(ids, 20, None, BLOCK).token_ids), ("error", [])]
-    assert errors == ["--kv-cache-policy"] * 2
+    why = "it is a video, and this engine was started without --kv-cache-policy: start every node with the same flags"
+    assert errors == [why] * 2
     assert not scheduler_of(llm).requests
 
 

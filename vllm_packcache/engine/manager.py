@@ -252,7 +252,7 @@ class RetentionManager(FullAttentionManager):
         """The request cannot go on."""
         if request_id in self.failures:
             return
-        logger.error("Request %s is ended with an error: %s", request_id, why)
+        _log_end(request_id, why)
         self.failures[request_id] = why
 
     def room_ends(self, video: Video, processed: int) -> int | None:
@@ -381,7 +381,7 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
         managers = retention_managers(scheduler.kv_cache_manager)
         if not managers:
-            return 0 if _is_misdirected(scheduler, request) else num_new_tokens
+            return 0 if _end_if_misdirected(scheduler, request) else num_new_tokens
         try:
             # While it decodes there is no more than one token, and nothing to end.
             if request.num_tokens - num_computed_tokens > 1:
@@ -401,8 +401,12 @@ def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[.
     return wrapper
 
 
-def _is_misdirected(scheduler: Scheduler, request: Request) -> bool:
-    """Whether a video has come to an engine without a policy. It is ended with an error.
+def _log_end(request_id: str, why: str) -> None:
+    logger.error("Request %s is ended with an error: %s", request_id, why)
+
+
+def _end_if_misdirected(scheduler: Scheduler, request: Request) -> bool:
+    """End a video that has come to an engine without a policy with an error; whether this is one.
 
     The front end refuses it, unless it has a policy itself: then the engine's node was started without.
     """
@@ -410,11 +414,9 @@ def _is_misdirected(scheduler: Scheduler, request: Request) -> bool:
     if not options or request.num_output_tokens or not any(map(is_video_key, options)):
         return False
     if request.request_id not in scheduler.grammar_compile_error_reqs:
-        logger.error(
-            "Request %s is ended with an error: it is a video, and this engine was started without %s: start every "
-            "node with the same flags",
+        _log_end(
             request.request_id,
-            POLICY_FLAG,
+            f"it is a video, and this engine was started without {POLICY_FLAG}: start every node with the same flags",
         )
         scheduler.grammar_compile_error_reqs.add(request.request_id)
     return True
