@@ -22,7 +22,7 @@ import torch
 
 from tests.margins import CarefulReference, call_without_ties
 from tests.runner import V2, is_for_this_runner
-from vllm_packcache import interpreted
+from vllm_packcache.tools import interpreted
 
 # Servers of tests are on this machine: no client of theirs may ask a proxy, and none of them wants a key.
 for _name in ("http_proxy", "https_proxy", "all_proxy", "vllm_api_key"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_packcache.config import VideoPlan
+from vllm_packcache.core.plan import VideoPlan
 from vllm_packcache.reference import LlamaReference
 from vllm_packcache.reference.llama import Generation
 from vllm_packcache.reference.masked_video import MaskedGeneration

@@ -22,7 +22,7 @@ ON_BOTH = frozenset(
 
 ON_V2 = frozenset(
     {
-        "bench/test_gpu_kernels.py",
+        "benchmarks/test_gpu_kernels.py",
         "serving/test_graphs.py",
         "serving/test_masked_tokens.py",
         "worker/test_runner_v2.py",

@@ -61,14 +61,14 @@ SUPPORT = (
         "V2",
         "FLASH_ATTN",
         "not run: what its metadata builder plans with is compacted; keys lie as Triton's, says its source",
-        ("worker/test_runner_v2.py::test_backends_plan_with_live_lengths", "contract/test_vllm_contract.py"),
+        ("worker/test_runner_v2.py::test_backends_plan_with_live_lengths", "hooks/test_vllm_contract.py"),
     ),
     Support(
         INSTALLED,
         "V1, V2",
         "FLASHINFER",
         "not run: wrapped like the others; keys lie as Triton's, says its source",
-        ("contract/test_vllm_contract.py", "worker/test_key_layout.py"),
+        ("hooks/test_vllm_contract.py", "worker/test_key_layout.py"),
     ),
     Support(
         INSTALLED,
@@ -82,7 +82,7 @@ SUPPORT = (
         "V1, V2",
         "all of these",
         "not run: everything that the plugin relies on is in its source",
-        ("contract/test_vllm_contract.py",),
+        ("hooks/test_vllm_contract.py",),
     ),
 )
 

@@ -6,17 +6,18 @@ Commands import what they run only when they run: `explain` and ``--help`` must 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_packcache.config import ConfigError
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.tools.console import one_sentence
 
 app = typer.Typer(
     name="vllm-packcache",
@@ -25,8 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure what the policies cost and save.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -34,14 +33,25 @@ def main() -> None:
     app()
 
 
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turn an error that a person can act on into its sentence and exit status 2."""
-    try:
-        yield
-    except (ConfigError, OSError) as error:
-        typer.echo(f"vllm-packcache: {error}", err=True)
-        raise typer.Exit(2) from None
+def _add_bench() -> None:
+    """Add the benchmarks of the checkout that this package is used from; a wheel has none."""
+    root = Path(__file__).parents[1]
+    if (root / "benchmarks" / "cli.py").is_file():
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+        app.add_typer(importlib.import_module("benchmarks.cli").bench, name="bench")
+        return
+
+    @app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        hidden=True,
+    )
+    def bench() -> None:
+        with one_sentence():
+            raise ConfigError(
+                "the benchmarks are not part of the installed package: clone the repository, install that "
+                "(pip install -e .), and run vllm-packcache bench there"
+            )
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,7 +79,7 @@ def demo(
     """Turn a picture and a sentence into a video, with and without packcache."""
     from vllm_packcache.demo.run import run_demo
 
-    with _one_sentence():
+    with one_sentence():
         run_demo(image, prompt, out)
 
 
@@ -114,10 +124,10 @@ def generate(
     guidance: Annotated[float, typer.Option(help="How much the prompt counts; 1: no guidance, half the work.")] = 15,
 ) -> None:
     """Have Lumos-1 make a video of a sentence, of a picture and a sentence, or go on with a video."""
-    from vllm_packcache.generate import Asked, generate
-    from vllm_packcache.masked import MaskedOptions
+    from vllm_packcache.families.lumos import MaskedOptions
+    from vllm_packcache.serving.generate import Asked, generate
 
-    with _one_sentence():
+    with one_sentence():
         try:
             options = MaskedOptions(seed=seed, steps=steps, guidance=guidance)
         except ValueError as error:
@@ -144,7 +154,7 @@ def demo_masked(
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
     from vllm_packcache.demo.masked.run import run_masked_demo
 
-    with _one_sentence():
+    with one_sentence():
         run_masked_demo(image, prompt, out)
 
 
@@ -166,10 +176,10 @@ def explain(
     """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
     from rich.console import Console
 
-    from vllm_packcache import explain as explaining
-    from vllm_packcache.figures import check_format
+    from vllm_packcache.tools import explain as explaining
+    from vllm_packcache.tools.figures import check_format
 
-    with _one_sentence():
+    with one_sentence():
         check_format("--out", out)
         explanation = explaining.explain(
             config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
@@ -205,9 +215,9 @@ def calibrate(
     ] = None,
 ) -> None:
     """Measure how a model's attention decays over time, and suggest options that keep a share of it."""
-    from vllm_packcache.bench.calibrate.command import run
+    from vllm_packcache.calibrate.command import run
 
-    with _one_sentence():
+    with one_sentence():
         run(
             model,
             config,
@@ -229,7 +239,7 @@ def doctor(
     """Check the installation and say what to do about what is wrong with it."""
     from rich.console import Console
 
-    from vllm_packcache import doctor as checking
+    from vllm_packcache.tools import doctor as checking
 
     # vLLM logs to stdout, which is ours. A level that the user chose stays.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -243,143 +253,4 @@ def doctor(
         raise typer.Exit(1)
 
 
-@bench.command("decode")
-def bench_decode(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
-    plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the time of a step by frame and policy, as a PNG or SVG.")
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
-    ] = False,
-) -> None:
-    """Time decode steps with and without packcache and with other policies, as ratios of runs side by side."""
-    from vllm_packcache.bench.decode import run
-
-    with _one_sentence():
-        run(json_path, plot_path, quick=quick)
-
-
-@bench.command("masked")
-def bench_masked(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
-    plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Draw ratios, goals and memory, as a PNG or SVG.")
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
-    ] = False,
-) -> None:
-    """Time a frame of a masked model (Lumos-1), all its passes, with and without packcache."""
-    from vllm_packcache.bench.masked import run
-
-    with _one_sentence():
-        run(json_path, plot_path, quick=quick)
-
-
-@bench.command("serve")
-def bench_serve(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
-    frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 13,
-    tokens_per_frame: Annotated[int, typer.Option(min=1, help="Tokens of a frame.")] = 257,
-    condition_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a video's prompt.")] = 17,
-    pool_videos: Annotated[
-        int, typer.Option(min=1, help="Size of the KV pool: videos that it holds with their full cache.")
-    ] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="How often both servers get the load.")] = 2,
-) -> None:
-    """Count the videos that a server holds at once with and without packcache, and load it with them over HTTP."""
-    from vllm_packcache.bench.serve import Plan, run
-
-    with _one_sentence():
-        run(
-            json_path,
-            plan=Plan(
-                condition_tokens=condition_tokens,
-                tokens_per_frame=tokens_per_frame,
-                frames=frames,
-                pool_videos=pool_videos,
-                rounds=rounds,
-            ),
-        )
-
-
-@bench.command("quality")
-def bench_quality(
-    out: Annotated[
-        Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
-    ] = Path("out/bench/quality"),
-    videos: Annotated[
-        int | None, typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 8 with --masked.")
-    ] = None,
-    masked: Annotated[
-        bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
-    ] = False,
-) -> None:
-    """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
-    from vllm_packcache.bench.quality.generators import Causal, Masked
-    from vllm_packcache.bench.quality.run import Plan, run
-
-    with _one_sentence():
-        run(out, plan=Plan(generator=Masked() if masked else Causal(), videos=videos or 0))
-
-
-@bench.command("long-video")
-def bench_long_video(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the results and what is needed to repeat them.")
-    ] = None,
-    plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Write curves over the frames, as PNG or SVG.")
-    ] = None,
-) -> None:
-    """Measure the bundled model's quality over a video ten times as long as it was trained on."""
-    from vllm_packcache.bench.long_video import run
-
-    with _one_sentence():
-        run(json_path, plot_path)
-
-
-@bench.command("all")
-def bench_all(
-    out: Annotated[
-        Path, typer.Option(help="Folder for all results and the report; a run goes on with what is there.")
-    ] = Path("out/bench"),
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="The smallest sizes: shows that everything works, numbers say nothing."),
-    ] = False,
-    videos: Annotated[int | None, typer.Option(min=2, help="Held-out videos that bench quality makes; 200.")] = None,
-) -> None:
-    """Run decode, serve, masked, quality and calibrate one after another, and write their report."""
-    from vllm_packcache.bench.everything import run
-
-    with _one_sentence():
-        failed = run(out, quick=quick, videos=videos)
-    if failed:
-        typer.echo(f"vllm-packcache: failed: {', '.join(failed)}; the same command tries them again", err=True)
-        raise typer.Exit(1)
-
-
-@bench.command("report")
-def bench_report(
-    folder: Annotated[Path, typer.Argument(help="Folder with the JSON of benchmarks, as bench all writes it.")],
-    readme: Annotated[
-        Path | None,
-        typer.Option(help="Text whose part between <!-- results: begin --> and <!-- results: end --> is replaced."),
-    ] = None,
-) -> None:
-    """Write results.csv and report.md anew from the results of a folder."""
-    from vllm_packcache.bench.report import report
-
-    with _one_sentence():
-        for path in report(folder, readme):
-            typer.echo(f"wrote {path}")
+_add_bench()

@@ -10,8 +10,8 @@ import vllm
 from packaging.version import Version
 
 from tests.support import INSTALLED, SUPPORT, Support, table
-from vllm_packcache.hooks import supported_vllm
-from vllm_packcache.worker.key_layout import BACKENDS
+from vllm_packcache.hooks.install import supported_vllm
+from vllm_packcache.worker.keys.layout import BACKENDS
 
 TESTS = Path(__file__).parents[1]
 

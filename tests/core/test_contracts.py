@@ -47,9 +47,8 @@ def test_the_import_contracts_hold():
 def test_the_core_loads_neither_vllm_nor_torch():
     result = python(
         "import json, sys\n"
-        "import vllm_packcache.layout, vllm_packcache.masked, vllm_packcache.policies, vllm_packcache.positions\n"
-        "import vllm_packcache.retention\n"
-        "vllm_packcache.policies.names()\n"
+        "import vllm_packcache.core.plan, vllm_packcache.core.policies, vllm_packcache.families.lumos\n"
+        "vllm_packcache.core.policies.names()\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
 
@@ -65,7 +64,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_packcache.policies import Policy
+from vllm_packcache import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,8 @@ def install(folder: Path, *entry_points: str, package: str = "other-policies") -
 
 def test_a_policy_of_another_package_is_found_and_configured(tmp_path):
     result = python(
-        "from vllm_packcache.policies import names\n"
-        "from vllm_packcache.config import ServerConfig\n"
+        "from vllm_packcache.core.policies import names\n"
+        "from vllm_packcache.config.server import ServerConfig\n"
         "print(names())\n"
         "print(ServerConfig.parse('newest', {'blocks': 3}).policy)\n",
         path=install(tmp_path, "newest = other_policies:Newest"),
@@ -116,7 +115,7 @@ BROKEN = {
     ),
     "none": (
         "none = other_policies:NoPolicy",
-        "policy 'none' of package other-policies must be a class that derives from vllm_packcache.policies.Policy, "
+        "policy 'none' of package other-policies must be a class that derives from vllm_packcache.Policy, "
         "and other_policies:NoPolicy is none: mend or uninstall the package, or choose another policy",
     ),
     "full": (
@@ -136,8 +135,9 @@ def test_an_entry_point_that_cannot_be_used_is_in_nobodys_way(tmp_path):
     path = install(tmp_path, *(entry for entry, _ in BROKEN.values()))
     result = python(
         "import sys\n"
-        "from vllm_packcache.policies import names\n"
-        "from vllm_packcache.config import ConfigError, ServerConfig\n"
+        "from vllm_packcache.core.policies import names\n"
+        "from vllm_packcache.config.errors import ConfigError\n"
+        "from vllm_packcache.config.server import ServerConfig\n"
         "print(names())\n"
         "print(ServerConfig.parse('packcache').policy.window)\n"
         "print('other_policies' in sys.modules)\n"
@@ -159,7 +159,7 @@ def test_an_entry_point_that_cannot_be_used_is_in_nobodys_way(tmp_path):
 
 def test_doctor_names_what_cannot_be_used(tmp_path):
     result = python(
-        "from vllm_packcache.doctor import check_configuration\n"
+        "from vllm_packcache.tools.doctor import check_configuration\n"
         "for check in check_configuration():\n"
         "    print(check.verdict.value, check.name, check.found)\n",
         path=install(tmp_path, *(entry for name, (entry, _) in BROKEN.items() if name != "newest")),

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.retention import BlockMap
-
-from .strategies import block_sizes, layouts, quick
+from tests.strategies import block_sizes, layouts, quick
+from vllm_packcache.core.blocks import BlockMap
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
 
 
 @quick

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_packcache.layout import CONDITION, MAX_FRAMES, FrameLayout, VideoLayout
-from vllm_packcache.policies import PackCache
-from vllm_packcache.policies.packcache import MAX_WINDOW, allotment, shares
-from vllm_packcache.retention import Retention
-
-from .strategies import cost, layouts, packcaches, quick, retentions
+from tests.strategies import cost, layouts, packcaches, quick, retentions
+from vllm_packcache.core.layout import CONDITION, MAX_FRAMES, FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies.packcache import MAX_WINDOW, allotment, shares
+from vllm_packcache.core.retention import Retention
 
 
 @quick

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from vllm_packcache import policies
-from vllm_packcache.config import ConfigError, ServerConfig
-from vllm_packcache.explain import explain
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import PackCache, Policy, SlidingWindow
-from vllm_packcache.retention import BlockMap, PolicyError, Retention, check_policy
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core import policies
+from vllm_packcache.core.blocks import BlockMap
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache, Policy, SlidingWindow
+from vllm_packcache.core.retention import PolicyError, Retention, check_policy
+from vllm_packcache.tools.explain import explain
 
 BLOCK = 16
 # Frame k begins in block 2 + 2 k.
@@ -254,14 +256,14 @@ def test_fingerprints_tell_what_a_name_stands_for(installed: Callable[[str, type
     prints = [ServerConfig.parse(name, layout).fingerprint() for name in ("packcache", "sliding_window")]
     installed("packcache", Wide)
     prints.append(ServerConfig.parse("packcache", layout).fingerprint())
-    assert prints[0]["class"] == "vllm_packcache.policies.packcache:PackCache"
+    assert prints[0]["class"] == "vllm_packcache.core.policies.packcache:PackCache"
     assert prints[2]["class"] == f"{NAME}:Wide"
     assert len({text for fingerprint in prints for text in fingerprint.values()}) == 6
 
 
 @pytest.mark.parametrize("layout", [{"tokens_per_frame": 2**20}, {"grid": [1, 1], "condition_image_tokens": 10**9}])
 def test_the_fingerprint_of_the_largest_layout_costs_little(layout: dict[str, Any]) -> None:
-    from tests.core.strategies import cost
+    from tests.strategies import cost
 
     _, peak = cost(lambda: ServerConfig.parse("full", {"layout": layout}))
     assert peak < 2**22

@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.positions import (
-    Positions,
-    contiguous_axes,
-    interleaved_axes,
-    mm_rope_axes,
-    slide_angles,
-)
-
-from .strategies import axis_scales, grid_layouts, one_axis, quick, small_layouts, three_axes
+from tests.strategies import axis_scales, grid_layouts, one_axis, quick, small_layouts, three_axes
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.positions import Positions, contiguous_axes, interleaved_axes, mm_rope_axes, slide_angles
 
 FRAMES = 9
 SECTIONS = [(16, 24, 24), (24, 20, 20), (11, 11, 10), (2, 3, 3), (4, 0, 4), (1, 1, 1), (0, 5, 3)]

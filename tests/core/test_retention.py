@@ -7,11 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.policies import AttentionSink, Full, PackCache, SlidingWindow
-from vllm_packcache.retention import Retention
-
-from .strategies import BOUNDED, POLICY_NAMES, cost, layouts, packcaches, policies_called, quick, retentions
+from tests.strategies import BOUNDED, POLICY_NAMES, cost, layouts, packcaches, policies_called, quick, retentions
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
+from vllm_packcache.core.retention import Retention
 
 FRAMES = 24
 

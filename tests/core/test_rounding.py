@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.positions import Positions, mm_rope_axes, slide_angles
-from vllm_packcache.retention import Retention
-
-from .strategies import block_sizes, layouts, packcaches, quick
+from tests.strategies import block_sizes, layouts, packcaches, quick
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.positions import Positions, mm_rope_axes, slide_angles
+from vllm_packcache.core.retention import Retention
 
 WINDOW = 16
 FREQUENCIES = 10_000.0 ** (-np.arange(64) / 64)

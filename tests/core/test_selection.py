@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_packcache.config import ConfigError, ServerConfig
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import PackCache
-from vllm_packcache.policies.selection import Selection, keep_fraction, select, spread_order
-from vllm_packcache.retention import BlockMap, Retention
-
-from .strategies import block_sizes, grid_layouts, layouts, quick
+from tests.strategies import block_sizes, grid_layouts, layouts, quick
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.blocks import BlockMap
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies.selection import Selection, keep_fraction, select, spread_order
+from vllm_packcache.core.retention import Retention
 
 SELECTIONS = get_args(Selection)
 

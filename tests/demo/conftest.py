@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.training.masked_evaluate import FusedLumos
 from vllm_packcache.demo.masked.bundle import write_checkpoint
-from vllm_packcache.demo.masked.evaluate import FusedLumos
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_packcache import masked
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo import training
-from vllm_packcache.demo.masked import bundle, evaluate, train
-from vllm_packcache.demo.masked.model import LumosSize, _rotate
+from benchmarks.training import loop as training
+from benchmarks.training import masked_bundle
+from benchmarks.training import masked_evaluate as evaluate
+from benchmarks.training import masked_train as train
+from benchmarks.training.masked_model import LumosSize, _rotate
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.demo import scores
+from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked.tokenizer import (
     FRAME,
     GRID_SHAPE,
@@ -25,12 +28,13 @@ from vllm_packcache.demo.masked.tokenizer import (
 )
 from vllm_packcache.demo.tokenizer import WORDS, VideoTokenizer
 from vllm_packcache.demo.world import make_world, palette
+from vllm_packcache.families import lumos
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedVideo
 
 F = FRAME.tokens_per_frame
 SMALL = LumosSize(hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-OFFSETS = masked.visual_offsets(GRID_SHAPE)
+OFFSETS = lumos.visual_offsets(GRID_SHAPE)
 
 
 def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
@@ -46,7 +50,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
 def rounded(model: train.Lumos) -> train.Lumos:
     """As the model is after its bundle was written."""
     state = model.state_dict()
-    state[bundle.LAST_NORM] = bundle.SHARPNESS * state[bundle.LAST_NORM]
+    state[masked_bundle.LAST_NORM] = masked_bundle.SHARPNESS * state[masked_bundle.LAST_NORM]
     model.load_state_dict({name: value.bfloat16().float() for name, value in state.items()})
     return model
 
@@ -54,7 +58,7 @@ def rounded(model: train.Lumos) -> train.Lumos:
 @pytest.fixture
 def saved(tmp_path, monkeypatch) -> tuple[train.Lumos, LumosReference]:
     model = small_model(monkeypatch)
-    bundle.save_bundle(model, tmp_path / "bundle")
+    masked_bundle.save_bundle(model, tmp_path / "bundle")
     path = bundle.write_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
     return rounded(model), LumosReference.load(path)
 
@@ -77,7 +81,7 @@ def drops_history(sequence) -> bool:
     [
         ("image to video, all seen", lambda s: len(s.text) > 10 and len(s.image) and not drops_history(s)),
         ("image to video, packcache", lambda s: len(s.image) and drops_history(s)),
-        ("no text", lambda s: len(s.text) == masked.VIDEO_START_TOKENS and len(s.image)),
+        ("no text", lambda s: len(s.text) == lumos.VIDEO_START_TOKENS and len(s.image)),
         ("text to video", lambda s: not len(s.image) and drops_history(s)),
     ],
 )
@@ -114,13 +118,13 @@ def test_fused_attention_is_that_of_the_reference(saved):
     fused = evaluate.FusedLumos(reference.config, reference._weights)
     world = make_world(3)
     ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
-    request = bundle.request_options(6, "packcache", masked.MaskedOptions(steps=2, guidance=2.0))
+    request = bundle.request_options(6, "packcache", lumos.MaskedOptions(steps=2, guidance=2.0))
     plan = ServerConfig.parse("packcache", bundle.PRESET).masked_plan(request, ids)
     videos = [
         MaskedVideo(model, ids, 6, plan.conditional, plan.options, evaluate.BLOCK_SIZE) for model in (reference, fused)
     ]
     for frame in range(6):
-        empty = torch.from_numpy(masked.masked_frame(GRID_SHAPE))
+        empty = torch.from_numpy(lumos.masked_frame(GRID_SHAPE))
         one, two = (video._guided_logits(frame, empty) for video in videos)
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
         for video in videos:
@@ -130,7 +134,7 @@ def test_fused_attention_is_that_of_the_reference(saved):
 def test_a_checkpoint_has_every_row_and_only_used_ones_are_not_zero(saved):
     model, reference = saved
     rows = reference._weights["model.embed_tokens.weight"]
-    assert rows.shape == (masked.VISUAL_BEGIN + len(palette().patches), SMALL.hidden_size)
+    assert rows.shape == (lumos.VISUAL_BEGIN + len(palette().patches), SMALL.hidden_size)
     assert np.array_equal(rows.any(1).nonzero()[:, 0].numpy(), model.ids)
     assert torch.equal(rows[torch.from_numpy(model.ids)], model.model.embed_tokens.weight)
     assert reference.config.rope_theta == SMALL.rope_theta
@@ -138,7 +142,7 @@ def test_a_checkpoint_has_every_row_and_only_used_ones_are_not_zero(saved):
 
 
 def test_words_have_low_ids_and_what_lumos_asks_around_a_caption_is_taken_off(tmp_path, monkeypatch):
-    bundle.save_bundle(small_model(monkeypatch), tmp_path)
+    masked_bundle.save_bundle(small_model(monkeypatch), tmp_path)
     from transformers import AutoTokenizer
 
     published = AutoTokenizer.from_pretrained(tmp_path)
@@ -148,29 +152,27 @@ def test_words_have_low_ids_and_what_lumos_asks_around_a_caption_is_taken_off(tm
         ids = tokenizer.encode(caption, add_special_tokens=False).ids
         assert len(ids) == len(caption.split())
         assert tokenizer.token_to_id("<unk>") not in ids
-        assert all(0 < token < masked.FRAME_END for token in ids)
-        asked = masked.question(caption, 128, 128, 12, RATE)
+        assert all(0 < token < lumos.FRAME_END for token in ids)
+        asked = lumos.question(caption, 128, 128, 12, RATE)
         assert published(asked, add_special_tokens=False)["input_ids"] == ids
         assert published(asked.replace("\n", ""), add_special_tokens=False)["input_ids"] == ids
-        assert masked.text_prompt(ids, 12, RATE) == prompt(caption, 12, tokenizer)
+        assert lumos.text_prompt(ids, 12, RATE) == prompt(caption, 12, tokenizer)
     assert tokenizer.encode("a [red] zebra", add_special_tokens=False).tokens == ["a", "red", "<unk>"]
     assert all(tokenizer.token_to_id(word) is not None for word in WORDS)
 
 
 def test_visual_codes_are_those_of_the_first_demo_models_codebook():
     assert np.array_equal(VideoTokenizer().patches, palette().patches)
-    assert np.array_equal(
-        used_ids()[-len(palette().patches) :] - masked.VISUAL_BEGIN, np.arange(len(palette().patches))
-    )
+    assert np.array_equal(used_ids()[-len(palette().patches) :] - lumos.VISUAL_BEGIN, np.arange(len(palette().patches)))
 
 
 def test_clips_ask_for_masked_tokens_only_and_commit_as_published(monkeypatch):
     model = small_model(monkeypatch)
     clipper = train.Clipper(model)
-    mask = int(model.rows(np.array([masked.MASK])))
-    content = F - masked.FRAME_START_TOKENS - masked.FRAME_END_TOKENS
+    mask = int(model.rows(np.array([lumos.MASK])))
+    content = F - lumos.FRAME_START_TOKENS - lumos.FRAME_END_TOKENS
     published = np.zeros(F, bool)
-    published[masked.FRAME_START_TOKENS + masked.remasked(content, train.PUBLISHED_REMASK)] = True
+    published[lumos.FRAME_START_TOKENS + lumos.remasked(content, train.PUBLISHED_REMASK)] = True
     clips = [clipper.clip(training.FIRST_TRAINING_SEED + 2 * i, 6) for i in range(40)]
     for clip in clips:
         sequence = clip.sequence
@@ -184,10 +186,10 @@ def test_clips_ask_for_masked_tokens_only_and_commit_as_published(monkeypatch):
         assert sequence.positions.shape == (3, start(sequence) + 6 * F)
         text = len(sequence.text)
         assert (sequence.positions[:, :text] == torch.arange(text)).all()
-        if text == masked.VIDEO_START_TOKENS:
-            assert model.ids[sequence.text[0]] == masked.VIDEO_BEGIN
+        if text == lumos.VIDEO_START_TOKENS:
+            assert model.ids[sequence.text[0]] == lumos.VIDEO_BEGIN
         else:
-            assert model.ids[sequence.text[0]] == masked.BOS
+            assert model.ids[sequence.text[0]] == lumos.BOS
     as_published = [((clip.sequence.committed == mask).numpy() == published).all() for clip in clips]
     assert 0.4 < np.mean(as_published) < 0.9
     assert {len(clip.sequence.image) for clip in clips} == {0, F}
@@ -205,7 +207,7 @@ def test_looking_heads_find_their_place():
     turn = angles.cos(), angles.sin()
     keys = _rotate(attention.k_norm.bias.expand(at.shape[1], -1, -1), *turn)
     queries = _rotate(attention.q_norm.bias.expand(at.shape[1], -1, -1), *turn)
-    place = masked.FRAME_START_TOKENS + 7 * (GRID_SHAPE[1] + 1) + 9
+    place = lumos.FRAME_START_TOKENS + 7 * (GRID_SHAPE[1] + 1) + 9
     last = start(sequence) + 3 * F + place
 
     def found(head, query):
@@ -244,8 +246,8 @@ def test_the_bundle_is_as_good_as_its_evaluation_says(loaded):
     """One short video with the recorded options, and the sentence that decides which way things go."""
     recorded = json.loads((bundle.MODEL_DIR / "evaluation.json").read_text(encoding="utf-8"))
     assert recorded["options"] == dataclasses.asdict(bundle.OPTIONS)
-    assert recorded["trained_frames"] == train.TRAINED_FRAMES
-    world = make_world(evaluate.FIRST_HELD_OUT_SEED)
+    assert recorded["trained_frames"] == bundle.TRAINED_FRAMES
+    world = make_world(scores.FIRST_HELD_OUT_SEED)
     codes = evaluate.generate(loaded, world, 2, "packcache", bundle.OPTIONS)
     true = np.stack([world.frame_ids(k) for k in (1, 2)])
     changed = true != np.stack([world.frame_ids(k) for k in (0, 1)])
@@ -256,7 +258,7 @@ def test_the_bundle_is_as_good_as_its_evaluation_says(loaded):
 def test_the_text_says_which_way_things_go(loaded):
     other = {"right": "left", "left": "right"}
     said, contradicted = [], []
-    for seed in range(evaluate.FIRST_HELD_OUT_SEED, evaluate.FIRST_HELD_OUT_SEED + 3):
+    for seed in range(scores.FIRST_HELD_OUT_SEED, scores.FIRST_HELD_OUT_SEED + 3):
         world = make_world(seed)
         true, before = world.frame_ids(1), world.frame_ids(0)
         for text, right in (

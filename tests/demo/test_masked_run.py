@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.training import masked_evaluate as evaluate
 from tests.demo.test_run import COMMAND, ENVIRONMENT, processes_of
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.masked import evaluate, run
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.demo.masked import run
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
 from vllm_packcache.demo.tokenizer import VideoTokenizer

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_packcache.demo import evaluate, train, training
-from vllm_packcache.demo.llama import Llama, LlamaSize, load_pretrained, rotary_table
-from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
+from benchmarks.training import evaluate, train
+from benchmarks.training import loop as training
+from benchmarks.training.llama import Llama, LlamaSize, load_pretrained, rotary_table
+from vllm_packcache.demo import scores
+from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, video_ids, world_prompt
 from vllm_packcache.demo.world import make_world
 
 
@@ -26,15 +28,15 @@ def test_transformers_gives_the_same_scores(model, tokenizer):
 
     other = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     assert type(other).__name__ == "LlamaForCausalLM"
-    ids = torch.tensor(train.video_ids(tokenizer, make_world(5), 2))[None]
+    ids = torch.tensor(video_ids(tokenizer, make_world(5), 2))[None]
     expected = other(ids).logits
     assert torch.allclose(model.logits(model.hidden(ids)), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_next_frames_of_held_out_worlds(model, tokenizer):
-    for seed in (evaluate.FIRST_HELD_OUT_SEED, evaluate.FIRST_HELD_OUT_SEED + 1):
+    for seed in (scores.FIRST_HELD_OUT_SEED, scores.FIRST_HELD_OUT_SEED + 1):
         video = make_world(seed)
-        truth = evaluate.true_frames(tokenizer, video, 16)
+        truth = scores.true_frames(tokenizer, video, 16)
         best = evaluate.predict_next_frames(model, tokenizer, video, 16)
         hits = best[:, 1:].reshape(truth[1:].shape) == truth[1:]
         changed = truth[1:] != truth[:-1]
@@ -44,9 +46,9 @@ def test_next_frames_of_held_out_worlds(model, tokenizer):
 
 
 def test_generation_does_not_depend_on_the_draft(model, tokenizer):
-    video = make_world(evaluate.FIRST_HELD_OUT_SEED)
+    video = make_world(scores.FIRST_HELD_OUT_SEED)
     prompt = world_prompt(tokenizer, video)
-    truth = evaluate.true_frames(tokenizer, video, 2)[1:]
+    truth = scores.true_frames(tokenizer, video, 2)[1:]
     good = np.concatenate([np.r_[tokenizer.frame_id, frame.reshape(-1)] for frame in truth])
     bad = good.copy()
     bad[::40] = tokenizer.pad_id
@@ -61,18 +63,18 @@ def test_generation_does_not_depend_on_the_draft(model, tokenizer):
 def test_object_score_knows_right_from_wrong():
     video = make_world(0)
     truth = np.stack([video.frame_ids(k) for k in range(1, 17)])
-    score = evaluate.score_objects(video, truth)
+    score = scores.score_objects(video, truth)
     assert score.right == score.seen > 0
     assert score.after_right == score.after_seen > 0
     assert score.returns == score.returns_right > 0
-    score = evaluate.score_objects(video, np.repeat(video.frame_ids(0)[None], 16, 0))
+    score = scores.score_objects(video, np.repeat(video.frame_ids(0)[None], 16, 0))
     assert score.right < score.seen / 2
 
 
 def test_psnr():
     black = np.zeros((2, 4, 4, 3), np.uint8)
-    assert (evaluate.psnr(black, black) == evaluate.MAX_PSNR).all()
-    assert np.allclose(evaluate.psnr(black, black + 255), 0)
+    assert (scores.psnr(black, black) == scores.MAX_PSNR).all()
+    assert np.allclose(scores.psnr(black, black + 255), 0)
 
 
 def test_batches_mark_what_changes_and_keep_targets_clean(tokenizer):
@@ -95,7 +97,7 @@ def test_looking_heads_find_their_distance_and_are_held(tokenizer):
     size = LlamaSize(vocab_size=tokenizer.vocab_size)
     model = Llama(size)
     train.initialise(model, torch.Generator().manual_seed(0))
-    ids = torch.tensor(train.video_ids(tokenizer, make_world(7), 9))[None]
+    ids = torch.tensor(video_ids(tokenizer, make_world(7), 9))[None]
     attention = model.model.layers[0].self_attn
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     cos, sin = rotary_table(size, 0, ids.shape[1])

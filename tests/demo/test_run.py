@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.demo import run
-from vllm_packcache.demo.server import ServerError, serving
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.world import make_world
-from vllm_packcache.retention import Retention
+from vllm_packcache.serving.server import ServerError, serving
 
 COMMAND = str(Path(sys.executable).with_name("vllm-packcache"))
 ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

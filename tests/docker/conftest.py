@@ -13,7 +13,7 @@ def serve_parser() -> ArgumentParser:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_packcache import plugin
+    from vllm_packcache.hooks import startup as plugin
 
     plugin.register()
     return make_arg_parser(FlexibleArgumentParser())

@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, parse_exactly
-from vllm_packcache import masked, plugin_masked
-from vllm_packcache.config import ServerConfig, presets
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.key_layout import layout_of
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.sources import presets
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.families import lumos
+from vllm_packcache.hooks import masked as plugin_masked
+from vllm_packcache.worker.keys.layout import layout_of
 
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 DOCKER_COMPOSE = shutil.which("docker-compose")
@@ -95,8 +97,8 @@ def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentPar
     config = ServerConfig.from_additional_config(arguments.additional_config)
     assert config is not None
     grid, frames, words = (48, 84), 13, 267
-    image = masked.frame_of_codes(np.zeros(grid, dtype=np.int64)).tolist()
-    prompt = masked.text_prompt([5] * words, 6, 8) + image
+    image = lumos.frame_of_codes(np.zeros(grid, dtype=np.int64)).tolist()
+    prompt = lumos.text_prompt([5] * words, 6, 8) + image
     plan = config.masked_plan({"packcache_grid": list(grid), "packcache_frames": frames}, prompt)
     frame_tokens = len(image)
     blocks = [Retention(own.layout, own.policy, 16).most_blocks(frame_tokens) for own in plan.streams]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.docker.files import DOCKERFILES, ROOT, instructions, named, parse_exactly
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.tokenizer import MODEL_DIR
-from vllm_packcache.hooks import supported_vllm
+from vllm_packcache.hooks.install import supported_vllm
 
 GPU, CPU = DOCKERFILES
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")

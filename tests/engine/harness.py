@@ -21,12 +21,12 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_packcache import plugin
-from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.manager import RetentionManager
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.compaction import compact
+from vllm_packcache.hooks import startup as plugin
+from vllm_packcache.worker.blocks.compaction import compact
 from vllm_packcache.worker.step import Row, Step
 
 plugin.register()

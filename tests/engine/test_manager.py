@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import BLOCK, Harness, Served, prompt, video_options
-from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
-from vllm_packcache.engine.manager import bounding_chunks
+from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.engine.manager import bound_chunks
 
 FRAME = 18
 # Four whole blocks and two tokens: the fifth is shared with frame 0.
@@ -287,7 +287,7 @@ def test_chunks_end_where_the_window_slides(computed: int, frame_by_frame: bool)
 
     def chunk(kv: Harness, served: Served, wanted: int) -> int:
         scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
-        return bounding_chunks(stock)(scheduler, served.request, computed, wanted)
+        return bound_chunks(stock)(scheduler, served.request, computed, wanted)
 
     # Frames 3, 4, ... begin at 34, 42, ..., and with each of them the window slides. Two whole frames and the third
     # are what the policy keeps: there is room for all of it.
@@ -372,7 +372,7 @@ def test_a_prompt_of_many_frames_holds_no_more_than_a_video_that_is_decoded(
     most = video.retention.most_blocks(lag)
     assert most is not None
     scheduler = SimpleNamespace(kv_cache_manager=kv.kv)
-    choose = bounding_chunks(lambda scheduler, request, computed, wanted: wanted)
+    choose = bound_chunks(lambda scheduler, request, computed, wanted: wanted)
     held = []
     while video.request.num_computed_tokens < 800:
         computed = video.request.num_computed_tokens

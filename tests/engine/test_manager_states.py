@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.harness import Harness, Served, prompt, video_options
-from vllm_packcache.config import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 
 LAGS = st.integers(0, 2)
 CONFIGS = [

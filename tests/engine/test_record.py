@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
 from vllm_packcache.engine.record import MOST_PEAKS, VideoRecord, read_line
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
 
 CONDITION_TOKENS, FRAME = 10, 5
 

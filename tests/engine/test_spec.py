@@ -16,16 +16,18 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Slid
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from tests.core.strategies import quick
 from tests.engine.harness import stock_spec
-from vllm_packcache import policies
-from vllm_packcache.config import ConfigError, ServerConfig, _digest
+from tests.strategies import quick
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig, _digest
+from vllm_packcache.core import policies
+from vllm_packcache.core.blocks import BlockIndices, BlockMap
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import Policy, SlidingWindow
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.manager import RetentionManager
 from vllm_packcache.engine.spec import RetentionSpec, of_json
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import Policy, SlidingWindow
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import BlockIndices, BlockMap, Retention
 
 CONFIGS = [
     ServerConfig.parse("packcache", {"history_frames": 3, "layout": {"grid": [4, 6], "row_end_tokens": 1}}),

@@ -31,11 +31,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_packcache import masked
+from vllm_packcache.core.positions import Positions, mm_rope_axes
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import ARCHITECTURES
 from vllm_packcache.models.lumos import LumosForConditionalGeneration, MMRotary, StreamAttention, rotate
-from vllm_packcache.positions import Positions, mm_rope_axes
 from vllm_packcache.reference import LumosReference, make_random_lumos
-from vllm_packcache.reference.lumos import ARCHITECTURES
 
 ROUNDING = 1e-5
 """Relative to the largest number compared: what sums in another order may change in float32."""
@@ -61,11 +61,11 @@ class Stream(NamedTuple):
 def stream(grid: tuple[int, int], frame: int, seed: int) -> Stream:
     """A whole frame, its positions those of frame ``frame`` of a video."""
     codes = np.random.default_rng(seed).integers(0, 64, grid)
-    layout = masked.video_layout(masked.text_prompt([7] * (20 + seed), 2, 12), grid)
+    layout = lumos.video_layout(lumos.text_prompt([7] * (20 + seed), 2, 12), grid)
     start = layout.frame_start(frame)
     tokens = np.arange(start, start + layout.tokens_per_frame)
     at = Positions(layout, scale=(4, 8, 8)).of(tokens, 0)
-    return Stream(torch.from_numpy(masked.frame_of_codes(codes)), torch.from_numpy(at))
+    return Stream(torch.from_numpy(lumos.frame_of_codes(codes)), torch.from_numpy(at))
 
 
 CONDITIONAL = stream((5, 6), 900, seed=1)
@@ -209,7 +209,7 @@ def test_bfloat16_is_close(tmp_path: Path, tied: bool) -> None:
     wanted, _ = expected(folder)
     assert (hidden.float() - wanted).norm() < 0.05 * wanted.norm()
     source = load_file(folder / "model.safetensors")["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    assert_rounded(logits, hidden.float() @ source[masked.VISUAL_BEGIN :].bfloat16().float().T)
+    assert_rounded(logits, hidden.float() @ source[lumos.VISUAL_BEGIN :].bfloat16().float().T)
 
 
 # --------------------------------------------------------------------------- rotation
@@ -364,7 +364,7 @@ def test_quantisation_is_asked_about_every_linear_layer(folder: Path) -> None:
 
 def test_every_layer_has_a_cache_for_either_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(stream_spec=lambda *arguments: arguments)
-    monkeypatch.setitem(sys.modules, "vllm_packcache.engine.masked_spec", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm_packcache.engine.stream_spec", module)  # type: ignore[arg-type]
     config = configured(folder)
     load(config)
 

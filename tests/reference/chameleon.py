@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, ChameleonConfig
 from transformers.models.chameleon import modeling_chameleon as chameleon
 
-from vllm_packcache import masked
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION
-from vllm_packcache.masked import MaskedOptions
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import MaskedOptions
 
 MM_ROPE = {0: (0, 1, 2, 3), 1: (4, 5, 8, 9, 12, 13), 2: (6, 7, 10, 11, 14, 15)}
 """Channels, modulo 16, that turn with time, height and width."""
@@ -64,7 +64,7 @@ class Chameleon:
         self.norm = chameleon.ChameleonRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm.load_state_dict({"weight": weights["model.norm.weight"]})
         self.embedding = weights["model.embed_tokens.weight"]
-        self.head = weights.get("lm_head.weight", self.embedding)[masked.VISUAL_BEGIN :]
+        self.head = weights.get("lm_head.weight", self.embedding)[lumos.VISUAL_BEGIN :]
         self.config = config
         head_dim = config.hidden_size // config.num_attention_heads
         channel = np.arange(head_dim)
@@ -132,21 +132,21 @@ class BruteForce:
         begin = 0 if variant.unconditional_text else list(prompt).index(9004)
         self.streams = [(plan, list(prompt))]
         if options.guidance != 1:
-            layout = plan.layout if variant.unconditional_text else masked.unconditional_layout(plan.layout)
+            layout = plan.layout if variant.unconditional_text else lumos.unconditional_layout(plan.layout)
             other = VideoPlan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))
             self.streams.append((other, list(prompt)[begin:]))
         if variant.masked_image:
             for stream, (video, ids) in enumerate(self.streams):
                 first = video.layout.condition_tokens - video.layout.condition_image_tokens
                 image = ids[first : first + video.layout.tokens_per_frame]
-                ids[first : first + len(image)] = masked.committed(np.array(image), options.remask).tolist()
+                ids[first : first + len(image)] = lumos.committed(np.array(image), options.remask).tolist()
                 self.streams[stream] = (video, ids)
         self.first = (len(prompt) - plan.layout.condition_tokens) // plan.layout.tokens_per_frame
 
     def generate(self, frames: int) -> list[list[int]]:
         made = []
         for frame in range(self.first, self.first + frames):
-            ids = masked.masked_frame(self.grid).tolist()
+            ids = lumos.masked_frame(self.grid).tolist()
             tau = self.options.temperature
             for step in range(self.options.steps):
                 ratio = (step + 1) / self.options.steps
@@ -158,7 +158,7 @@ class BruteForce:
                 content = list(ids)
                 if stream == 1 and not self.options.share_history:
                     content = [9003 if token >= 65536 else token for token in content]
-                for index in masked.remasked(len(ids) - 4, self.options.remask).tolist():
+                for index in lumos.remasked(len(ids) - 4, self.options.remask).tolist():
                     content[3 + index] = 9003
                 history += content
         return made
@@ -171,7 +171,7 @@ class BruteForce:
         if unconditional:
             logits = unconditional[0] + self.options.guidance * (conditional - unconditional[0])
         probabilities = logits.softmax(-1).tolist()
-        noise = masked.step_noise(self.options.seed, frame, step, len(visual))
+        noise = lumos.step_noise(self.options.seed, frame, step, len(visual))
         proposed, confidence, known = list(ids), [], 0
         for number, place in enumerate(visual):
             gumbel = tau * float(noise.gumbel[number])

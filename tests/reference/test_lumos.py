@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.core.strategies import quick
-from vllm_packcache import masked
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.masked import ARCHITECTURES, MaskedOptions, StepNoise
-from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.positions import Positions
+from tests.strategies import quick
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import ARCHITECTURES, LumosConfig, MaskedOptions, StepNoise
 from vllm_packcache.reference import (
     LumosReference,
     MaskedVideo,
@@ -26,7 +26,6 @@ from vllm_packcache.reference import (
     make_random_lumos,
     positions,
 )
-from vllm_packcache.reference.lumos import LumosConfig
 from vllm_packcache.reference.masked_video import unmask
 
 from .chameleon import ONE_AXIS, BruteForce, Chameleon, Segment, Variant, causal, published_schedule
@@ -48,10 +47,10 @@ SHAPES = {
 def codes(number: int, grid: tuple[int, int] = GRID, seed: int = 0) -> list[int]:
     """Ids of some given frames."""
     drawn = np.random.default_rng(seed).integers(0, 64, (number, *grid))
-    return [token for frame in drawn for token in masked.frame_of_codes(frame).tolist()]
+    return [token for frame in drawn for token in lumos.frame_of_codes(frame).tolist()]
 
 
-TEXT = masked.text_prompt(list(range(100, 118)), 2, 12)
+TEXT = lumos.text_prompt(list(range(100, 118)), 2, 12)
 PROMPTS = {
     "text to video": (TEXT, 0),
     "image to video": (TEXT + codes(1), 1),
@@ -62,7 +61,7 @@ prompts = pytest.mark.parametrize(("prompt", "images"), PROMPTS.values(), ids=PR
 
 
 def plan(prompt: list[int], policy: Policy, *, images: int = 0, rebase: bool = True) -> VideoPlan:
-    layout = masked.video_layout(prompt, GRID, images)
+    layout = lumos.video_layout(prompt, GRID, images)
     return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
 
 
@@ -112,7 +111,7 @@ def test_logits_are_those_of_transformers(tmp_path, shape):
     grid = (13, 40)
     ids = TEXT + codes(1, grid, seed=3)
     text, length = len(TEXT), len(ids)
-    at = torch.from_numpy(Positions(masked.video_layout(ids, grid), scale=(4, 8, 8)).of(np.arange(length), 0))
+    at = torch.from_numpy(Positions(lumos.video_layout(ids, grid), scale=(4, 8, 8)).of(np.arange(length), 0))
     seen = causal(0, length, length) | (torch.arange(length) >= text)[:, None]
     model = LumosReference.load(folder)
 
@@ -148,12 +147,12 @@ def test_both_architecture_names_are_read(folder, architecture):
     ("change", "message"),
     [
         ({"architectures": ["ChameleonForConditionalGeneration"]}, "supports architectures Chameleon"),
-        ({"model_type": "llama"}, "supports model_type = 'chameleon' only, not 'llama'"),
-        ({"mm_rope": False}, "supports mm_rope = True only, not False"),
-        ({"attention_bias": True}, "supports attention_bias = False only, not True"),
-        ({"mlp_bias": True}, "supports mlp_bias = False only, not True"),
-        ({"hidden_act": "gelu"}, "supports hidden_act = 'silu' only, not 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "supports rope_type = 'default' only, not 'linear'"),
+        ({"model_type": "llama"}, "model_type must be 'chameleon', not 'llama'"),
+        ({"mm_rope": False}, "mm_rope must be True, not False"),
+        ({"attention_bias": True}, "attention_bias must be False, not True"),
+        ({"mlp_bias": True}, "mlp_bias must be False, not True"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type must be 'default', not 'linear'"),
         ({"hidden_size": 192}, "head_dim is 48: it must be a multiple of 32"),
         ({"vocab_size": 65_536}, "vocab_size is 65536: ids from 65536 on are the visual ones"),
     ],
@@ -285,7 +284,7 @@ def test_what_is_dropped_and_where_it_is_seen_shows(make, seed):
 def test_only_visual_tokens_are_made(make):
     for frame in make():
         ids = np.array(frame)
-        codes_made = masked.codes_of_frame(ids, GRID)
+        codes_made = lumos.codes_of_frame(ids, GRID)
         assert codes_made.max() < 64
 
 
@@ -372,8 +371,8 @@ def test_layouts_that_cannot_be_are_refused(model):
     condition = len(TEXT)
     refused(VideoLayout(FrameLayout(19), condition), "grid is needed")
     refused(VideoLayout(FrameLayout.from_grid(GRID, 3, 1, 0), condition), "special tokens")
-    refused(VideoLayout(masked.frame_layout((1, 1)), condition), "two visual tokens")
-    refused(VideoLayout(masked.frame_layout(GRID), condition - 1), "before the first picture")
+    refused(VideoLayout(lumos.frame_layout((1, 1)), condition), "two visual tokens")
+    refused(VideoLayout(lumos.frame_layout(GRID), condition - 1), "before the first picture")
 
 
 # Who sees what
@@ -487,10 +486,10 @@ def test_a_step_reveals_as_many_as_scheduled_and_never_masks_a_known_token(data,
     drawn = torch.randn(tokens, 7, generator=generator) * 3
     current = torch.where(torch.randperm(tokens, generator=generator) < known, 65536 + 3, 9003)
 
-    done = unmask(drawn, current, masked.step_noise(seed, 0, step, tokens), step, steps, tau)
+    done = unmask(drawn, current, lumos.step_noise(seed, 0, step, tokens), step, steps, tau)
 
     assert (done.ids[current != 9003] == 65536 + 3).all()
-    left = 0 if step == steps - 1 else masked.still_masked(step, steps, tokens, tokens - known)
+    left = 0 if step == steps - 1 else lumos.still_masked(step, steps, tokens, tokens - known)
     assert int((done.ids == 9003).sum()) == left
     assert ((done.ids == 9003) | ((done.ids >= 65536) & (done.ids < 65536 + 7))).all()
 
@@ -500,7 +499,7 @@ def test_the_schedule_is_that_of_torch_in_float32(steps):
     for tokens in (*range(2, 60), 1_792, 4_032, 5_760):
         for step in range(steps - 1):
             scheduled = int((tokens * published_schedule(step, steps)).floor())
-            assert masked.still_masked(step, steps, tokens, tokens) == max(1, min(tokens - 1, scheduled))
+            assert lumos.still_masked(step, steps, tokens, tokens) == max(1, min(tokens - 1, scheduled))
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -508,7 +507,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     count = 20_000
     current = torch.full((count,), 9003)
 
-    done = unmask(logits(shares).expand(count, -1), current, masked.step_noise(5, 1, 2, count), 3, 4, 0.0)
+    done = unmask(logits(shares).expand(count, -1), current, lumos.step_noise(5, 1, 2, count), 3, 4, 0.0)
 
     found = (done.ids - 65536).bincount(minlength=4) / count
     assert found.tolist() == pytest.approx(shares, abs=0.01)

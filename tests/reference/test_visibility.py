@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.positions import AxisScale, Positions
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.core.positions import AxisScale, Positions
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference import positions, visibility
-from vllm_packcache.retention import Retention
 
 POLICIES = [
     PackCache(window=4),

@@ -11,7 +11,8 @@ import torch
 
 from tests.margins import numbers
 from tests.runner import shorter
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.plan import VideoPlan
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

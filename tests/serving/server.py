@@ -19,8 +19,8 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.test_schedules import Case
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.server import serving
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.serving.server import serving
 
 BLOCK = 32
 POOL_BLOCKS = 40

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from tests.serving.conftest import prompt
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.server import free_port, serving
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.serving.server import free_port, serving
 
 CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}, "window": 2, "history_frames": 1.5}
 BLOCK, POOL_BLOCKS = 32, 40

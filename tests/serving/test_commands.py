@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.serving.conftest import prompt
 from tests.serving.test_api_servers import BLOCK, CONFIG
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 
 FLAGS = (
     "--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(CONFIG),

@@ -11,10 +11,11 @@ import pytest
 from tests.core.test_policy_contract import Wide
 from tests.runner import shorter
 from tests.serving.conftest import prompt, sampling, schedule_asynchronously
-from vllm_packcache import plugin_requests, policies
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.policies import SlidingWindow
-from vllm_packcache.retention import BlockMap
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core import policies
+from vllm_packcache.core.blocks import BlockMap
+from vllm_packcache.core.policies import SlidingWindow
+from vllm_packcache.hooks import requests as plugin_requests
 
 BLOCK, FRAME = 32, 40
 CONFIG = {"window": 2, "layout": {"tokens_per_frame": FRAME}}

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.serving.test_schedules import Case
-from vllm_packcache.demo.server import ServerError
-from vllm_packcache.errors import shown_path
+from vllm_packcache.config.errors import shown_path
+from vllm_packcache.serving.server import ServerError
 
 if TYPE_CHECKING:
     from tests.serving.server import Server

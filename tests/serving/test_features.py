@@ -16,7 +16,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.margins import CarefulReference, steady
 from tests.serving.conftest import prompt, run, sampling
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.reference.decoder import read_weights
 from vllm_packcache.reference.models import make_random_llama
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from vllm_packcache import plugin
-from vllm_packcache.config import ConfigError, ServerConfig
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.hooks import startup as plugin
 
 POLICY = ("--kv-cache-policy", "packcache")
 CONFIG = {"window": 3, "layout": {"grid": [4, 8]}}

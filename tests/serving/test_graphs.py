@@ -20,7 +20,7 @@ from vllm.platforms.cpu import CpuPlatform
 from tests.margins import Tie
 from tests.runner import needs_v2
 from tests.serving.conftest import generate, prompt, run, sampling
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.reference import LlamaReference
 
 # The V1 runner leaves attention out of graphs.

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from tests.serving.conftest import prompt
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.server import serving
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.serving.server import serving
 
 CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}}
 SERVER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}

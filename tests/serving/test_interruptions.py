@@ -9,7 +9,7 @@ import pytest
 
 from tests.runner import shorter
 from tests.serving.conftest import prompt, sampling, schedule_asynchronously
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 
 BLOCK, FRAME = 32, 45
 CONFIG = {"window": 2, "history_frames": 1.5, "layout": {"tokens_per_frame": FRAME}}

@@ -18,10 +18,10 @@ from tests.serving.conftest import prompt
 from tests.serving.malformed import GENERATE, Requests, send
 from tests.serving.test_masked_tokens import BLOCK, CANVAS, CONTINUED, IMAGE_TO_VIDEO, TEXT_TO_VIDEO
 from tests.serving.test_masked_tokens import CONFIG as MASKED_CONFIG
-from tests.serving.test_masked_tokens import lumos as lumos
+from tests.serving.test_masked_tokens import lumos_model as lumos_model
 from tests.serving.test_schedules import Case
-from vllm_packcache.demo import server as demo_server
-from vllm_packcache.demo.server import serving
+from vllm_packcache.serving import server as demo_server
+from vllm_packcache.serving.server import serving
 
 if TYPE_CHECKING:
     from tests.serving.server import Server
@@ -109,7 +109,7 @@ def test_many_requests_at_random(api_servers: int, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
-def test_many_requests_at_random_to_a_masked_model(lumos: Path, tmp_path: Path) -> None:
+def test_many_requests_at_random_to_a_masked_model(lumos_model: Path, tmp_path: Path) -> None:
     arguments = [
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(MASKED_CONFIG)),
         *("--block-size", str(BLOCK), "--dtype", "float32", "--skip-tokenizer-init", "--served-model-name", "m"),
@@ -118,7 +118,7 @@ def test_many_requests_at_random_to_a_masked_model(lumos: Path, tmp_path: Path) 
     body = {
         "model": "m", "prompt": IMAGE_TO_VIDEO.ids, "return_token_ids": True, "vllm_xargs": IMAGE_TO_VIDEO.extra_args
     }  # fmt: skip
-    with serving(lumos, arguments, tmp_path / "log", lambda line: None, interpreted=True) as url:
+    with serving(lumos_model, arguments, tmp_path / "log", lambda line: None, interpreted=True) as url:
         tokens = httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()["choices"][0]["token_ids"]
         assert len(tokens) == 5 * CANVAS
         cases = [case for case in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED) if case.grid == (4, 6)]

@@ -13,14 +13,14 @@ import httpx
 import pytest
 
 from tests.serving.test_masked_tokens import BLOCK, CANVAS, CONFIG, CONTINUED, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Case
-from tests.serving.test_masked_tokens import lumos as lumos
+from tests.serving.test_masked_tokens import lumos_model as lumos_model
 from tests.serving.test_masked_tokens import oracle as oracle
-from vllm_packcache import masked
-from vllm_packcache.demo.server import serving, tokens_in
+from vllm_packcache.families import lumos
+from vllm_packcache.serving.server import serving, tokens_in
 
 
 @pytest.fixture(scope="module")
-def client(lumos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def client(lumos_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     arguments = [
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", json.dumps(CONFIG)),
         *("--block-size", str(BLOCK), "--dtype", "float32", "--skip-tokenizer-init", "--served-model-name", "m"),
@@ -28,7 +28,7 @@ def client(lumos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ht
     log = tmp_path_factory.mktemp("server") / "server.log"
     with (
         pytest.MonkeyPatch.context() as patch,
-        serving(lumos, arguments, log, lambda line: None, interpreted=True) as url,
+        serving(lumos_model, arguments, log, lambda line: None, interpreted=True) as url,
         httpx.Client(base_url=url, timeout=300) as client,
     ):
         patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
@@ -60,7 +60,7 @@ def test_frames_arrive_one_by_one_and_are_those_of_the_published_loop(client: ht
         arrived = list(pool.map(lambda case: frames(client, case), cases))
     for case, own in zip(cases, arrived, strict=True):
         assert list(chain.from_iterable(own)) == oracle(case)
-        frame = masked.frame_layout(case.grid).tokens_per_frame
+        frame = lumos.frame_layout(case.grid).tokens_per_frame
         # What a busy client has not fetched yet comes together, but never part of a frame.
         assert len(own) > 1
         assert all(len(tokens) % frame == 0 for tokens in own)

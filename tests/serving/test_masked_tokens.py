@@ -19,16 +19,18 @@ import pytest
 from tests.margins import DRAWING, numbers, refuse_masked_ties
 from tests.serving.conftest import schedule_asynchronously
 from tests.serving.two_ranks import run_on_two_ranks
-from vllm_packcache import masked
-from vllm_packcache.config import ConfigError, MaskedPlan, ServerConfig
-from vllm_packcache.plugin_masked import configure
-from vllm_packcache.policies import Full
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.policies import Full
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.hooks.masked import configure
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 
 CODES = 64
 BLOCK = 32
 CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_frames": 1}
-CANVAS = masked.frame_layout((4, 6)).tokens_per_frame
+CANVAS = lumos.frame_layout((4, 6)).tokens_per_frame
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Case:
     @property
     def ids(self) -> list[int]:
         random = numbers(self.text, *self.grid, self.given)
-        ids = masked.text_prompt(random.integers(1, 8000, self.text).tolist(), 2, 8)
+        ids = lumos.text_prompt(random.integers(1, 8000, self.text).tolist(), 2, 8)
         for _ in range(self.given):
-            ids += masked.frame_of_codes(random.integers(0, CODES, self.grid)).tolist()
+            ids += lumos.frame_of_codes(random.integers(0, CODES, self.grid)).tolist()
         return ids
 
     @property
@@ -69,14 +71,14 @@ CASES = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO, CONTINUED, LONG_TEXT, UNGUIDED, OTHER_WA
 
 
 @pytest.fixture(scope="module")
-def lumos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lumos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_lumos(tmp_path_factory.mktemp("lumos"), visual_codes=CODES)
 
 
 @pytest.fixture(scope="module")
-def oracle(lumos: Path) -> Callable[..., list[int]]:
+def oracle(lumos_model: Path) -> Callable[..., list[int]]:
     """What the published loop makes of a case."""
-    model = LumosReference.load(lumos)
+    model = LumosReference.load(lumos_model)
 
     @cache
     def answer(case: Case, ids: tuple[int, ...], config: str) -> list[int]:
@@ -106,11 +108,16 @@ def plan_of(case: Case, config: str) -> MaskedPlan:
 
 
 @pytest.fixture(scope="module")
-def masked_engine(engine: Callable[..., Any], lumos: Path) -> Callable[..., Any]:
+def masked_engine(engine: Callable[..., Any], lumos_model: Path) -> Callable[..., Any]:
     """``masked_engine(policy, config, **options)`` -> an `LLM` of the random checkpoint."""
 
     def make(policy: str | None = "packcache", config: dict[str, Any] | None = CONFIG, **options: Any) -> Any:
-        defaults = {"model": lumos, "max_model_len": 1024, "max_num_batched_tokens": 4 * CANVAS, "max_num_seqs": 6}
+        defaults = {
+            "model": lumos_model,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 4 * CANVAS,
+            "max_num_seqs": 6,
+        }
         return engine(policy, config, **{**defaults, "num_gpu_blocks_override": 250, **options})
 
     return make
@@ -243,8 +250,8 @@ def test_every_option_counts(options: dict[str, Any], masked_engine: Any, oracle
 
 
 def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any, monkeypatch: Any) -> None:
-    from vllm_packcache.worker.masked_state import MaskedModelState
-    from vllm_packcache.worker.rotation import KeyRotation
+    from vllm_packcache.worker.keys.rotation import KeyRotation
+    from vllm_packcache.worker.passes import MaskedModelState
 
     entered: list[int] = []
     turned: list[int] = []
@@ -296,24 +303,24 @@ def test_what_can_never_fit_is_refused(masked_engine: Any) -> None:
         llm.generate([{"prompt_token_ids": Case(5).ids}], cut, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="this server makes them of 32 at most"):
         generate(llm, Case(5, (5, 6)).having(frames=1))
-    beyond = [*Case(5).ids, *masked.frame_of_codes(np.full((4, 6), CODES)).tolist()]
+    beyond = [*Case(5).ids, *lumos.frame_of_codes(np.full((4, 6), CODES)).tolist()]
     with pytest.raises(VLLMValidationError, match="ids beyond the model's"):
         llm.generate([{"prompt_token_ids": beyond}], params(Case(5).having(frames=1)), use_tqdm=False)
 
 
-def test_two_ranks(lumos: Path, oracle: Any, tmp_path: Path) -> None:
+def test_two_ranks(lumos_model: Path, oracle: Any, tmp_path: Path) -> None:
     cases = [TEXT_TO_VIDEO, CONTINUED, OTHER_WAYS]
     served = run_on_two_ranks(
         tmp_path,
         [(case.ids, {"extra_args": case.extra_args}) for case in cases],
-        model=str(lumos),
+        model=str(lumos_model),
         max_model_len=1024,
         additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
     )
     assert served == [oracle(case) for case in cases]
 
 
-def test_a_gpu_backend(backend: str, lumos: Path, masked_engine: Any) -> None:
+def test_a_gpu_backend(backend: str, lumos_model: Path, masked_engine: Any) -> None:
     """Keys in rows, blocks of 16 tokens, and slots that the mapping of a shorter stream leaves empty."""
     if backend == "FLEX_ATTENTION":
         with pytest.raises(ConfigError, match="--attention-backend FLEX_ATTENTION"):
@@ -322,7 +329,7 @@ def test_a_gpu_backend(backend: str, lumos: Path, masked_engine: Any) -> None:
     case = Case(1, (2, 3), 2).having(frames=1, steps=1, guidance=2, seed=3, condition_frames=1)
     llm = masked_engine(variant=backend, block_size=16)
     plan = ServerConfig.parse("packcache", CONFIG).masked_plan(case.extra_args, case.ids)
-    assert generate(llm, case) == [published(LumosReference.load(lumos), case, plan, 16)]
+    assert generate(llm, case) == [published(LumosReference.load(lumos_model), case, plan, 16)]
 
 
 def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
@@ -342,11 +349,11 @@ def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: An
 
 def test_half_precision_and_the_other_name(engine: Callable[..., Any], tmp_path: Path) -> None:
     """There is no oracle for rounding: frames are frames, and the same when they are asked for again."""
-    model = make_random_lumos(tmp_path, visual_codes=CODES, architecture=masked.ARCHITECTURES[1])
+    model = make_random_lumos(tmp_path, visual_codes=CODES, architecture=lumos.ARCHITECTURES[1])
     llm = engine("packcache", CONFIG, model=model, dtype="bfloat16", max_model_len=1024)
     tokens = generate(llm, TEXT_TO_VIDEO)[0]
     for start in range(0, len(tokens), CANVAS):
-        assert masked.codes_of_frame(tokens[start : start + CANVAS], (4, 6)).max() < CODES
+        assert lumos.codes_of_frame(tokens[start : start + CANVAS], (4, 6)).max() < CODES
     assert generate(llm, TEXT_TO_VIDEO)[0] == tokens
 
 
@@ -366,7 +373,7 @@ def test_vllms_warm_up_runs_and_leaves_nothing_behind(masked_engine: Any, oracle
 
 
 @pytest.fixture
-def start(lumos: Path) -> Callable[..., Any]:
+def start(lumos_model: Path) -> Callable[..., Any]:
     """``start(config, **options)``: make a server's configuration; nothing is loaded."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -375,7 +382,7 @@ def start(lumos: Path) -> Callable[..., Any]:
         if config is not None:
             additional["kv_cache_policy_config"] = config
         return EngineArgs(
-            model=str(lumos), skip_tokenizer_init=True, additional_config=additional, **options
+            model=str(lumos_model), skip_tokenizer_init=True, additional_config=additional, **options
         ).create_engine_config()
 
     return make
@@ -385,12 +392,12 @@ def test_what_follows_from_the_model(start: Callable[..., Any]) -> None:
     config = start("lumos1_384p")
     assert config.diffusion_config.canvas_length == 4084
     assert config.num_speculative_tokens == 4084
-    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.masked_scheduler.MaskedScheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.MaskedScheduler"
     assert config.model_config.enforce_eager
     assert not config.cache_config.enable_prefix_caching
     assert config.model_config.max_model_len == 1024 + 16 * 4084
     # A bit for every token of a frame and every id: 32 MiB for each request of this small vocabulary.
-    assert config.scheduler_config.max_num_seqs == 2**29 // (4084 * (masked.VISUAL_BEGIN + CODES) // 8)
+    assert config.scheduler_config.max_num_seqs == 2**29 // (4084 * (lumos.VISUAL_BEGIN + CODES) // 8)
     assert config.scheduler_config.max_num_batched_tokens == 4 * 4084
 
 
@@ -404,8 +411,8 @@ def test_what_is_given_is_kept(start: Callable[..., Any]) -> None:
 
 def test_without_a_policy_it_is_served_too(start: Callable[..., Any]) -> None:
     config = start(None, None)
-    assert config.diffusion_config.canvas_length == masked.frame_layout((60, 96)).tokens_per_frame
-    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.masked_scheduler.MaskedScheduler"
+    assert config.diffusion_config.canvas_length == lumos.frame_layout((60, 96)).tokens_per_frame
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.MaskedScheduler"
 
 
 def test_more_requests_than_there_is_room_for_are_said(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.serving.conftest import prompt, sampling
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.retention import Retention
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.retention import Retention
 
 FRAME, CONDITION, BLOCK = 67, 70, 32
 

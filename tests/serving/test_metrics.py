@@ -14,11 +14,21 @@ import yaml
 from vllm.v1.metrics import loggers
 
 from tests.serving.conftest import generate, prompt, run, sampling
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.manager import PHASES
-from vllm_packcache.engine.metrics import BUCKETS, COUNTERS, ENDED, FRAME_SECONDS, GAUGES, INFO, PREFIX, REASONS, VIDEOS
+from vllm_packcache.engine.metrics import (
+    BUCKETS,
+    COUNTERS,
+    ENDED,
+    FRAME_SECONDS,
+    GAUGES,
+    INFO,
+    PREFIX,
+    REASONS,
+    VIDEOS,
+)
 from vllm_packcache.engine.record import read_line
-from vllm_packcache.retention import Retention
 
 BLOCK = 32
 CONDITION, FRAME = 50, 41

@@ -13,10 +13,11 @@ import torch
 from tests.margins import CarefulReference
 from tests.runner import V2, shorter
 from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference import make_random_llama, positions
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.key_layout import cached_keys
+from vllm_packcache.worker.keys.layout import cached_keys
 
 BLOCK = 32
 

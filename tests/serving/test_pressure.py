@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.serving.conftest import generate, prompt, sampling, schedule_asynchronously
-from vllm_packcache.config import ServerConfig, VideoPlan
-from vllm_packcache.retention import Retention
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.retention import Retention
 
 BLOCK = 32
 FRAME, FRAMES = 67, 10

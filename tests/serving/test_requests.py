@@ -17,9 +17,12 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.exceptions import VLLMValidationError
 
 from tests.serving.test_masked_tokens import CANVAS, CONTINUED, IMAGE_TO_VIDEO, Case
-from vllm_packcache import masked, plugin_masked, plugin_requests
-from vllm_packcache.config import CONFIG_KEY, POLICY_KEY, ConfigError, ServerConfig
-from vllm_packcache.errors import SHOWN_CHARACTERS
+from vllm_packcache.config.errors import SHOWN_CHARACTERS, ConfigError
+from vllm_packcache.config.server import POLICY_KEY, ServerConfig
+from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.families import lumos
+from vllm_packcache.hooks import masked as plugin_masked
+from vllm_packcache.hooks import requests as plugin_requests
 
 FRAME = 45
 PROMPT = 70
@@ -31,13 +34,13 @@ def processor(
     config: dict[str, Any] | None, *, is_masked: bool = False, max_model_len: int = 2000, **model: Any
 ) -> SimpleNamespace:
     """What stands for vLLM's ``InputProcessor``."""
-    architectures = list(masked.ARCHITECTURES) if is_masked else ["LlamaForCausalLM"]
+    architectures = list(lumos.ARCHITECTURES) if is_masked else ["LlamaForCausalLM"]
     model_config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=architectures),
         max_model_len=max_model_len,
         override_generation_config={},
         logits_processors=None,
-        get_vocab_size=lambda: masked.VISUAL_BEGIN + 64,
+        get_vocab_size=lambda: lumos.VISUAL_BEGIN + 64,
         **{},
     )
     vars(model_config).update(model)
@@ -59,7 +62,7 @@ def admitted(on: SimpleNamespace, params: SamplingParams, prompt: list[int], **o
         request = {"sampling_params": own, "prompt_token_ids": prompt, "prompt_embeds": None}
         return SimpleNamespace(**{**request, "resumable": False, "mm_features": None, **of_request})
 
-    return plugin_requests.checking_request(process_inputs)(on, "a", prompt, params).sampling_params
+    return plugin_requests.check_request(process_inputs)(on, "a", prompt, params).sampling_params
 
 
 def of_client(on: SimpleNamespace, request: Any, body: dict[str, Any]) -> SamplingParams:
@@ -72,7 +75,7 @@ def of_client(on: SimpleNamespace, request: Any, body: dict[str, Any]) -> Sampli
         return request
 
     serving = SimpleNamespace(input_processor=on, create_error_response=refuse)
-    asyncio.run(plugin_requests.reading_body(serve)(serving, request, SimpleNamespace(json=json)))
+    asyncio.run(plugin_requests.read_body(serve)(serving, request, SimpleNamespace(json=json)))
     if isinstance(request, GenerateRequest):
         return request.sampling_params
     if isinstance(request, BatchChatCompletionRequest):

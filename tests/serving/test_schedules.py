@@ -17,7 +17,7 @@ import pytest
 from tests.margins import Tie
 from tests.runner import shorter
 from tests.serving.conftest import prompt, sampling, schedule_asynchronously
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 
 BLOCK = 32
 CONFIG = {"window": 3, "history_frames": 1.5, "layout": {"tokens_per_frame": 45}}

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 from tests.margins import steady
 from tests.runner import V2
 from tests.serving.conftest import prompt, run
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 
 pytestmark = pytest.mark.skipif(V2, reason="its random numbers are of a seed and a position: nothing is turned back")
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_packcache import hooks, plugin
-from vllm_packcache.config import ConfigError
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.hooks import install as hooks
+from vllm_packcache.hooks import startup as plugin
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,

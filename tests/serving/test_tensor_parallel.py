@@ -8,7 +8,7 @@ from typing import Any
 from tests.runner import shorter
 from tests.serving.conftest import prompt
 from tests.serving.two_ranks import run_on_two_ranks
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 
 CONFIG = {"window": 2, "history_frames": 1.5}
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.runner import V2, shorter
 from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
-from vllm_packcache.config import ServerConfig, VideoPlan
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.plan import VideoPlan
 
 
 def plan_of(policy: str, config: dict[str, Any], condition: int, frame: int) -> VideoPlan:

@@ -13,7 +13,7 @@ from typing import Any
 SCRIPT = """
 import json, sys
 from tests.runner import V2
-from vllm_packcache import interpreted
+from vllm_packcache.tools import interpreted
 
 # Every process that runs a part of the engine imports this file.
 if V2:

@@ -21,13 +21,13 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import SlidingWindow
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import SlidingWindow
-from vllm_packcache.retention import Retention
 from vllm_packcache.worker.attention import HostCompaction, compact_metadata, retaining_backend, retaining_builder
-from vllm_packcache.worker.compaction import compact
+from vllm_packcache.worker.blocks.compaction import compact
 from vllm_packcache.worker.step import Row, Step, current_compaction, publish
 
 BLOCK = 4

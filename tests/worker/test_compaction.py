@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_packcache.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.compaction import CompactedBatch, compact
+from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
+from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.worker.blocks.compaction import CompactedBatch, compact
 from vllm_packcache.worker.step import Row, Step
 
 NULL_BLOCK = 0

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 
 from tests.compiling import compiled
 from tests.worker.test_compaction import POLICIES
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.compaction import compact
-from vllm_packcache.worker.compaction_kernel import (
-    HEADER,
-    CompactedRows,
-    _compact,
-    compact_rows,
-    compact_rows_reference,
-)
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.worker.blocks.compaction import compact
+from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, _compact, compact_rows, compact_rows_reference
 from vllm_packcache.worker.step import Row, Step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

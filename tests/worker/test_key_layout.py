@@ -12,8 +12,8 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from vllm_packcache.config import ConfigError
-from vllm_packcache.worker.key_layout import CachedKeys, cached_keys, cpu_keys, layout_of, row_major_keys
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.worker.keys.layout import CachedKeys, cached_keys, cpu_keys, layout_of, row_major_keys
 
 BLOCKS, HEADS = 5, 3
 
@@ -66,14 +66,14 @@ def test_the_cpu_backend_packs_keys_by_channel() -> None:
 
 
 TRITON = """
-from vllm_packcache import interpreted
+from vllm_packcache.tools import interpreted
 interpreted.prepare()
 import torch
 # The kernel only asks to choose how many numbers a program writes.
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 from tests.worker.test_key_layout import layer, read
-from vllm_packcache.worker.key_layout import cached_keys
+from vllm_packcache.worker.keys.layout import cached_keys
 
 torch.manual_seed(0)
 blocks, heads, block_size, head_size = 5, 3, 16, 32

@@ -12,14 +12,14 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_packcache.config import ConfigError
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import PackCache
-from vllm_packcache.positions import Positions, slide_angles
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker import rotation
-from vllm_packcache.worker.key_layout import CachedKeys, cpu_key_order
-from vllm_packcache.worker.rotation import KeyRotation, Rotary, rotary_of, rotate
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.positions import Positions, slide_angles
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.worker.keys import rotation
+from vllm_packcache.worker.keys.layout import CachedKeys, cpu_key_order
+from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary, rotary_of, rotate
 
 HEAD = 64
 ROPES: dict[str, dict[str, Any]] = {

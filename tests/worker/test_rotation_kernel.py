@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.compiling import compiled
-from vllm_packcache.worker.key_layout import CachedKeys
-from vllm_packcache.worker.rotation import Rotary, rotate
-from vllm_packcache.worker.rotation_kernel import RotationKernel
+from vllm_packcache.worker.keys.kernel import RotationKernel
+from vllm_packcache.worker.keys.layout import CachedKeys
+from vllm_packcache.worker.keys.rotation import Rotary, rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -175,7 +175,7 @@ def test_what_the_kernel_cannot_read(memory: torch.Tensor, sentence: str) -> Non
 def test_keys_are_moved_16_bytes_at_a_time(capability: int, interleaved: bool) -> None:
     import triton.language as tl
 
-    from vllm_packcache.worker.rotation_kernel import _rotate
+    from vllm_packcache.worker.keys.kernel import _rotate
 
     pointers = {"addresses": "*i64", "blocks": "*i32", "kinds": "*i64", "turns": "*fp32"}
     numbers = dict.fromkeys(("stride_block", "stride_head", "stride_token", "split"), "i32")

@@ -12,9 +12,10 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_packcache import hooks
-from vllm_packcache.config import POLICY_KEY, ConfigError
-from vllm_packcache.plugin import checking_runner
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import POLICY_KEY
+from vllm_packcache.hooks import install as hooks
+from vllm_packcache.hooks.startup import check_model_runner
 from vllm_packcache.worker.runner import RELIED_ON, V1, check_runner
 
 
@@ -83,6 +84,6 @@ def test_a_worker_looks_when_it_has_made_its_runner(additional: dict[str, Any], 
 
     if refused:
         with pytest.raises(ConfigError, match="Replacing replaces"):
-            checking_runner(init_device)(worker)
+            check_model_runner(init_device)(worker)
     else:
-        checking_runner(init_device)(worker)
+        check_model_runner(init_device)(worker)

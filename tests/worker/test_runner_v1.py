@@ -11,8 +11,9 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_packcache.config import CONFIG_KEY, POLICY_KEY
-from vllm_packcache.worker.runner_v1 import positioning, publishing_step
+from vllm_packcache.config.server import POLICY_KEY
+from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.worker.runner_v1 import position_tokens, publish_step
 from vllm_packcache.worker.step import Step, current_compaction
 
 ON = {POLICY_KEY: "sliding_window", CONFIG_KEY: {"window": 1, "layout": {"tokens_per_frame": 8}}}
@@ -52,7 +53,7 @@ def build(runner: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...],
     return runner, args, kwargs, None if compaction is None else compaction.step
 
 
-wrapped = publishing_step(build)
+wrapped = publish_step(build)
 
 
 def published(runner: Any, scheduled: dict[str, int] | None) -> Step | None:
@@ -116,7 +117,7 @@ def test_a_failure_leaves_no_step_behind() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        publishing_step(fail)(runner(ON, state("a", VIDEO)), num_scheduled_tokens={"a": 1})
+        publish_step(fail)(runner(ON, state("a", VIDEO)), num_scheduled_tokens={"a": 1})
     assert current_compaction() is None
 
 
@@ -148,8 +149,8 @@ def run_step(one: Any, scheduled: dict[str, int], axes: int = 1) -> tuple[list[A
     padded = torch.cat([index, torch.zeros(3, dtype=torch.int64)])
     one.positions = padded if axes == 1 else padded.expand(axes, -1).clone()
     one._packcache_rotation = Rotation()
-    publishing_step(build)(one, num_scheduled_tokens=scheduled)
-    inputs = positioning(lambda runner: ("ids", "embeds", runner.positions, "rest"))(one)
+    publish_step(build)(one, num_scheduled_tokens=scheduled)
+    inputs = position_tokens(lambda runner: ("ids", "embeds", runner.positions, "rest"))(one)
     assert inputs[:2] == ("ids", "embeds")
     assert inputs[2] is one.positions
     assert not one.positions[..., count:].any(), "padding"
@@ -212,8 +213,8 @@ def test_a_step_over_a_slide_is_an_error() -> None:
 
 def test_a_dummy_run_between_two_steps_leaves_no_positions() -> None:
     one = batch([34], state("a", VIDEO))
-    publishing_step(build)(one, num_scheduled_tokens={"a": 1})
-    publishing_step(build)(one, num_scheduled_tokens=None)
+    publish_step(build)(one, num_scheduled_tokens={"a": 1})
+    publish_step(build)(one, num_scheduled_tokens=None)
     one.positions = torch.tensor([34])
-    positioning(lambda runner: (None, None, runner.positions))(one)
+    position_tokens(lambda runner: (None, None, runner.positions))(one)
     assert one.positions.tolist() == [34]

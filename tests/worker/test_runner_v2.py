@@ -13,10 +13,10 @@ import torch
 
 from tests.runner import needs_v2
 from tests.serving.conftest import prompt, sampling
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import SlidingWindow
-from vllm_packcache.retention import Retention
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import SlidingWindow
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.step import Row
 
 pytestmark = needs_v2

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.worker.test_attention import BLOCK, make_common, make_step
 from tests.worker.test_runner_v1 import REBASING, VIDEO, batch, build, state
-from vllm_packcache.layout import FrameLayout, VideoLayout
-from vllm_packcache.policies import PackCache
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker import attention, rotation, runner_v1
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.worker import attention, runner_v1
+from vllm_packcache.worker.keys import rotation
 
 DEVICE = torch.device("meta")
 """In place of a GPU: it has shapes, and nothing to wait for."""
@@ -72,9 +73,9 @@ def test_block_tables(pinned: list[int]) -> None:
 
 def test_positions(pinned: list[int]) -> None:
     one = batch([35], state("a", VIDEO), config=REBASING)
-    runner_v1.publishing_step(build)(one, num_scheduled_tokens={"a": 2})
+    runner_v1.publish_step(build)(one, num_scheduled_tokens={"a": 2})
     positions = torch.empty(5, dtype=torch.int64, device=DEVICE)
-    runner_v1.positioning(lambda runner: (None, None, positions))(one)
+    runner_v1.position_tokens(lambda runner: (None, None, positions))(one)
     assert pinned == [2]
 
 
@@ -87,7 +88,7 @@ def test_slides(pinned: list[int]) -> None:
     turned: list[torch.Tensor] = []
 
     class Kernel:
-        """It copies for itself; see `vllm_packcache.worker.rotation_kernel`."""
+        """It copies for itself; see `vllm_packcache.worker.keys.kernel`."""
 
         def rotate(self, blocks: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             turned.append(blocks)

@@ -26,8 +26,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from vllm_packcache.demo.log import record_of
-from vllm_packcache.demo.server import ServerError, client_of, serving, tokens_in
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
     FRAME_TOKENS,
@@ -41,6 +39,8 @@ from vllm_packcache.demo.tokenizer import (
 from vllm_packcache.demo.world import World, make_world
 from vllm_packcache.media.pictures import Pixels, read_picture
 from vllm_packcache.media.videos import SUFFIXES, encode_video
+from vllm_packcache.serving.log import record_of
+from vllm_packcache.serving.server import ServerError, client_of, serving, tokens_in
 
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = 10_001

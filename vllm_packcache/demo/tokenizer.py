@@ -37,6 +37,9 @@ TEXT_TOKENS = 30
 CONDITION_TOKENS = 1 + TEXT_TOKENS + 1 + VISUAL_TOKENS
 """Tokens of every prompt that ``build_prompt`` returns."""
 
+TRAINED_FRAMES = 16
+"""Of the longest videos that the bundled model was trained on."""
+
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<frame>")
 WORDS = (
     *("a", "an", "the", "and", "moves", "right", "left", "at", "in", "on", "behind", "pillar"),
@@ -251,3 +254,12 @@ def shapes(codes: np.ndarray) -> tuple[float, bool]:
 def world_prompt(tokenizer: VideoTokenizer, video: world.World) -> list[int]:
     """The condition of a world: its sentence and its frame 0."""
     return tokenizer.build_prompt_from_ids(video.prompt, video.frame_ids(0) + tokenizer.visual_offset)
+
+
+def video_ids(tokenizer: VideoTokenizer, video: world.World, frames: int) -> np.ndarray:
+    """Condition and frames 1 to ``frames`` of a world as one sequence, int64 [288 + frames * 257]."""
+    ids = world_prompt(tokenizer, video)
+    for k in range(1, frames + 1):
+        ids.append(tokenizer.frame_id)
+        ids.extend((video.frame_ids(k) + tokenizer.visual_offset).reshape(-1).tolist())
+    return np.array(ids)

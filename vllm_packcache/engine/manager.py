@@ -1,6 +1,6 @@
 """The KV cache manager that frees a video's frame blocks by the policy.
 
-It decides nothing: `vllm_packcache.retention` does. It learns a request's layout when the request's first blocks
+It decides nothing: `vllm_packcache.core.retention` does. It learns a request's layout when the request's first blocks
 are allocated, caps prefix caching to the condition, and frees what the policy no longer keeps.
 """
 
@@ -19,12 +19,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_packcache.config import POLICY_FLAG, ServerConfig, VideoPlan, is_video_key
+from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
+from vllm_packcache.core.layout import CONDITION, VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import PolicyError, Retention
 from vllm_packcache.engine.record import VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
-from vllm_packcache.layout import CONDITION, VideoLayout
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import PolicyError, Retention
 
 logger = logging.getLogger("vllm.packcache")
 
@@ -347,7 +348,7 @@ class RetentionManager(FullAttentionManager):
         return self._config.video(params.extra_args if params else None, request.num_prompt_tokens)
 
 
-def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
+def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``KVCacheManager.get_computed_blocks``: a video's prefix hit ends with its condition.
 
     Another request, without a layout or with its whole cache kept, may have cached the same tokens beyond it;
@@ -367,7 +368,7 @@ def capping_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def bounding_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
+def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
     """Wrap ``Scheduler._reserve_prefill_lookahead``, which has the last word on where a prefill chunk ends.
 
     A chunk of a video ends where its blocks would be more than the policy lets it hold: a video that is recomputed

@@ -21,7 +21,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_packcache.config import ServerConfig
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.engine.manager import (
     PHASES,
     RetentionManager,
@@ -60,7 +60,7 @@ _CARRIER = "num_kv_fetch_reqs_by_stage"
 logger = logging.getLogger("vllm.packcache")
 
 
-def sending_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable[..., SchedulerStats | None]:
+def send_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable[..., SchedulerStats | None]:
     """Wrap ``Scheduler.make_stats`` to send our counts along."""
 
     @wraps(make_stats)
@@ -118,7 +118,7 @@ def _microseconds(grown: Totals) -> dict[str, int]:
     return {f"{FRAME_SECONDS}_{i}": round(seconds * 1e6) for i, seconds in enumerate(grown.frame_seconds)}
 
 
-def publishing_counts(init: Callable[..., None]) -> Callable[..., None]:
+def publish_counts(init: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``StatLoggerManager.__init__``: the first logger takes our counts out of what the others get."""
 
     @wraps(init)
@@ -201,7 +201,7 @@ def _gauge(name: str, documentation: str, labels: list[str]) -> Gauge:
     return Gauge(PREFIX + name, documentation, labels, multiprocess_mode="mostrecent")
 
 
-def counting_preemptions(preempt_request: Callable[..., None]) -> Callable[..., None]:
+def count_preemptions(preempt_request: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``Scheduler._preempt_request`` to count those of videos."""
 
     @wraps(preempt_request)
@@ -214,7 +214,7 @@ def counting_preemptions(preempt_request: Callable[..., None]) -> Callable[..., 
     return wrapper
 
 
-def logging_videos(free_request: Callable[..., Any]) -> Callable[..., Any]:
+def log_videos(free_request: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``Scheduler._free_request`` to count every video that ends and to log a line."""
 
     @wraps(free_request)

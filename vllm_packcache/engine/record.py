@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_packcache.layout import CONDITION, VideoLayout
+from vllm_packcache.core.layout import CONDITION, VideoLayout
 
 MOST_PEAKS = 64
 """Numbers that a record keeps of how much was held; of a longer video each stands for several frames."""

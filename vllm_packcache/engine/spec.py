@@ -15,8 +15,9 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_packcache.config import POLICY_KEY, ConfigError, LayoutConfig, ServerConfig
-from vllm_packcache.retention import Retention
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig
+from vllm_packcache.core.retention import Retention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class RetentionSpec(FullAttentionSpec):
 
         Its condition is the conditioning image alone, because how long a text may be is known of a request only;
         where there is no layout, a video with every position that the model has. A request that holds more than the
-        pool has is refused when it comes (see `vllm_packcache.plugin`).
+        pool has is refused when it comes (see `vllm_packcache.hooks.startup`).
         """
         config, layout = self.server_config, self.usual_layout
         bounds = [cdiv(max_model_len, self.block_size)]

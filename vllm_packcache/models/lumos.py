@@ -29,9 +29,8 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, make_layers, maybe_prefix
 
-from vllm_packcache.masked import VISUAL_BEGIN
-from vllm_packcache.positions import Float64, Int64, mm_rope_axes
-from vllm_packcache.reference.lumos import HEAD_NORM_EPS, LumosConfig
+from vllm_packcache.core.positions import Float64, Int64, mm_rope_axes
+from vllm_packcache.families.lumos import HEAD_NORM_EPS, VISUAL_BEGIN, LumosConfig
 
 UNUSED_WEIGHTS = ("model.vqmodel.", "rotary_emb.inv_freq")
 """In the names of what a checkpoint may carry beside the model: Chameleon's image tokenizer, tables of old exports."""
@@ -44,7 +43,7 @@ class StreamAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
         """The spec of this stream's cache: streams must not come to share a group of caches."""
-        from vllm_packcache.engine.masked_spec import stream_spec
+        from vllm_packcache.engine.stream_spec import stream_spec
 
         return stream_spec(super().get_kv_cache_spec(vllm_config), vllm_config, self.conditional)
 
@@ -292,7 +291,7 @@ class LumosForConditionalGeneration(nn.Module, SupportsQuant):
     @staticmethod
     def get_model_state_cls() -> type:
         """The state that vLLM's V2 runner keeps for the requests of this model."""
-        from vllm_packcache.worker.masked_state import MaskedModelState
+        from vllm_packcache.worker.passes import MaskedModelState
 
         return MaskedModelState
 

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from vllm_packcache.families.checkpoint import DecoderConfig
+
 QUERIES_AT_ONCE = 512
 """Scores of so many queries are held at a time: a frame of thousands of tokens sees tens of thousands."""
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder.
-
-    Args:
-        layers: number of decoder layers.
-        heads: H, query heads.
-        kv_heads: G, key-value heads; divides H.
-        head_dim: D, numbers of a head.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of RMSNorm.
-        tied: the output layer is the token embedding.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool
 
 
 class Decoder:
@@ -169,15 +145,6 @@ class Decoder:
         return linear(hidden, self._weights[f"{name}.weight"])
 
 
-def read_config(path: str | Path) -> Mapping[str, Any]:
-    """``config.json`` of a checkpoint's folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-
-
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint's folder by their names.
 
@@ -188,25 +155,3 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not files:
         raise FileNotFoundError(f"{path} has no *.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary parameters of a ``config.json``, as transformers 5 or an earlier version writes them.
-
-    Raises:
-        ValueError: positions are scaled.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    require({"rope_type": (rope.get("rope_type", rope.get("type", "default")), "default")})
-    return {"rope_theta": config.get("rope_theta") or 10000.0, **rope}
-
-
-def require(options: Mapping[str, tuple[object, object]]) -> None:
-    """Check (value, supported value) of options of a ``config.json``.
-
-    Raises:
-        ValueError: a value is not supported.
-    """
-    for name, (value, supported) in options.items():
-        if value != supported:
-            raise ValueError(f"the reference supports {name} = {supported!r} only, not {value!r}")

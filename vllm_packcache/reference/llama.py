@@ -16,9 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION, Segment
-from vllm_packcache.reference.decoder import Decoder, DecoderConfig, read_config, read_weights, require, rope_of
+from vllm_packcache.core.layout import CONDITION, Segment
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.families.checkpoint import DecoderConfig, read_config, require, rope_of
+from vllm_packcache.reference.decoder import Decoder, read_weights
 from vllm_packcache.reference.visibility import positions, visibility
 
 

@@ -9,77 +9,16 @@ Source: Lumos-1, arXiv 2507.08801, and its public inference code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from vllm_packcache.masked import ARCHITECTURES, VISUAL_BEGIN
-from vllm_packcache.positions import mm_rope_axes
-from vllm_packcache.reference.decoder import Decoder, DecoderConfig, read_config, read_weights, require, rope_of
-
-HEAD_NORM_EPS = 1e-5
-"""Epsilon of the norms of queries and keys, whatever the configuration says of the others."""
-
-AXES_PERIOD = 16
-"""The axis of a rotary channel repeats so often: only if it divides D/2 do both channels of a pair have one axis."""
-
-
-@dataclass(frozen=True)
-class LumosConfig(DecoderConfig):
-    """The part of a checkpoint's ``config.json`` that the computation needs.
-
-    Args:
-        swin_norm: what attention and MLP give is normed, not what they get.
-        visual_codes: V, codes of the video tokenizer: all ids from `vllm_packcache.masked.VISUAL_BEGIN` on.
-    """
-
-    swin_norm: bool
-    visual_codes: int
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> LumosConfig:
-        """Read a ``config.json`` as published; what it leaves out has the default of its class.
-
-        Raises:
-            ValueError: the checkpoint is no Lumos-1.
-        """
-        architectures = config.get("architectures") or [ARCHITECTURES[0]]
-        if architectures[0] not in ARCHITECTURES:
-            raise ValueError(f"the reference supports architectures {', '.join(ARCHITECTURES)}, not {architectures[0]}")
-        require(
-            {
-                "model_type": (config.get("model_type"), "chameleon"),
-                "mm_rope": (config.get("mm_rope", False), True),
-                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-                "attention_bias": (config.get("attention_bias", False), False),
-                "mlp_bias": (config.get("mlp_bias", False), False),
-            }
-        )
-        heads = config["num_attention_heads"]
-        head_dim = config["hidden_size"] // heads
-        if head_dim % (2 * AXES_PERIOD):
-            raise ValueError(
-                f"head_dim is {head_dim}: it must be a multiple of {2 * AXES_PERIOD}, or the two channels that rotary "
-                "embedding turns together would have different axes"
-            )
-        visual_codes = config["vocab_size"] - VISUAL_BEGIN
-        if visual_codes < 1:
-            raise ValueError(f"vocab_size is {config['vocab_size']}: ids from {VISUAL_BEGIN} on are the visual ones")
-        return cls(
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads", 32),
-            head_dim=head_dim,
-            rope_theta=rope_of(config)["rope_theta"],
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            tied=config.get("tie_word_embeddings", False),
-            swin_norm=config.get("swin_norm", False),
-            visual_codes=visual_codes,
-        )
+from vllm_packcache.core.positions import mm_rope_axes
+from vllm_packcache.families.checkpoint import read_config
+from vllm_packcache.families.lumos import HEAD_NORM_EPS, VISUAL_BEGIN, LumosConfig
+from vllm_packcache.reference.decoder import Decoder, read_weights
 
 
 class LumosReference(Decoder):

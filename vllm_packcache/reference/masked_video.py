@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_packcache import masked
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION, VideoLayout
-from vllm_packcache.masked import MaskedOptions, StepNoise
-from vllm_packcache.positions import Positions
+from vllm_packcache.core.layout import CONDITION, VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import MaskedOptions, StepNoise
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.visibility import frame_visibility, positions
 
@@ -68,7 +68,7 @@ class MaskedVideo:
 
     Args:
         model: the checkpoint.
-        prompt_ids: of `vllm_packcache.masked.text_prompt`, and any frames that are given.
+        prompt_ids: of `vllm_packcache.families.lumos.text_prompt`, and any frames that are given.
         frames: how many frames of the layout there will be, given ones included.
         plan: layout, policy and positions of the conditional stream; those of the unconditional one follow.
         options: of the request.
@@ -90,12 +90,12 @@ class MaskedVideo:
         layout = plan.layout
         if layout.frame.grid is None:
             raise ValueError("grid is needed: a frame is made of rows and columns")
-        if layout.frame != masked.frame_layout(layout.frame.grid):
+        if layout.frame != lumos.frame_layout(layout.frame.grid):
             raise ValueError(f"the frame's special tokens are not those of this model: {layout.frame}")
-        self._offsets = torch.from_numpy(masked.visual_offsets(layout.frame.grid).copy())
+        self._offsets = torch.from_numpy(lumos.visual_offsets(layout.frame.grid).copy())
         if len(self._offsets) < 2:
             raise ValueError("grid must have two visual tokens at least: one stays masked until the last step")
-        self.first_frame = masked.given_frames(prompt_ids, layout)
+        self.first_frame = lumos.given_frames(prompt_ids, layout)
         self.options = options
         self.plan = plan
         self._model = model
@@ -103,7 +103,7 @@ class MaskedVideo:
         self._conditional = _Stream(model, prompt, frames, plan, block_size)
         self._unconditional: _Stream | None = None
         if options.guided:
-            without_text = masked.unconditional_layout(layout)
+            without_text = lumos.unconditional_layout(layout)
             start = layout.condition_tokens - without_text.condition_tokens
             self._unconditional = _Stream(model, prompt[start:], frames, _plan_of(plan, without_text), block_size)
 
@@ -115,11 +115,11 @@ class MaskedVideo:
             int64, [F], its ids, and float64, [steps, 2], its margins.
         """
         assert self.plan.layout.frame.grid is not None
-        ids = torch.from_numpy(masked.masked_frame(self.plan.layout.frame.grid))
+        ids = torch.from_numpy(lumos.masked_frame(self.plan.layout.frame.grid))
         margins = []
         for step in range(self.options.steps):
-            noise = masked.step_noise(self.options.seed, frame, step, len(self._offsets))
-            tau = masked.temperature(self.options, frame - self.first_frame, step)
+            noise = lumos.step_noise(self.options.seed, frame, step, len(self._offsets))
+            tau = lumos.temperature(self.options, frame - self.first_frame, step)
             done = unmask(self._guided_logits(frame, ids), ids[self._offsets], noise, step, self.options.steps, tau)
             ids[self._offsets] = done.ids
             margins.append(done[1:])
@@ -142,11 +142,11 @@ class MaskedVideo:
         if self._unconditional is not None:
             if not self.options.share_history:
                 ids = ids.clone()
-                ids[self._offsets] = masked.MASK
+                ids[self._offsets] = lumos.MASK
             self._unconditional.picture(frame, self._committed(ids))
 
     def _committed(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(masked.committed(ids.numpy(), self.options.remask))
+        return torch.from_numpy(lumos.committed(ids.numpy(), self.options.remask))
 
     def _guided_logits(self, frame: int, ids: Tensor) -> Tensor:
         """Logits of the visual ids at the visual tokens, [N, V]: ``u + s (c - u)``. Source: arXiv 2207.12598."""
@@ -170,7 +170,7 @@ def generate_masked(
 
     Args:
         model: the checkpoint.
-        prompt_ids: of `vllm_packcache.masked.text_prompt`, and any frames that are given.
+        prompt_ids: of `vllm_packcache.families.lumos.text_prompt`, and any frames that are given.
         frames: how many to make.
         plan: layout, policy and positions of the request.
         options: how they are made.
@@ -181,7 +181,7 @@ def generate_masked(
     """
     if frames < 1:
         raise ValueError(f"frames must be 1 or more, not {frames}")
-    given = masked.given_frames(prompt_ids, plan.layout)
+    given = lumos.given_frames(prompt_ids, plan.layout)
     video = MaskedVideo(model, prompt_ids, given + frames, plan, options, block_size)
     made, margins = [], []
     for frame in range(given, given + frames):
@@ -211,8 +211,8 @@ def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: 
     sums = probabilities.double().cumsum(-1)
     targets = torch.from_numpy(noise.uniform)[:, None] * sums[:, -1:]
     codes = torch.searchsorted(sums, targets, right=True).clamp(max=logits.shape[1] - 1)
-    unknown = current == masked.MASK
-    proposed = torch.where(unknown, masked.VISUAL_BEGIN + codes[:, 0], current)
+    unknown = current == lumos.MASK
+    proposed = torch.where(unknown, lumos.VISUAL_BEGIN + codes[:, 0], current)
     below = torch.where(codes > 0, sums.gather(1, (codes - 1).clamp(min=0)), 0.0)
     gaps = torch.minimum(targets - below, sums.gather(1, codes) - targets)[unknown]
     drawing_margin = gaps.min().item() if len(gaps) else 1.0
@@ -220,12 +220,12 @@ def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: 
         return Step(proposed, drawing_margin, float("inf"))
 
     drawn = torch.where(unknown, probabilities.gather(1, codes)[:, 0], torch.finfo(torch.float32).max)
-    confidence = drawn.clamp(min=masked.LEAST_PROBABILITY).log() + tau * torch.from_numpy(noise.gumbel)
+    confidence = drawn.clamp(min=lumos.LEAST_PROBABILITY).log() + tau * torch.from_numpy(noise.gumbel)
     ascending = confidence.sort().values
-    cut = ascending[masked.still_masked(step, steps, len(current), int(unknown.sum()))]
+    cut = ascending[lumos.still_masked(step, steps, len(current), int(unknown.sum()))]
     again = confidence < cut
     masking_margin = (cut - confidence[again].max()).item() if again.any() else float("inf")
-    return Step(torch.where(again, masked.MASK, proposed), drawing_margin, masking_margin)
+    return Step(torch.where(again, lumos.MASK, proposed), drawing_margin, masking_margin)
 
 
 class _Stream:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_packcache.masked import ARCHITECTURES, VISUAL_BEGIN
+from vllm_packcache.families.lumos import ARCHITECTURES, VISUAL_BEGIN
 
 SCORE_STD = 2.0
 """Standard deviation of an attention score."""

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vllm_packcache.config import VideoPlan
-from vllm_packcache.layout import CONDITION, FrameLayout
-from vllm_packcache.retention import Retention
+from vllm_packcache.core.layout import CONDITION, FrameLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.retention import Retention
 
 
 def visibility(plan: VideoPlan | None, block_size: int, num_tokens: int) -> Tensor:
@@ -69,7 +69,7 @@ def positions(plan: VideoPlan | None, block_size: int, num_tokens: int, frame: i
         plan: layout, policy and positions of the request; None: positions are indices.
         block_size: tokens of a KV-cache block; without a plan it does not matter.
         num_tokens: T, length of the sequence.
-        frame: the frame being made, or `vllm_packcache.layout.CONDITION`.
+        frame: the frame being made, or `vllm_packcache.core.layout.CONDITION`.
 
     Returns:
         int64, [axes, T].

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_packcache.worker.compaction import compact
+from vllm_packcache.worker.blocks.compaction import compact
 from vllm_packcache.worker.step import Step, current_compaction
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_packcache.config import ServerConfig, config_of
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.config.server import ServerConfig, config_of
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.attention import HostCompaction
-from vllm_packcache.worker.key_layout import cached_keys
-from vllm_packcache.worker.rotation import KeyRotation, rotary_of
+from vllm_packcache.worker.keys.layout import cached_keys
+from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
 from vllm_packcache.worker.step import Row, Step, position_shifts, publish
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _STEP = "_packcache_step"
 _ROTATION = "_packcache_rotation"
 
 
-def finding_keys(initialize_kv_cache: Callable[..., None]) -> Callable[..., None]:
+def find_keys(initialize_kv_cache: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``GPUModelRunner.initialize_kv_cache`` to learn where the keys lie and how they are rotated."""
 
     @wraps(initialize_kv_cache)
@@ -48,7 +48,7 @@ def finding_keys(initialize_kv_cache: Callable[..., None]) -> Callable[..., None
     return wrapper
 
 
-def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..., Any]:
+def publish_step(build_attention_metadata: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``GPUModelRunner._build_attention_metadata`` to publish the step it builds for."""
 
     @wraps(build_attention_metadata)
@@ -67,7 +67,7 @@ def publishing_step(build_attention_metadata: Callable[..., Any]) -> Callable[..
     return wrapper
 
 
-def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+def position_tokens(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``GPUModelRunner._preprocess``, the last thing before the model runs.
 
     The slot mapping has been computed from the runner's positions by then. They are changed in place, where a
@@ -93,7 +93,7 @@ def positioning(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def keeping_noise(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+def keep_noise(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``GPUModelRunner.sample_tokens``: on a CPU, a token that is thrown away costs no random number.
 
     A chunk that does not end its prefill is sampled like any other. vLLM turns the generator of a seeded request back

@@ -26,13 +26,13 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_packcache.config import config_of
-from vllm_packcache.layout import CONDITION
-from vllm_packcache.positions import Positions
-from vllm_packcache.retention import Retention
-from vllm_packcache.worker.compaction_kernel import HEADER, CompactedRows, compact_rows
-from vllm_packcache.worker.key_layout import cached_keys
-from vllm_packcache.worker.rotation import KeyRotation, rotary_of
+from vllm_packcache.config.server import config_of
+from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, compact_rows
+from vllm_packcache.worker.keys.layout import cached_keys
+from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
 from vllm_packcache.worker.step import Row, position_shifts, publish
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Video(NamedTuple):
 
 
 class KeptBlocks:
-    """What each request keeps of the past, on the device; see `vllm_packcache.worker.compaction_kernel`.
+    """What each request keeps of the past, on the device; see `vllm_packcache.worker.blocks.kernel`.
 
     Args:
         slots: requests that there may be at a time.

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_packcache.positions import Int64, Positions
-from vllm_packcache.retention import Retention
+from vllm_packcache.core.positions import Int64, Positions
+from vllm_packcache.core.retention import Retention
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from vllm_packcache import masked
-from vllm_packcache.config import ServerConfig
-from vllm_packcache.demo.evaluate import score_objects
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options, write_checkpoint
 from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, RATE, build_text_tokenizer
 from vllm_packcache.demo.run import (
@@ -28,10 +26,12 @@ from vllm_packcache.demo.run import (
     stream_video,
     tell,
 )
-from vllm_packcache.demo.server import client_of, serving
+from vllm_packcache.demo.scores import score_objects
 from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer
 from vllm_packcache.demo.world import World, make_world
+from vllm_packcache.families import lumos
 from vllm_packcache.media.pictures import read_picture
+from vllm_packcache.serving.server import client_of, serving
 
 FRAMES = 12
 EXAMPLE = 10_003
@@ -50,7 +50,7 @@ class _Asked(NamedTuple):
     """
 
     text: str
-    picture: masked.Int64 | None
+    picture: lumos.Int64 | None
     what: str
     world: World | None
 
@@ -77,9 +77,9 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
 
     (unknown,) = words.encode("<unk>", add_special_tokens=False).ids
     tell(console, asked.what, asked.text, encode, unknown, asked.picture)
-    ids = masked.text_prompt(encode(asked.text)[:TEXT_TOKENS], FRAMES, RATE)
+    ids = lumos.text_prompt(encode(asked.text)[:TEXT_TOKENS], FRAMES, RATE)
     if asked.picture is not None:
-        ids += masked.frame_of_codes(asked.picture).tolist()
+        ids += lumos.frame_of_codes(asked.picture).tolist()
     console.print(
         f"{FRAMES} frames of {FRAME.tokens_per_frame} tokens, {OPTIONS.steps} passes and a commit each, "
         f"guidance {OPTIONS.guidance:g}"
@@ -144,7 +144,7 @@ def _asked(image: Path | None, text: str | None, tokenizer: VideoTokenizer) -> _
     return _Asked(example.prompt if text is None else readable(text), codes, str(image), None)
 
 
-def _codes(video: Video) -> masked.Int64:
+def _codes(video: Video) -> lumos.Int64:
     """Codes of a video's frames, int64 [T, 16, 16]."""
     frames = np.array(video.token_ids).reshape(-1, FRAME.tokens_per_frame)
-    return np.stack([masked.codes_of_frame(ids, GRID_SHAPE) for ids in frames])
+    return np.stack([lumos.codes_of_frame(ids, GRID_SHAPE) for ids in frames])

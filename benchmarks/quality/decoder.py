@@ -1,0 +1,134 @@
+"""The bundled model under a policy, one video at a time, without an engine: fast enough for thousands of videos.
+
+The cache holds live tokens only, and its keys are turned in place when the window slides, as in the engine's workers;
+what lives and where is asked of the same pure core. `tests/benchmarks/test_quality.py` compares it with the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from benchmarks.training.llama import KeyValueCache, Llama, LlamaSize, rotary_table, rotate
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.retention import Retention
+
+Int64 = npt.NDArray[np.int64]
+
+SMALLEST_WINDOW = 24
+"""Fewest tokens that are guessed at once: fewer take as long."""
+
+
+class VideoCache(KeyValueCache):
+    """Keys and values of the tokens of one video that live.
+
+    Args:
+        size: of the model.
+        plan: what the video keeps, and where the model sees it; one axis.
+        block_size: tokens of a KV-cache block.
+        frames: T, frames of the video.
+    """
+
+    def __init__(self, size: LlamaSize, plan: VideoPlan, block_size: int, frames: int) -> None:
+        self._plan = plan
+        self._retention = Retention(plan.layout, plan.policy, block_size)
+        tokens = plan.layout.frame_start(frames)
+        most = self._retention.most_blocks()
+        # What a frame drops is dropped when the frame begins.
+        bounded = tokens if most is None else most * block_size + plan.layout.tokens_per_frame
+        super().__init__(size, min(tokens, bounded))
+        self._turn = rotary_table(size, int(plan.positions.slide_shifts[0, 0]), 1)
+        # Logical indices of the tokens that are held of before the frame being made, and that frame's first.
+        self._past = np.zeros(0, dtype=np.int64)
+        self._first = 0
+        self._window_start = 0
+
+    @property
+    def next_position(self) -> int:
+        """Position of the token that comes next."""
+        return int(self._plan.positions.of(np.array([self._computed]), self._window_start)[0, 0])
+
+    def begin(self, frame: int) -> None:
+        """Drop what does not live while ``frame`` is made, and turn what is left if the window slides."""
+        held = np.append(self._past, np.arange(self._first, self._computed))
+        blocks, tagged = held // self._retention.block_size, self._retention.blocks
+        live = np.isin(blocks, self._retention.past(frame)) | (blocks >= tagged.tail_start(frame))
+        if not live.all():
+            kept = torch.from_numpy(np.flatnonzero(live))
+            for cached in (self.keys, self.values):
+                cached[..., : len(kept), :] = cached.index_select(-2, kept)
+        self._first = self._computed
+        self._past = held[live]
+        self.length = len(self._past)
+        # Ascending, so the condition's are the first.
+        condition = int((blocks[live] < tagged.condition_blocks.stop).sum())
+        for _ in range(self._window_start, self._plan.positions.window_start(frame)):
+            history = self.keys[..., condition : self.length, :]
+            history.copy_(rotate(history, *self._turn))
+        self._window_start = self._plan.positions.window_start(frame)
+
+    def keep(self, tokens: int) -> None:
+        """Forget all but ``tokens`` tokens of the frame being made."""
+        self.length = len(self._past) + tokens
+
+    @property
+    def _computed(self) -> int:
+        """Tokens of the sequence that have been computed."""
+        return self._first + self.length - len(self._past)
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    cache: VideoCache,
+    prompt: list[int],
+    frames: int,
+    draft: Callable[[Int64], Int64],
+) -> Int64:
+    """Greedy generation of a video.
+
+    A frame is not made token by token: some tokens are guessed and computed together, those up to the first that is not
+    the most likely one stay, and what was likeliest behind it is the new guess (Jacobi iteration). Every pass makes at
+    least one more token right, and the result is that of greedy decoding, whatever the guess was.
+
+    Args:
+        model: the model.
+        cache: an empty cache.
+        prompt: the condition.
+        frames: T.
+        draft: guess of the next frame, [F], from the frames before it, [n, F]; its first token is not looked at.
+
+    Returns:
+        Token ids, [T, F].
+    """
+    made: list[Int64] = []
+    first = int(_best(model, cache, prompt)[-1])
+    window = SMALLEST_WINDOW
+    for number in range(frames):
+        cache.begin(number)
+        frame = np.array(draft(np.array(made)), dtype=np.int64)
+        frame[0] = first
+        right = 0
+        while right < len(frame):
+            cache.keep(right)
+            ids = frame[right : right + window]
+            best = _best(model, cache, ids.tolist())
+            follow = frame[right + 1 : right + 1 + len(best)]
+            wrong = np.flatnonzero(best[: len(follow)] != follow)
+            follow[:] = best[: len(follow)]
+            first = int(best[-1])
+            right += int(wrong[0]) + 1 if len(wrong) else len(best)
+            # What is computed behind a wrong token is lost.
+            window = max(SMALLEST_WINDOW, window // 2) if len(wrong) else 2 * window
+        made.append(frame)
+    return np.array(made)
+
+
+def _best(model: Llama, cache: VideoCache, ids: list[int]) -> Int64:
+    """The most likely token after each of ``ids``, which are computed and cached, [n]."""
+    hidden: Tensor = model.hidden(torch.tensor([ids]), cache)
+    return model.logits(hidden)[0].argmax(-1).numpy()

@@ -1,0 +1,385 @@
+"""Generate held-out videos under every variant, measure them, and write what came out.
+
+Every variant gets the same worlds and makes their videos from the condition alone; how, is the generator's business. A
+part of the work is a few videos of one variant. Each is written to the folder as it is done, and one that is there is
+not done again: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from benchmarks.engine_process import child_environment
+from benchmarks.quality import show
+from benchmarks.quality.generators import Causal, Generator
+from benchmarks.quality.measures import MEASURES, measure
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE, Variant
+from benchmarks.statistics import Count, mean_of_videos
+from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
+from vllm_packcache.demo.tokenizer import VideoTokenizer
+from vllm_packcache.demo.world import make_world
+from vllm_packcache.tools import files
+from vllm_packcache.tools.machine import about
+from vllm_packcache.tools.progress import counting
+
+Int64 = npt.NDArray[np.int64]
+
+TRUTH, COPY = REFERENCES = ("the true video", "a copy of the first picture")
+"""What is had without a model."""
+
+VIDEOS_OF_A_PART = 4
+
+STRIP_FRAMES = 10
+"""Frames of a video in the picture of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of everything that is run.
+
+    Args:
+        generator: what makes the videos.
+        videos: V, worlds that every variant gets; 0: as many as is usual.
+        frontier_videos: of the points of the frontier, which have ``trained_frames``; no more than ``videos``.
+        trained_frames: of the longest videos that the model was trained on; 0: the generator's.
+        lengths: as many of those the longest videos have at most; see `Variant.lengths`. 0: as many as is usual.
+    """
+
+    generator: Generator = field(default_factory=Causal)
+    videos: int = 0
+    frontier_videos: int = 50
+    trained_frames: int = 0
+    lengths: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Of the longest videos."""
+        return self.lengths * self.trained_frames
+
+    def __post_init__(self) -> None:
+        for name in ("videos", "trained_frames", "lengths"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(self.generator, name))
+        object.__setattr__(self, "frontier_videos", min(self.videos, self.frontier_videos))
+
+    @property
+    def spans(self) -> dict[str, slice]:
+        """Frames that a mean is taken over; people count frames from 1."""
+        ends = [self.trained_frames]
+        while ends[-1] < self.frames:
+            ends.append(min(self.frames, 2 * ends[-1]))
+        return {f"frames {a + 1}-{b}": slice(a, b) for a, b in zip([0, *ends], ends, strict=False)}
+
+    @cached_property
+    def works(self) -> dict[str, _Work]:
+        """What is generated, by variant's key: the frontier shares what is compared."""
+        works: dict[str, _Work] = {}
+        for variant in self.generator.variants.named:
+            frames = min(variant.lengths, self.lengths) * self.trained_frames
+            works[_key(variant)] = _Work(variant, frames, self.videos)
+        for variant in self.generator.variants.frontier:
+            works.setdefault(_key(variant), _Work(variant, self.trained_frames, self.frontier_videos))
+        return works
+
+
+class _Work(NamedTuple):
+    variant: Variant
+    frames: int
+    videos: int
+
+    @property
+    def parts(self) -> Iterator[range]:
+        """Seeds of the worlds of each part."""
+        for first in range(0, self.videos, VIDEOS_OF_A_PART):
+            last = min(self.videos, first + VIDEOS_OF_A_PART)
+            yield range(FIRST_HELD_OUT_SEED + first, FIRST_HELD_OUT_SEED + last)
+
+
+class _Part(NamedTuple):
+    generator: Generator
+    variant: Variant
+    frames: int
+    seeds: range
+    path: Path
+
+
+class Videos(NamedTuple):
+    """What came of a variant.
+
+    Args:
+        frames: what was generated, token ids of the demo's tokenizer, [V, T, 16, 16].
+        scores: by measure, each [V, T].
+    """
+
+    frames: Int64
+    scores: dict[str, Count]
+
+
+def run(folder: Path, *, plan: Plan | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Measure, print tables and write everything into a folder.
+
+    Args:
+        folder: gets a JSON and a CSV named like the benchmark, pictures as PNG and SVG, and ``parts/`` with what is
+            done.
+        plan: what is run; None: all of it.
+        console: where progress and tables go.
+
+    Returns:
+        What is written to the JSON.
+
+    Raises:
+        OSError: a file cannot be written.
+        KeyboardInterrupt: it was interrupted; what is done is kept.
+    """
+    console = console or Console()
+    plan = plan or Plan()
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    processes = os.cpu_count() or 1
+    generator = plan.generator
+    result: dict[str, Any] = about(generator.benchmark, processes=processes, threads_per_process=1)
+    start = time.monotonic()
+    videos = _generate_all(plan, parts, processes, console)
+    result |= {
+        "seconds_of_this_run": round(time.monotonic() - start),
+        "model": generator.described,
+        "seeds": [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.videos - 1],
+        "videos": plan.videos,
+        "trained_frames": plan.trained_frames,
+        "block_size": BLOCK_SIZE,
+        "notes": [
+            "ci95 is the half-width of the 95 % confidence interval of a mean over videos (normal approximation)",
+            "differences are of the same worlds: the interval is that of the mean of the differences",
+            generator.how,
+        ],
+        **summary(plan, videos),
+    }
+    stem = files.stem(generator.benchmark)
+    files.write(folder / f"{stem}.json", result)
+    show.write_csv(result, folder / f"{stem}.csv")
+    show.draw(result, folder)
+    show.draw_videos(_strips(plan, videos), folder / show.PICTURES[generator.benchmark].videos)
+    show.print_tables(result, console)
+    return result
+
+
+def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
+    """The videos of every variant by key, as far as they are not in ``folder`` already from new processes."""
+    missing = [
+        _Part(plan.generator, work.variant, work.frames, seeds, path)
+        for work in plan.works.values()
+        for seeds in work.parts
+        if not (path := _path(folder, plan.generator, work, seeds)).is_file()
+    ]
+    total = sum(work.frames * work.videos for work in plan.works.values())
+    done = total - sum(part.frames * len(part.seeds) for part in missing)
+    # What is short first, and the same worlds of all variants: then an interrupted run has something to compare.
+    missing.sort(key=lambda part: (part.frames, part.seeds.start))
+    context = multiprocessing.get_context("spawn")
+    with (
+        counting(console, "frames") as progress,
+        child_environment({"OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(processes, context, _begin_process) as pool,
+    ):
+        bar = progress.add_task("generating", total=total, completed=done)
+        futures = {pool.submit(_make_part, *part): part for part in missing}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                part = futures[future]
+                progress.update(bar, advance=part.frames * len(part.seeds), description=part.variant.name)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                console.print("interrupted: the videos in hand are finished; the same command goes on from there")
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {
+        key: _joined([_load(_path(folder, plan.generator, work, seeds)) for seeds in work.parts])
+        for key, work in plan.works.items()
+    }
+
+
+def _begin_process() -> None:
+    """An interruption is the parent's business: a part is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _make_part(generator: Generator, variant: Variant, frames: int, seeds: range, path: Path) -> None:
+    """Body of a process: generate and measure the videos of some worlds."""
+    tokenizer, make = VideoTokenizer(), generator.maker(variant, frames)
+    made = []
+    for seed in seeds:
+        world = make_world(seed)
+        truth = true_frames(tokenizer, world, frames)
+        shown = make(seed, world, truth)
+        made.append(Videos(shown[None], measure(world, shown, truth, tokenizer)))
+    videos = _joined(made)
+    arrays = {
+        f"{name}_{field}": array for name, count in videos.scores.items() for field, array in count._asdict().items()
+    }
+    # A file with this name is a finished part.
+    unfinished = path.with_suffix(".unfinished.npz")
+    np.savez_compressed(unfinished, frames=videos.frames.astype(np.uint16), **arrays)
+    unfinished.rename(path)
+
+
+def _joined(videos: Sequence[Videos]) -> Videos:
+    scores = {
+        name: Count(*(np.concatenate(arrays) for arrays in zip(*(own.scores[name] for own in videos), strict=True)))
+        for name in MEASURES
+    }
+    return Videos(np.concatenate([own.frames for own in videos]), scores)
+
+
+def _load(path: Path) -> Videos:
+    with np.load(path) as part:
+        scores = {name: Count(part[f"{name}_total"], part[f"{name}_of"]) for name in MEASURES}
+        return Videos(part["frames"].astype(np.int64), scores)
+
+
+def _key(variant: Variant) -> str:
+    """What decides what comes out."""
+    return json.dumps([variant.policy, variant.server.as_mapping()], sort_keys=True)
+
+
+def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
+    """Where a part is kept. Another model, configuration or length has another name."""
+    decides = json.dumps(
+        [_key(work.variant), generator.described, BLOCK_SIZE, work.frames, seeds.start, seeds.stop], sort_keys=True
+    )
+    name = work.variant.name.replace(" ", "-").replace(",", "")
+    return folder / f"{name}-{seeds.start}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npz"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
+    """Scores of every variant, paired differences, the frontier, and whether the goals are met."""
+    spans = plan.spans
+    variants = plan.generator.variants
+    points = (variants.full, *variants.frontier) if variants.frontier else ()
+    own = {variant.name: videos[_key(variant)].scores for variant in variants.named}
+    scores = own | _references(plan)
+    differences = {
+        f"{PACKCACHE} - {name}": _differences(own[PACKCACHE], counts, spans)
+        for name, counts in own.items()
+        if name != PACKCACHE
+    }
+    return {
+        "spans": list(spans),
+        "variants": described(plan),
+        "scores": {name: _summaries(counts, spans) for name, counts in scores.items()},
+        "differences": differences,
+        "frontier": [_point(variant, plan, videos[_key(variant)].scores) for variant in points],
+        "targets": _targets(differences, list(spans)),
+    }
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """What is compared."""
+    return {
+        variant.name: {
+            "policy": variant.policy,
+            "config": variant.server.as_mapping(),
+            "live_tokens": variant.live_tokens(plan.trained_frames - 1),
+        }
+        for variant in plan.generator.variants.named
+    }
+
+
+def _summaries(counts: Mapping[str, Count], spans: Mapping[str, slice]) -> dict[str, Any]:
+    frames = next(iter(counts.values())).total.shape[1]
+    reached = {name: span for name, span in spans.items() if span.stop <= frames}
+    return {name: count.summary(reached) for name, count in counts.items()}
+
+
+def _differences(a: Mapping[str, Count], b: Mapping[str, Count], spans: Mapping[str, slice]) -> dict[str, Any]:
+    """By measure and span, the mean over worlds of a's value less b's."""
+    frames = min(next(iter(counts.values())).total.shape[1] for counts in (a, b))
+    return {
+        name: {
+            label: mean_of_videos(a[name].of_videos(span) - b[name].of_videos(span))
+            for label, span in spans.items()
+            if span.stop <= frames
+        }
+        for name in a
+    }
+
+
+def _references(plan: Plan) -> dict[str, dict[str, Count]]:
+    """The scores of videos that no model has made."""
+    tokenizer = VideoTokenizer()
+    made: dict[str, list[Videos]] = {name: [] for name in REFERENCES}
+    for seed in range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.videos):
+        world = make_world(seed)
+        truth = true_frames(tokenizer, world, plan.frames)
+        for name, frames in ((TRUTH, truth[1:]), (COPY, np.broadcast_to(truth[:1], truth[1:].shape))):
+            made[name].append(Videos(frames[None], measure(world, frames, truth, tokenizer)))
+    return {name: _joined(videos).scores for name, videos in made.items()}
+
+
+def _point(variant: Variant, plan: Plan, counts: Mapping[str, Count]) -> dict[str, Any]:
+    """A point of the frontier: quality within the trained length, against the tokens read there."""
+    span = slice(0, plan.trained_frames)
+    own = {name: Count(*(array[: plan.frontier_videos] for array in count)) for name, count in counts.items()}
+    return {
+        "family": variant.family,
+        "name": variant.name,
+        "budget": variant.budget,
+        "live_tokens": variant.live_tokens(plan.trained_frames - 1),
+        "scores": {name: mean_of_videos(count.of_videos(span)) for name, count in own.items()},
+    }
+
+
+def _targets(differences: Mapping[str, Any], spans: Sequence[str]) -> list[dict[str, Any]]:
+    """The goals, each for every measure: a difference beyond its confidence interval, or not."""
+    goals = [(FULL_CACHE, spans[0], "not worse")]
+    goals += [(name, span, "better") for name in (LAST_FRAME, LAST_FRAME_ABSOLUTE) for span in spans[1:]]
+    targets = []
+    for name, span, goal in goals:
+        for label, found in differences[f"{PACKCACHE} - {name}"].items():
+            if found[span] is None:
+                continue
+            sign = 1 if MEASURES[label].higher_is_better else -1
+            mean, error = sign * found[span]["mean"], found[span]["ci95"]
+            met = mean + error >= 0 if goal == "not worse" else mean - error > 0
+            targets.append({"goal": f"{goal} than {name}", "span": span, "measure": label, **found[span], "met": met})
+    return targets
+
+
+def _strips(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
+    """One world under every variant, as pictures: see `show.draw_videos`."""
+    tokenizer = VideoTokenizer()
+    worlds = [make_world(FIRST_HELD_OUT_SEED + number) for number in range(plan.videos)]
+
+    def frames_hidden(number: int) -> int:
+        return sum(worlds[number].hidden(0, k) for k in range(1, plan.frames + 1))
+
+    # A usual one of those in which something has to be remembered.
+    hiding = sorted((n for n in range(plan.videos) if frames_hidden(n)), key=frames_hidden) or [0]
+    number = hiding[len(hiding) // 2]
+    world = worlds[number]
+    # Most is told early on.
+    shown = np.unique(np.geomspace(1, plan.frames, STRIP_FRAMES).round().astype(int)).tolist()
+    rows = {TRUTH: np.stack([world.frame(k) for k in shown])}
+    for variant in (plan.generator.variants.full, *plan.generator.variants.compared):
+        made = videos[_key(variant)].frames[number]
+        # One that ends earlier leaves the rest empty.
+        rows[variant.name] = tokenizer.decode_frames(made[[k - 1 for k in shown if k <= len(made)]])
+    return {"prompt": world.prompt, "frames": shown, "rows": rows}

@@ -1,0 +1,241 @@
+"""The results as tables, CSV and pictures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.quality.measures import MEASURES, Measure
+from benchmarks.quality.variants import FULL_CACHE
+from vllm_packcache.tools.figures import FORMATS, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    FULL_CACHE: "#6b7177",
+    "packcache": "#2f6fde",
+    "packcache, absolute": "#d1495b",
+    "packcache, not anchored": "#8c564b",
+    "last 2 frames": "#2a9d8f",
+    "last frame": "#7b5ea7",
+    "last frame, absolute": "#c08adf",
+    "last frames": "#2a9d8f",
+    "attention sink": "#e9a23b",
+    "random blocks": "#9aa0a6",
+    "strided blocks": "#17a2c9",
+}
+"""Of variants and of the families of the frontier."""
+
+
+class Pictures(NamedTuple):
+    """Names of a benchmark's pictures, without what follows the point.
+
+    Args:
+        by_frame: quality over the frames.
+        videos: one world under every variant.
+    """
+
+    by_frame: str
+    videos: str
+
+
+PICTURES = {
+    "quality": Pictures("by_frame", "videos"),
+    "quality-masked": Pictures("quality_masked", "videos_masked"),
+}
+"""By benchmark, so that both can lie in one folder."""
+
+FRONTIER = "frontier"
+"""Name of the picture of the frontier, which one benchmark has."""
+
+
+def cell(found: Mapping[str, float] | None, measure: Measure) -> str:
+    """A mean and its confidence interval."""
+    if found is None:
+        return "n/a"
+    digits, factor = measure.digits, measure.factor
+    return f"{factor * found['mean']:.{digits}f} ± {factor * found['ci95']:.{digits}f}"
+
+
+def print_tables(result: Mapping[str, Any], console: Console) -> None:
+    """Scores, then the goals: measure by measure, a column for each span of frames."""
+    spans = result["spans"]
+    scores = _table(f"{result['videos']} videos: mean and 95 % confidence interval", spans)
+    for label, measure in MEASURES.items():
+        scores.add_row(f"[bold]{measure.title}[/]")
+        for name, own in result["scores"].items():
+            found = own[label]["spans"]
+            cells = [cell(found[span], measure) if span in found else "" for span in spans]
+            scores.add_row(f"  {name}", *cells, style="" if name in result["variants"] else "dim")
+    console.print(scores)
+    goals = _table("Goals of packcache: its difference, video by video", spans)
+    for goal in dict.fromkeys(target["goal"] for target in result["targets"]):
+        goals.add_row(f"[bold]{goal}[/]")
+        for label, measure in MEASURES.items():
+            own = {t["span"]: t for t in result["targets"] if t["goal"] == goal and t["measure"] == label}
+            cells = [
+                f"{cell(own[span], measure)} {'[green]✓[/]' if own[span]['met'] else '[red]✗[/]'}"
+                if span in own
+                else ""
+                for span in spans
+            ]
+            goals.add_row(f"  {measure.title}", *cells)
+    console.print(goals)
+
+
+def _table(title: str, spans: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("")
+    for span in spans:
+        table.add_column(span, justify="right", no_wrap=True)
+    return table
+
+
+def write_csv(result: Mapping[str, Any], path: Path) -> None:
+    """Every mean as a row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["table", "name", "budget", "live_tokens", "measure", "span", "mean", "ci95"])
+        writer.writerows(_rows(result))
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[list[Any]]:
+    for name, scores in result["scores"].items():
+        live = result["variants"].get(name, {}).get("live_tokens")
+        for label, score in scores.items():
+            for span, found in score["spans"].items():
+                yield ["scores", name, None, live, label, span, *_numbers(found)]
+    for name, measures in result["differences"].items():
+        for label, by_span in measures.items():
+            for span, found in by_span.items():
+                yield ["differences", name, None, None, label, span, *_numbers(found)]
+    for point in result["frontier"]:
+        for label, found in point["scores"].items():
+            row = ["frontier", point["name"], point["budget"], point["live_tokens"]]
+            yield [*row, label, result["spans"][0], *_numbers(found)]
+
+
+def _numbers(found: Mapping[str, float] | None) -> list[float | None]:
+    return [None, None] if found is None else [found["mean"], found["ci95"]]
+
+
+def draw(result: Mapping[str, Any], folder: Path) -> None:
+    """Write quality over the frames and, if there is one, the frontier, each as PNG and SVG; see `PICTURES`."""
+    quick = result.get("quick", False)
+    if result["frontier"]:
+        _save(_frontier(result), folder / FRONTIER, quick=quick)
+    _save(_by_frame(result), folder / PICTURES[result["benchmark"]].by_frame, quick=quick)
+
+
+def _frontier(result: Mapping[str, Any]) -> Figure:
+    figure = new_figure(11, 7)
+    (full,) = (point for point in result["frontier"] if point["family"] == FULL_CACHE)
+    families = dict.fromkeys(point["family"] for point in result["frontier"] if point is not full)
+    for axes, (label, measure) in zip(figure.subplots(2, 3).flat, MEASURES.items(), strict=True):
+        for family in families:
+            points = [point for point in result["frontier"] if point["family"] == family]
+            points = [point for point in points if point["scores"][label] is not None]
+            means = [measure.factor * point["scores"][label]["mean"] for point in points]
+            errors = [measure.factor * point["scores"][label]["ci95"] for point in points]
+            axes.errorbar(
+                [point["live_tokens"] for point in points],
+                means,
+                errors,
+                color=COLOURS[family],
+                label=family,
+                marker="o",
+                markersize=4,
+                linewidth=2 if family == "packcache" else 1.2,
+                elinewidth=0.8,
+                capsize=2,
+                zorder=3 if family == "packcache" else 2,
+            )
+        if full["scores"][label] is not None:
+            best = measure.factor * full["scores"][label]["mean"]
+            error = measure.factor * full["scores"][label]["ci95"]
+            axes.axhline(best, color=COLOURS[FULL_CACHE], linewidth=1, linestyle="--", label=FULL_CACHE)
+            axes.axhspan(best - error, best + error, color=COLOURS[FULL_CACHE], alpha=0.12, linewidth=0)
+        axes.set_title(measure.title, loc="left", fontsize=10)
+        _live_token_axis(axes, sorted({point["live_tokens"] for point in result["frontier"]}))
+    figure.supxlabel(f"tokens of the past that are read, {result['spans'][0]}", fontsize=10)
+    _legend(figure)
+    return figure
+
+
+def _live_token_axis(axes: Axes, live: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(live[0] / 1.1, live[-1] * 1.1)
+    # Points of equal budgets differ by a block.
+    ticks = [tokens for before, tokens in zip([0, *live], live, strict=False) if tokens > 1.1 * before]
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks], fontsize=7)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _by_frame(result: Mapping[str, Any]) -> Figure:
+    figure = new_figure(11, 7)
+    for axes, (label, measure) in zip(figure.subplots(2, 3, sharex=True).flat, MEASURES.items(), strict=True):
+        for name, colour in COLOURS.items():
+            if name in result["scores"]:
+                values = np.array(result["scores"][name][label]["by_frame"], dtype=np.float64)
+                axes.plot(
+                    np.arange(1, len(values) + 1),
+                    measure.factor * values,
+                    color=colour,
+                    label=name,
+                    linewidth=2 if name == "packcache" else 1.2,
+                    zorder=3 if name == "packcache" else 2,
+                )
+        axes.axvline(result["trained_frames"] + 0.5, color="#555555", linewidth=0.8, linestyle="--")
+        axes.set_title(measure.title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"frame (dashed: {result['trained_frames']}, as many as the model was trained on)", fontsize=10)
+    _legend(figure)
+    return figure
+
+
+def draw_videos(strips: Mapping[str, Any], path: Path) -> None:
+    """Write one picture as PNG and SVG: one world under every variant, some of its frames.
+
+    Args:
+        strips: ``prompt``, ``frames`` (their numbers, n) and ``rows``: uint8 [up to n, 64, 64, 3] by name.
+        path: where to, without what follows the point.
+    """
+    rows, frames = strips["rows"], strips["frames"]
+    figure = new_figure(1.05 * len(frames) + 2.4, 1.12 * len(rows) + 0.5)
+    grid = figure.subplots(len(rows), len(frames), squeeze=False)
+    for line, (name, pictures) in zip(grid, rows.items(), strict=True):
+        for number, axes in enumerate(line):
+            axes.set_axis_off()
+            if number < len(pictures):
+                axes.imshow(pictures[number], interpolation="nearest")
+        line[0].text(-0.08, 0.5, name.replace(", ", ",\n"), transform=line[0].transAxes, ha="right", va="center")
+    for axes, frame in zip(grid[0], frames, strict=True):
+        axes.set_title(f"frame {frame}", fontsize=9)
+    figure.suptitle(strips["prompt"], fontsize=10)
+    _save(figure, path)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels: no panel need have all the curves."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        own, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, own, strict=True))
+    labels = list(handles)
+    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: Path, *, quick: bool = False) -> None:
+    for suffix in FORMATS:
+        save(figure, path.with_suffix(suffix), quick=quick)

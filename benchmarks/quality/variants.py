@@ -1,0 +1,237 @@
+"""What is compared: policies and their ablations, each a configuration, at equal live tokens.
+
+The yardstick is packcache with its default budget, H frames of history. A variant of the same budget reads as many
+tokens of the past when a frame begins, to the block; what each really reads is part of the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.sources import load_mapping
+from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.retention import Retention
+
+BLOCK_SIZE = 16
+"""Tokens of a KV-cache block: vLLM's default on a GPU."""
+
+FULL_CACHE, PACKCACHE = "full cache", "packcache"
+LAST_FRAME, LAST_FRAME_ABSOLUTE = "last frame", "last frame, absolute"
+
+SELECTIONS = ("rows", "tail", "random")
+"""Of blocks inside a frame, besides packcache's own."""
+
+BUDGETS = (0.5, 1, 2, 4, 8)
+"""H of the frontier, in frames; beyond them is the full cache."""
+
+DEFAULT_BUDGET = PackCache().history_frames
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the videos of a model are like.
+
+    Args:
+        preset: name of the preset that has their layout.
+        condition_tokens: C, of a usual prompt.
+    """
+
+    preset: str
+    condition_tokens: int
+
+    @cached_property
+    def layout(self) -> Mapping[str, Any]:
+        """The preset's."""
+        return load_mapping(self.preset)["layout"]
+
+    @cached_property
+    def frame_tokens(self) -> int:
+        """F."""
+        layout = ServerConfig.parse("full", {"layout": self.layout}).layout
+        assert layout is not None
+        return layout.frame_layout().tokens_per_frame
+
+    def accepts(self, options: Mapping[str, Any]) -> bool:
+        """Whether packcache can have these options."""
+        try:
+            ServerConfig.parse("packcache", {"layout": self.layout, **options})
+        except ConfigError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep the past.
+
+    Args:
+        shape: of the videos.
+        name: in tables and plots.
+        policy: name of the policy.
+        options: of the policy, and ``positions``.
+        family: the curve of the frontier that it is a point of; None: of none.
+        budget: H, frames of history that it may keep; None: all.
+        lengths: how long its videos are, in lengths of those that the model was trained on: a long video takes hours on
+            a CPU, so only those that the goals are about have them.
+    """
+
+    shape: Shape
+    name: str
+    policy: str
+    options: Mapping[str, Any]
+    family: str | None = None
+    budget: float | None = DEFAULT_BUDGET
+    lengths: int = 1
+
+    @property
+    def server(self) -> ServerConfig:
+        """Its configuration, with the layout of the videos."""
+        return ServerConfig.parse(self.policy, {"layout": self.shape.layout, **self.options})
+
+    def plan(self, condition_tokens: int | None = None) -> VideoPlan:
+        """What a video keeps whose condition has so many tokens; None: as many as is usual."""
+        server = self.server
+        assert server.layout is not None
+        condition = self.shape.condition_tokens if condition_tokens is None else condition_tokens
+        layout = VideoLayout(server.layout.frame_layout(), condition, server.layout.condition_image_tokens)
+        return VideoPlan(layout, server.policy, server.positions_of(layout, server.policy))
+
+    def live_tokens(self, frame: int) -> int:
+        """Tokens of the past that are read when ``frame`` of a usual video begins."""
+        plan = self.plan()
+        return Retention(plan.layout, plan.policy, BLOCK_SIZE).live_tokens(plan.layout.frame_start(frame))
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Everything that is compared.
+
+    Args:
+        full: the full cache.
+        compared: policies and ablations; the full cache comes besides.
+        selections: other blocks of each frame; ``spatial`` is packcache itself.
+        frontier: points of quality against live tokens, without the full cache's.
+    """
+
+    full: Variant
+    compared: tuple[Variant, ...]
+    selections: tuple[Variant, ...] = ()
+    frontier: tuple[Variant, ...] = ()
+
+    @property
+    def named(self) -> tuple[Variant, ...]:
+        """All but the frontier's, each with a name of its own."""
+        return (self.full, *self.compared, *self.selections)
+
+
+@dataclass(frozen=True)
+class _Make:
+    """Variants of videos of one shape."""
+
+    shape: Shape
+
+    def variant(self, name: str, policy: str, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Variant:
+        return Variant(self.shape, name, policy, options, *args, **kwargs)
+
+    def options(self, budget: float, **options: Any) -> dict[str, Any]:
+        """Of packcache: a window as many times as long as the default's, and no shorter than that."""
+        default = PackCache()
+        most = max(default.window, int(budget * default.window / default.history_frames))
+        # Of a long window the oldest frames may be left nothing, which is refused.
+        choices = ({"history_frames": budget, "window": window, **options} for window in range(most, 0, -1))
+        return next(filter(self.shape.accepts, choices))
+
+    def packcache(self, budget: float) -> Variant:
+        """The policy itself."""
+        return self.variant(PACKCACHE, "packcache", self.options(budget), PACKCACHE, budget, lengths=4)
+
+    def absolute(self) -> Variant:
+        return self.variant("packcache, absolute", "packcache", self.options(DEFAULT_BUDGET, positions="absolute"))
+
+    def not_anchored(self) -> Variant:
+        """What the condition would take goes to the history; rounding up to blocks takes the last of it."""
+        more = (self.shape.condition_tokens - BLOCK_SIZE) / self.shape.frame_tokens
+        options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0, "gamma_condition": 0}
+        return self.variant("packcache, not anchored", "packcache", options)
+
+    def last_frames(self, budget: int) -> Variant:
+        """The paper's other baseline: as many whole frames, positions re-based."""
+        name = LAST_FRAME if budget == 1 else f"last {budget} frames"
+        options = {"window": budget, "positions": "rebase"}
+        return self.variant(name, "sliding_window", options, "last frames", budget, lengths=4 if budget == 1 else 2)
+
+    def last_frame_absolute(self) -> Variant:
+        options = {"window": 1, "positions": "absolute"}
+        return self.variant(LAST_FRAME_ABSOLUTE, "sliding_window", options, budget=1, lengths=4)
+
+    def attention_sink(self, budget: float) -> Variant:
+        """The first block, and as many recent tokens as make up for the rest of the condition."""
+        recent = self.shape.condition_tokens + round(budget * self.shape.frame_tokens) - BLOCK_SIZE
+        options = {"sink_tokens": BLOCK_SIZE, "recent_tokens": recent}
+        return self.variant("attention sink", "attention_sink", options, "attention sink", budget)
+
+    def random_blocks(self, budget: float) -> Variant:
+        """The same number of blocks of every frame of the window, drawn by lot."""
+        options = self.options(budget, decay=1, selection="random")
+        return self.variant("random blocks", "packcache", options, "random blocks", budget)
+
+    def strided_blocks(self, budget: float) -> Variant:
+        """The same number of blocks of every frame of the window, evenly spread."""
+        options = self.options(budget, decay=1)
+        return self.variant("strided blocks", "packcache", options, "strided blocks", budget)
+
+    def selected(self, selection: str) -> Variant:
+        options = self.options(DEFAULT_BUDGET, selection=selection)
+        return self.variant(f"packcache, {selection}", "packcache", options)
+
+    def full(self) -> Variant:
+        return self.variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
+
+
+def all_variants(shape: Shape) -> Variants:
+    """Policies, ablations, selections and the frontier."""
+    make = _Make(shape)
+    compared = (
+        make.packcache(DEFAULT_BUDGET),
+        make.absolute(),
+        make.not_anchored(),
+        make.last_frames(int(DEFAULT_BUDGET)),
+        make.last_frames(1),
+        make.last_frame_absolute(),
+        make.attention_sink(DEFAULT_BUDGET),
+        make.random_blocks(DEFAULT_BUDGET),
+        make.strided_blocks(DEFAULT_BUDGET),
+    )
+    frontier = tuple(
+        variant
+        for budget in BUDGETS
+        for variant in (
+            make.packcache(budget),
+            *([make.last_frames(int(budget))] if budget >= 1 else []),
+            make.attention_sink(budget),
+            make.random_blocks(budget),
+            make.strided_blocks(budget),
+        )
+    )
+    return Variants(make.full(), compared, tuple(map(make.selected, SELECTIONS)), frontier)
+
+
+def policies_only(shape: Shape) -> Variants:
+    """The policies, without ablations and frontier."""
+    make = _Make(shape)
+    compared = (
+        make.packcache(DEFAULT_BUDGET),
+        make.absolute(),
+        make.last_frames(int(DEFAULT_BUDGET)),
+        make.last_frames(1),
+        make.last_frame_absolute(),
+        make.attention_sink(DEFAULT_BUDGET),
+    )
+    return Variants(make.full(), compared)

@@ -1,0 +1,253 @@
+"""What `benchmarks.quality` measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.measures import MEASURES
+from benchmarks.quality.show import FRONTIER, PICTURES, cell
+from benchmarks.quality.variants import PACKCACHE, SELECTIONS
+from benchmarks.report.markdown import Files, listed, table
+from benchmarks.report.parts import Goal, Part, Result, Row, notes, provenance, row_of_mean, rows_of_count, verdict
+from vllm_packcache.tools.files import stem
+
+FIRST = next(iter(MEASURES))
+"""The measure that sentences are about: tokens that are right."""
+
+SPATIAL = "spatial"
+"""How packcache itself selects blocks."""
+
+SELECTED = {SPATIAL: PACKCACHE} | {selection: f"{PACKCACHE}, {selection}" for selection in SELECTIONS}
+"""Selections inside a frame, and the variants that have them."""
+
+
+def goals(result: Result) -> list[Goal]:
+    """One for each comparison and span: it is met if every measure meets it."""
+    found = []
+    for goal, span in dict.fromkeys((target["goal"], target["span"]) for target in result["targets"]):
+        own = {t["measure"]: t for t in result["targets"] if (t["goal"], t["span"]) == (goal, span)}
+        missed = [MEASURES[name].heading.partition(",")[0] for name, target in own.items() if not target["met"]]
+        first, measure = own[FIRST], MEASURES[FIRST]
+        aim = "not worse beyond the CI" if goal.startswith("not worse") else "better beyond the CI"
+        found.append(
+            Goal(
+                f"packcache {goal}, {span}",
+                f"{measure.heading}: {cell(first, measure)}; {len(own) - len(missed)} of {len(own)} measures",
+                f"every measure {aim}",
+                verdict(result, not missed, by=f" by {listed(missed)}" if missed else ""),
+            )
+        )
+    return found
+
+
+def rows(result: Result) -> Iterator[Row]:
+    """Means with their confidence intervals, by span and by frame; differences; the frontier; the goals."""
+    for target in result["targets"]:
+        name, unit = f"packcache {target['goal']}", _unit(target["measure"])
+        yield row_of_mean(name, f"goal: {target['measure']}", target["span"], target, unit)
+        yield Row(name, f"goal met: {target['measure']}", target["span"], target["met"])
+    for name, variant in result["variants"].items():
+        yield Row(name, "live tokens", f"frame {result['trained_frames']}", variant["live_tokens"])
+    for name, scores in result["scores"].items():
+        for label, count in scores.items():
+            yield from rows_of_count(name, label, count, _unit(label))
+    for name, measures in result["differences"].items():
+        for label, by_span in measures.items():
+            for span, found in by_span.items():
+                yield row_of_mean(name, label, span, found, _unit(label))
+    for point in result["frontier"]:
+        name = f"frontier: {_point(point)}"
+        yield Row(name, "live tokens", result["spans"][0], point["live_tokens"])
+        for label, found in point["scores"].items():
+            yield row_of_mean(name, label, result["spans"][0], found, _unit(label))
+
+
+def _unit(label: str) -> str:
+    """Of a measure as it is written."""
+    return {"psnr_db": "dB", "ssim": "", "flicker": "levels of 255"}.get(label, "share")
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return point["name"] if point["budget"] is None else f"{point['family']}, {point['budget']:g} frames"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _measured(result: Result) -> str:
+    first, last = result["seeds"]
+    return (
+        f"{result['videos']} held-out videos (worlds {first} to {last}), each made by {_made(result)}, in float32, "
+        f"under every policy at equal live tokens; the model was trained on videos of {result['trained_frames']} "
+        "frames. Means and 95 % confidence intervals over videos, against the true continuation."
+    )
+
+
+def _made(result: Result) -> str:
+    """By what, and how."""
+    options = result.get("model", {}).get("options")
+    if options is None:
+        return "the bundled model from its condition alone, greedily"
+    return (
+        f"the bundled masked model from its text and its picture, {options['steps']} + 1 passes a frame with guidance "
+        f"{options['guidance']:g} and the world's own seed"
+    )
+
+
+def selection_sentence(result: Result, span: str) -> str:
+    """Which selection inside a frame gets most tokens right, and by how much beside `SPATIAL`."""
+    measure = MEASURES[FIRST]
+    means = {
+        selection: result["scores"][name][FIRST]["spans"][span]["mean"]
+        for selection, name in SELECTED.items()
+        if span in result["scores"][name][FIRST]["spans"]
+    }
+    best, *others = sorted(means, key=lambda selection: -means[selection])
+    shown = cell(result["scores"][SELECTED[best]][FIRST]["spans"][span], measure)
+    sentence = f"Of the selections inside a frame `{best}` gets most tokens right at {span}, {shown} %: "
+    # Of the two that are compared one is spatial, which differences are taken from.
+    other = others[0] if best == SPATIAL else best
+    found = result["differences"][f"{PACKCACHE} - {SELECTED[other]}"][FIRST][span]
+    beyond = "more than" if abs(found["mean"]) > found["ci95"] else "within"
+    which = f"`{other}`, the next" if best == SPATIAL else f"`{SPATIAL}`, the default"
+    size = cell(found | {"mean": abs(found["mean"])}, measure)
+    return f"{sentence}{size} points more than {which}, which is {beyond} the confidence interval of the difference."
+
+
+def _by_span(result: Result, own: Mapping[str, Any], label: str) -> list[str]:
+    """Cells of a measure for every span; a variant with shorter videos leaves some out."""
+    return [cell(own[span], MEASURES[label]) if span in own else "" for span in result["spans"]]
+
+
+def long(result: Result, files: Files) -> Iterator[str]:
+    """The section of the report."""
+    spans = result["spans"]
+    yield f"Quality: {_measured(result)}"
+    yield provenance(result)
+    yield from notes(result)
+    yield f"**Variants.** Live tokens: what is read of the past when frame {result['trained_frames']} begins."
+    yield table(
+        ("variant", "policy", "options", "live tokens"),
+        [
+            (name, variant["policy"], _options(variant["config"]), f"{variant['live_tokens']:,}")
+            for name, variant in result["variants"].items()
+        ],
+        texts=3,
+    )
+    yield "**Goals**: by how much packcache has more than the other, video by video."
+    yield table(
+        ("goal", "frames", "measure", "difference", "verdict"),
+        [
+            (
+                f"packcache {target['goal']}",
+                target["span"],
+                MEASURES[target["measure"]].title,
+                cell(target, MEASURES[target["measure"]]),
+                verdict(result, target["met"]),
+            )
+            for target in result["targets"]
+        ],
+        texts=3,
+    )
+    for label, measure in MEASURES.items():
+        yield f"**{measure.title}**"
+        yield table(
+            ("", *spans),
+            [(name, *_by_span(result, own[label]["spans"], label)) for name, own in result["scores"].items()],
+        )
+    yield "**Differences**, video by video; bold: beyond the confidence interval."
+    for label, measure in MEASURES.items():
+        yield table(
+            (measure.title, *spans),
+            [
+                (name, *(_bold(own[label].get(span), shown) for span, shown in zip(spans, cells, strict=True)))
+                for name, own in result["differences"].items()
+                for cells in (_by_span(result, own[label], label),)
+            ],
+        )
+    if _has_selections(result):
+        yield f"**Selection inside a frame**, {spans[0]}. {selection_sentence(result, spans[0])}"
+        yield table(
+            ("selection", *(measure.title for measure in MEASURES.values())),
+            [
+                (
+                    selection,
+                    *(cell(result["scores"][name][label]["spans"][spans[0]], MEASURES[label]) for label in MEASURES),
+                )
+                for selection, name in SELECTED.items()
+            ],
+        )
+    if result["frontier"]:
+        yield f"**Frontier**: quality against live tokens, {spans[0]}."
+        yield table(
+            ("point", "live tokens", *(measure.title for measure in MEASURES.values())),
+            [
+                (
+                    _point(point),
+                    f"{point['live_tokens']:,}",
+                    *(cell(point["scores"][label], measure) for label, measure in MEASURES.items()),
+                )
+                for point in result["frontier"]
+            ],
+        )
+        yield from files.picture(FRONTIER, "Quality against live tokens")
+    pictures = PICTURES[result["benchmark"]]
+    yield from files.picture(pictures.by_frame, "Quality by frame")
+    yield from files.picture(pictures.videos, "One world under every policy")
+
+
+def _has_selections(result: Result) -> bool:
+    return all(name in result["scores"] for name in SELECTED.values())
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    return f"`{json.dumps({key: value for key, value in config.items() if key != 'layout'})}`"
+
+
+def _bold(found: Mapping[str, float] | None, shown: str) -> str:
+    return f"**{shown}**" if found is not None and abs(found["mean"]) > found["ci95"] else shown
+
+
+def short(result: Result, files: Files) -> Iterator[str]:
+    """The section of a README."""
+    spans: Sequence[str] = result["spans"]
+    others = [label for label in MEASURES if label != FIRST]
+    # Means say enough of what is beside the tokens and the objects.
+    exact = {FIRST, "identity", "identity_after_occlusion"}
+    own_file = f"{stem(result['benchmark'])}.json"
+    yield f"**Quality**: {_measured(result)} More in {files.link('report.md')} and {files.link(own_file)}."
+    yield table(
+        (
+            "",
+            "live tokens",
+            *(f"{MEASURES[FIRST].heading}, {span}" for span in spans),
+            *(f"{MEASURES[label].title}, {spans[0]}" for label in others),
+        ),
+        [
+            (
+                name,
+                f"{result['variants'][name]['live_tokens']:,}" if name in result["variants"] else "",
+                *_by_span(result, own[FIRST]["spans"], FIRST),
+                *(
+                    shown if label in exact else shown.partition(" ")[0]
+                    for label in others
+                    for shown in (cell(own[label]["spans"][spans[0]], MEASURES[label]),)
+                ),
+            )
+            for name, own in result["scores"].items()
+        ],
+    )
+    if _has_selections(result):
+        yield selection_sentence(result, spans[0])
+    if result["frontier"]:
+        yield from files.picture(FRONTIER, "Quality against live tokens")
+    else:
+        yield from files.picture(PICTURES[result["benchmark"]].by_frame, "Quality by frame")
+
+
+PART = Part("quality", "Quality of the videos", goals, rows, long, short)
+
+MASKED = Part("quality-masked", "Quality of videos made masked", goals, rows, long, short, required=False)

@@ -1,0 +1,200 @@
+"""Results as the benchmarks write them, without measuring anything: for tests of what is made of results."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.decode import report as decode_report
+from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
+from benchmarks.decode.samples import ratios_of, step_times, summed
+from benchmarks.engine_process import Burst
+from benchmarks.quality.generators import Causal, Generator, Masked
+from benchmarks.quality.measures import MEASURES
+from benchmarks.quality.run import Plan, Videos, summary
+from benchmarks.statistics import Count
+from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
+from vllm_packcache.calibrate.mass import NEAREST, Mass
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.demo.tokenizer import CONDITION_TOKENS
+from vllm_packcache.tools import files
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "docs" / "results"
+
+ABOUT = {
+    "command": "vllm-packcache bench all --out here",
+    "date": "2026-01-31",
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "vllm": "0.32.0", "vllm_packcache": "0.1.0"},
+    "machine": {"cpu": "Some CPU", "cores": 2, "load_average_before": [0.25, 1.5, 2.75]},
+}
+
+DISTANCES, LAYERS, HEADS, VIDEOS = 8, 3, 2, 4
+
+
+def read(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((COMMITTED / name).read_text(encoding="utf-8"))
+
+
+def decode(*, quick: bool = False, frames: bool = True) -> dict[str, Any]:
+    """The committed one, with another stage "every frame", or without."""
+    result = read("decode.json") | {"quick": quick}
+    result.pop("frames", None)
+    if frames:
+        result["frames"] = _frames()
+        result["targets"] = decode_report.targets(result)
+    else:
+        result["targets"] = [target for target in result["targets"] if not target["ratio"].startswith("end to end")]
+    return result
+
+
+def _frames() -> dict[str, Any]:
+    """As `benchmarks.decode.runs.Bench.frames` makes it of two frames."""
+    generator = np.random.default_rng(0)
+    frames = []
+    for number in range(2):
+        bursts = {}
+        for name in FULL.policies:
+            steps = generator.uniform(0.01, 0.02, (4, 2)) * (4 if name == "full" else 1)
+            bursts[name] = [Burst([cpu], [wall], [0], [1]) for cpu, wall in steps.tolist()]
+        live = dict.fromkeys(FULL.policies, 1000 + 100 * number)
+        times = step_times(bursts, FRAME_RATIOS)
+        frames.append({"frame": number, "prompt_tokens": 2000 + number, "live_tokens": live, **times})
+        frames[-1]["blocks_as_decided"] = True
+    seconds = summed(frames, scale=FULL.tokens_per_frame)
+    return {
+        "tokens_per_frame": FULL.tokens_per_frame,
+        "policies": {name: described(policy) for name, policy in FULL.policies.items()},
+        "frames": frames,
+        "end_to_end": {"is": "the sum"} | seconds | {"ratios": ratios_of(seconds, FRAME_RATIOS)},
+        "last": {"ratios": frames[-1]["ratios"]},
+        "blocks_as_decided": True,
+    }
+
+
+@cache
+def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, Any]:
+    plan = Plan(generator=model, videos=videos, trained_frames=trained_frames, frontier_videos=2)
+    generator = np.random.default_rng(0)
+
+    def made(frames: int, count: int) -> Videos:
+        scores = {
+            name: Count(generator.uniform(0.2, 0.9, (count, frames)), np.ones((count, frames))) for name in MEASURES
+        }
+        return Videos(np.zeros((count, frames, 1), np.int64), scores)
+
+    return {
+        "benchmark": model.benchmark,
+        **ABOUT,
+        "seconds_of_this_run": 12,
+        "seeds": [10000, 10000 + videos - 1],
+        "videos": videos,
+        "trained_frames": trained_frames,
+        "notes": ["greedy"],
+        **summary(plan, {key: made(work.frames, work.videos) for key, work in plan.works.items()}),
+    }
+
+
+def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:
+    """Of videos with random scores."""
+    return json.loads(json.dumps(_quality(Causal(), videos, trained_frames)))
+
+
+def quality_masked() -> dict[str, Any]:
+    """The same of a masked model."""
+    model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
+    return json.loads(json.dumps(_quality(Masked(), 3, 2) | {"model": model}))
+
+
+@cache
+def _calibrate(videos: int, target: float, views: tuple[str, ...]) -> dict[str, Any]:
+    server = ServerConfig.parse(PackCache.name, "demo")
+    assert server.layout is not None
+    frame = server.layout.frame_layout()
+    layout = VideoLayout(frame, CONDITION_TOKENS, server.layout.condition_image_tokens)
+    frames, blocks = 2 * DISTANCES, -(-layout.frame_start(2 * DISTANCES) // 16)
+    generator = np.random.default_rng(0)
+    weights = np.concatenate([np.full(NEAREST, 0.3), 0.6 ** np.arange(DISTANCES)])
+
+    def mass() -> Mass:
+        by_segment = weights * generator.uniform(0.9, 1.1, (LAYERS, HEADS, len(weights)))
+        by_block = generator.uniform(size=(frames - DISTANCES, LAYERS, blocks))
+        return Mass(layout, by_segment / by_segment.sum(-1, keepdims=True), by_block / by_block.sum(-1, keepdims=True))
+
+    masses = {view: [mass() for _ in range(videos)] for view in views}
+    return {
+        "benchmark": "calibrate",
+        **ABOUT,
+        "seconds": 3,
+        "model": "demo",
+        "videos": videos,
+        "frames": frames,
+        "trained_frames": frames,
+        "seeds": {"videos": [10000, 10000 + videos - 1], "bootstrap": 0},
+        "largest_distance": DISTANCES,
+        "query_frames": [DISTANCES + 1, frames],
+        "block_size": 16,
+        "target": target,
+        "notes": ["shares"],
+        **analyse(masses, frame, target, 16),
+    }
+
+
+def calibrate(videos: int = VIDEOS, target: float = 0.8) -> dict[str, Any]:
+    """Of random attention that decays."""
+    return json.loads(json.dumps(_calibrate(videos, target, (ALL_QUERIES,))))
+
+
+def calibrate_masked() -> dict[str, Any]:
+    """The same of two streams."""
+    result = _calibrate(VIDEOS, 0.8, ("conditional, half-way", "unconditional, half-way"))
+    return json.loads(json.dumps(result | {"benchmark": "calibrate-masked", "model": "demo_masked"}))
+
+
+def gpu() -> dict[str, Any]:
+    """One that was measured, of one step."""
+    seconds = {"full": [0.004, 0.005, 0.006], "packcache": [0.001, 0.002, 0.003], "short": [0.001, 0.002, 0.003]}
+    ratios = {"full / packcache": {"median": 2.5, "quartiles": [2.2, 3.1]}}
+    return {
+        **ABOUT,
+        "benchmark": "gpu",
+        "seed": 0,
+        "machine": {"gpu": "Some GPU", "memory_bytes": 1000},
+        "measured": True,
+        "checks": {"rotation": {"error": 0.5, "bound": 1.0, "passed": True}},
+        "attention": {
+            "decode": {
+                "keys": {"full": 50_000, "packcache": 10_000, "short": 10_000},
+                "kernels": {"ours": {"seconds": seconds, "ratios": ratios}},
+            }
+        },
+        "rotation": {"seconds": {"rotation": [0.01, 0.02]}, "median": 0.015},
+        "compaction": {"decode": {"median": 1e-5}},
+        "engine": {"measured": False, "reason": "not measured: vLLM is not installed here"},
+        "targets": [{"ratio": "decode, ours: full / packcache", "value": 2.5, "at_least": 4.0, "met": False}],
+    }
+
+
+def fill(folder: Path) -> dict[str, dict[str, Any]]:
+    """Write one of each into a folder."""
+    results = {
+        "decode.json": decode(),
+        "serve.json": read("serve.json"),
+        "masked.json": read("masked.json"),
+        "quality.json": quality(),
+        "quality_masked.json": quality_masked(),
+        "calibrate.json": calibrate(),
+        "calibrate_masked.json": calibrate_masked(),
+        "long_video.json": read("long_video.json"),
+        "gpu.json": gpu(),
+    }
+    for name, result in results.items():
+        files.write(folder / name, result)
+    return results

@@ -1,0 +1,1 @@
+"""What an operator writes and a request may change, validated, with errors a person can act on."""

@@ -1,0 +1,1 @@
+"""What is decided, without vLLM and torch: layouts, blocks, policies, retention, positions, plans."""

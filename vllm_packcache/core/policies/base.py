@@ -1,0 +1,106 @@
+"""What a cache policy is.
+
+A new policy is one file with one frozen dataclass: its fields are its options (they are validated and named
+in errors without further work), its `Policy.past_blocks` is its rule.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
+
+from vllm_packcache.core.blocks import BlockIndices, BlockMap
+from vllm_packcache.core.layout import FrameLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Decides which blocks of the past live while a frame is made."""
+
+    name: ClassVar[str]
+    """What a built-in policy is called; that of another package has the name of its entry point."""
+    rebases: ClassVar[bool] = False
+    """Whether positions are re-based where nobody says (see `history_window`)."""
+    # Options are numbers as written: "4" and true are no windows.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+
+    @abstractmethod
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Live blocks before the first block of ``frame``.
+
+        Must be a pure function, cost no more than the blocks it can keep, and never return a block that it
+        did not return for an earlier frame: an evicted block cannot come back.
+
+        Args:
+            blocks: tags of the request's logical blocks.
+            frame: the frame being made, 0 or more.
+
+        Returns:
+            Ascending logical block indices, all below ``blocks.tail_start(frame)``. `Retention` checks them.
+        """
+
+    def most_past_blocks(self, blocks: BlockMap) -> int | None:
+        """A number of blocks that `past_blocks` never exceeds, whatever the frame, in constant time.
+
+        None: it grows with the video, or nobody has said.
+        """
+        del blocks
+        return None
+
+    @property
+    def history_window(self) -> int | None:
+        """W: nothing of a frame older than the W last ones lives. None: there is no such number.
+
+        Only where there is one can positions be re-based: what lives then lies in a window that slides.
+        """
+        return None
+
+    def check(self, frame: FrameLayout) -> None:
+        """Check the options against the shape of a frame.
+
+        Raises:
+            ValueError: they cannot work together; the message names the option and the remedy.
+        """
+        del frame
+
+
+def check_class(policy: type[Policy], reserved: Collection[str]) -> None:
+    """Check what can be known of a policy without asking it for a decision.
+
+    Args:
+        policy: its class.
+        reserved: names that its options cannot have, because they are options already.
+
+    Raises:
+        TypeError: it is none whose options could be validated and compared; the message says what must be.
+    """
+    name = f"{policy.__module__}.{policy.__qualname__}"
+    if inspect.isabstract(policy):
+        raise TypeError(f"{name} has no {', '.join(sorted(policy.__abstractmethods__))}")
+    # A class that only inherits from a dataclass has none of its own options.
+    if "__dataclass_params__" not in vars(policy) or not vars(policy)["__dataclass_params__"].eq:
+        raise TypeError(f"{name} must be a frozen dataclass: decorate it with @dataclass(frozen=True, kw_only=True)")
+    try:
+        hints = get_type_hints(policy)
+    except Exception as error:
+        raise TypeError(f"{name}: the types of its options cannot be read: {error}") from None
+    for option in fields(policy):
+        if hints[option.name] in (Any, object):
+            raise TypeError(f"{name}: option {option.name} needs a type, so that what is given can be validated")
+        if option.name in reserved:
+            raise TypeError(f"{name}: option {option.name} needs another name, which is no option already")
+
+
+def check_range(option: str, value: float, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+    """Raise a `ValueError` that names ``option`` unless low <= value <= high (low < value if ``open_low``)."""
+    too_low = value <= low if open_low else value < low
+    no_number = isinstance(value, float) and not math.isfinite(value)
+    if too_low or (high is not None and value > high) or no_number:
+        bound = f"above {low:g}" if open_low else f"{low:g} or more"
+        if high is not None:
+            bound += f" and at most {high:.15g}"
+        raise ValueError(f"{option} must be {bound}, not {value}")

@@ -1,0 +1,188 @@
+"""PackCache: anchored condition, exponentially decaying history (arXiv 2601.04359)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_packcache.core.blocks import BlockIndices, BlockMap
+from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout
+from vllm_packcache.core.policies.base import Policy, check_range
+from vllm_packcache.core.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+MAX_WINDOW = 256
+"""Most history frames: the table of what is kept grows with the square of the window, and requests may choose it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCache(Policy):
+    """Keep the condition, and of each earlier frame a share that decays with its temporal distance.
+
+    Three phases: *fill* (the history fits into the budget: nothing is dropped), *pack* (frames shrink as they
+    age), *slide* (more than ``window`` history frames exist: the oldest is dropped whole).
+
+    Args:
+        history_frames: H in frames: the budget for the history is ``history_frames`` x tokens per frame.
+        window: W, the number of history frames of which anything is kept, at most `MAX_WINDOW`.
+        decay: rho, the factor by which attention falls from one temporal distance to the next.
+        gamma_text: fraction of the text's blocks kept once the history no longer fits.
+        gamma_condition: the same for the conditioning image.
+        selection: which blocks of a frame are kept, when not all are; see `Selection`.
+
+    Raises:
+        ValueError: a number is impossible; the message names it.
+    """
+
+    name: ClassVar[str] = "packcache"
+    rebases: ClassVar[bool] = True
+    history_frames: float = 2.0
+    window: int = 4
+    decay: float = 0.5
+    gamma_text: float = 1.0
+    gamma_condition: float = 1.0
+    selection: Selection = "spatial"
+
+    def __post_init__(self) -> None:
+        check_range("history_frames", self.history_frames, 0, MAX_FRAMES, open_low=True)
+        check_range("window", self.window, 1, MAX_WINDOW)
+        check_range("decay", self.decay, 0, 1, open_low=True)
+        check_range("gamma_text", self.gamma_text, 0, 1)
+        check_range("gamma_condition", self.gamma_condition, 0, 1)
+
+    def check(self, frame: FrameLayout) -> None:
+        """Refuse a budget that leaves the oldest frame of the window nothing, and rows without a grid."""
+        if self.selection in NEEDS_GRID and frame.grid is None:
+            raise ValueError(f"selection = {self.selection} needs grid in the layout, not tokens_per_frame alone")
+        if allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
+            raise ValueError(
+                f"history_frames = {self.history_frames:g} leaves nothing for the oldest of window = {self.window} "
+                "frames: raise history_frames or lower window"
+            )
+
+    def kept_tokens(self, tokens_per_frame: int, frame: int) -> tuple[int, ...]:
+        """Tokens kept of the frames at distance 1, 2, ... while ``frame`` is made, before rounding to blocks.
+
+        A frame cannot grow again, so each gets the least of what it was ever given.
+        """
+        table = _kept_tokens(self, tokens_per_frame)
+        return tuple(table[min(frame, len(table) - 1), : min(frame, self.window)].tolist())
+
+    @property
+    def history_window(self) -> int:
+        """W."""
+        return self.window
+
+    def most_past_blocks(self, blocks: BlockMap) -> int:
+        """Condition blocks, and what a history takes whose every frame is rounded up."""
+        return len(blocks.condition_blocks) + _most_history_blocks(
+            self, blocks.layout.tokens_per_frame, blocks.block_size
+        )
+
+    def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Condition blocks, and of each of the last W frames its share of blocks, as ``selection`` says."""
+        end = blocks.tail_start(frame)
+        tokens_per_frame = blocks.layout.tokens_per_frame
+        if frame <= min(self.window, self.history_frames):
+            return np.arange(end)
+        parts = [
+            keep_fraction(blocks.text_blocks, self.gamma_text),
+            keep_fraction(blocks.image_blocks, self.gamma_condition),
+        ]
+        kept = self.kept_tokens(tokens_per_frame, frame)
+        for distance in range(len(kept), 0, -1):
+            keep = -(-kept[distance - 1] // blocks.block_size)
+            parts.append(select(self.selection, blocks, frame - distance, keep))
+        past = np.concatenate(parts)
+        # A block that the condition shares with the frame being made belongs to the tail.
+        return past[past < end]
+
+
+def shares(decay: float, frames: int) -> tuple[float, ...]:
+    """Shares of the history budget at temporal distance 1 .. ``frames``; never increasing, they sum to 1.
+
+    ``b_d = (1 - rho) rho^(d-1)`` for d < W and ``b_W = rho^(W-1)``: the sums of a geometric series, the last
+    share taking the rest. With rho = 1/2 this is the paper's ``b_d = 2^-min(d, W-1)``. Above 1/2 the rest is
+    more than the frame before it has, and a frame cannot grow as it ages: it takes as much as that frame,
+    and what is left over is divided in proportion.
+
+    Source: arXiv 2601.04359, mean attention modelled as ``mu_d = C rho^d``.
+    """
+    return tuple(_shares(decay, np.array([frames]))[0].tolist())
+
+
+def _shares(decay: float, histories: Int64) -> Float64:
+    """`shares` for several numbers of frames, [n, most frames]; 0 behind the last frame of each."""
+    # By Python's own power and in the order of the sum: what is rounded decides which blocks live.
+    powers = np.array([decay**distance for distance in range(int(histories.max()))])
+    # All in units of 1 - rho, which may be 0.
+    rest = min(1.0, decay / (1 - decay) if decay < 1 else 1.0)
+    last = np.where(histories > 1, powers[np.maximum(histories - 2, 0)] * rest, 1.0)
+    before = np.concatenate([[0.0], np.cumsum(powers)])[histories - 1]
+    weights = np.where(np.arange(len(powers)) < histories[:, None], powers, 0.0)
+    weights[np.arange(len(histories)), histories - 1] = last
+    return weights / (before + last)[:, None]
+
+
+def allotment(policy: PackCache, tokens_per_frame: int, frame: int) -> tuple[int, ...]:
+    """Tokens that the frames at distance 1, 2, ... are given while ``frame`` is made.
+
+    A share above a whole frame is capped, the surplus goes to the next older frame.
+    """
+    history = min(frame, policy.window)
+    return tuple(_allotments(policy, tokens_per_frame, np.array([history]))[0].tolist()) if history else ()
+
+
+def _allotments(policy: PackCache, tokens_per_frame: int, histories: Int64) -> Int64:
+    """`allotment` for several numbers of history frames, [n, most frames]; 0 behind the last frame of each."""
+    shared = _shares(policy.decay, histories)
+    distances = shared.shape[1]
+    # A budget above all frames is no other than that of all frames, and does not overflow.
+    wanted = np.ascontiguousarray((shared * min(policy.history_frames, distances) * tokens_per_frame).T)
+    wanted[:, histories <= policy.history_frames] = tokens_per_frame
+    capped = np.flatnonzero(wanted.max(axis=1) > tokens_per_frame)
+    surplus = np.zeros(len(histories))
+    # Of the newest frames only: what no longer overflows is final.
+    for distance in range(capped[0] if len(capped) else distances, distances):
+        with_surplus = wanted[distance] + surplus
+        np.minimum(tokens_per_frame, with_surplus, out=wanted[distance])
+        surplus = with_surplus - wanted[distance]
+        if distance >= capped[-1] and not surplus.any():
+            break
+    given = (wanted + 1e-6).astype(np.int64)
+    given[np.arange(distances)[:, None] >= histories] = 0
+    return given.T
+
+
+@lru_cache(maxsize=256)
+def _kept_tokens(policy: PackCache, tokens_per_frame: int) -> Int64:
+    """Row k: tokens kept of the frames at distance 1, 2, ... W while frame k is made; the last row holds for ever.
+
+    What a frame was given depends on how many history frames there were at the time: from frame W on that is
+    always W, and W frames later the last frame that saw anything else has gone.
+    """
+    given = _allotments(policy, tokens_per_frame, np.arange(1, policy.window + 1))
+    table = np.zeros((2 * policy.window + 1, policy.window), dtype=np.int64)
+    for frame in range(1, len(table)):
+        now = given[min(frame, policy.window) - 1]
+        table[frame, 0] = now[0]
+        np.minimum(table[frame - 1, :-1], now[1:], out=table[frame, 1:])
+    changing = np.flatnonzero((table != table[-1]).any(axis=1))
+    return table[: changing.max(initial=-1) + 2].copy()
+
+
+@lru_cache(maxsize=256)
+def _most_history_blocks(policy: PackCache, tokens_per_frame: int, block_size: int) -> int:
+    """Blocks tagged with any frame of the history that are ever kept at once, at most."""
+    kept = -(-_kept_tokens(policy, tokens_per_frame) // block_size)
+    # Frames in a row share blocks: the newest i of them never end more than those of all their tokens.
+    older = np.zeros((len(kept), policy.window + 1), dtype=np.int64)
+    older[:, :-1] = np.cumsum(kept[:, ::-1], axis=1)[:, ::-1]
+    newest = -(-np.arange(policy.window + 1) * tokens_per_frame // block_size)
+    return int((newest + older).min(axis=1).max())

@@ -1,0 +1,545 @@
+"""Masked, frame-parallel generation as Lumos-1 does it: ids, sequences, the schedule, re-masking, noise.
+
+A video is one sequence; a frame is made in a fixed number of steps, in each of which the model sees the whole frame,
+some of its visual tokens still being the mask token::
+
+    [ bos, text, separator, video begin, duration, rate ][ conditioning image ][ frame 0 ][ frame 1 ] ...
+
+    frame = begin, height, width, then every row: its visual tokens and a newline, then end
+
+Whatever a step decides beyond the model's logits is here and is a pure function of the request, the frame and the step:
+how many tokens stay masked, how much noise there is, and the noise itself. So a frame that is made again, in another
+batch or after a preemption, is the same frame.
+
+Source: Lumos-1, arXiv 2507.08801, and its public inference code.
+
+This module is pure: it knows neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.families.checkpoint import DecoderConfig, require, rope_of
+
+Int64 = npt.NDArray[np.int64]
+
+Grid = tuple[int, int]
+"""(rows, columns) of a frame's visual tokens."""
+
+ARCHITECTURES = ("ChameleonXLLMXForConditionalGeneration", "ChameleonMMRoPEForConditionalGeneration")
+"""Names under which checkpoints are published: of the class that trains, and of the one that generates."""
+
+BOS = 0
+SEPARATOR = 8710
+VIDEO_BEGIN = 9004
+VIDEO_END = 9005
+FRAME_BEGIN = 8197
+FRAME_END = 8196
+NEWLINE = 8803
+MASK = 9003
+NUMBER_ZERO = 8804
+"""The id of the number n (a duration, a rate, a size) is this plus n."""
+VISUAL_BEGIN = 65_536
+"""The id of visual code c is this plus c; it and all ids above are visual."""
+
+PIXELS_PER_TOKEN = 8
+"""Of the video tokenizer (Cosmos DV4x8x8), in both directions."""
+PIXELS_PER_SIZE = 32
+"""Unit of the height and the width that a frame states."""
+FRAMES_PER_LATENT = 4
+"""Frames of the video that a latent frame stands for, the first of them excepted: it stands for one."""
+
+FRAME_START_TOKENS = 3
+ROW_END_TOKENS = 1
+FRAME_END_TOKENS = 1
+
+VIDEO_START_TOKENS = 3
+"""Video begin, duration and rate: what the unconditional stream has for a prompt."""
+LEAST_TEXT_TOKENS = 2 + VIDEO_START_TOKENS
+"""Tokens of a prompt without words: begin of the sequence and separator come first."""
+
+STRUCTURE = frozenset({BOS, SEPARATOR, VIDEO_BEGIN, VIDEO_END, FRAME_BEGIN, FRAME_END, NEWLINE, MASK})
+"""Ids that mean something only where the grammar of a sequence has them: no text holds one."""
+
+MAX_STEPS = 1000
+"""Most passes of a frame, twenty times the published number: each costs a pass over two streams."""
+MAX_GUIDANCE = 1000.0
+"""Most guidance, either way: far beyond what changes a token, and far below what overflows float32."""
+MAX_TEMPERATURE = 1000.0
+"""Most noise: beyond it the order in which tokens become known is random already."""
+
+LEAST_PROBABILITY = 1e-20
+"""Confidence is the logarithm of a probability that is this at least."""
+
+MM_ROPE_SCALE = (4, 8, 8)
+"""By how much a position grows with a frame, a row and a column (see `vllm_packcache.core.positions`)."""
+
+
+HEAD_NORM_EPS = 1e-5
+"""Epsilon of the norms of queries and keys, whatever the configuration says of the others."""
+
+AXES_PERIOD = 16
+"""The axis of a rotary channel repeats so often: only if it divides D/2 do both channels of a pair have one axis."""
+
+
+@dataclass(frozen=True)
+class LumosConfig(DecoderConfig):
+    """The part of a checkpoint's ``config.json`` that the computation needs.
+
+    Args:
+        swin_norm: what attention and MLP give is normed, not what they get.
+        visual_codes: V, codes of the video tokenizer: all ids from `VISUAL_BEGIN` on.
+    """
+
+    swin_norm: bool
+    visual_codes: int
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> LumosConfig:
+        """Read a ``config.json`` as published; what it leaves out has the default of its class.
+
+        Raises:
+            ValueError: the checkpoint is no Lumos-1.
+        """
+        architectures = config.get("architectures") or [ARCHITECTURES[0]]
+        if architectures[0] not in ARCHITECTURES:
+            raise ValueError(f"architectures must be one of {', '.join(ARCHITECTURES)}, not {architectures[0]}")
+        require(
+            {
+                "model_type": (config.get("model_type"), "chameleon"),
+                "mm_rope": (config.get("mm_rope", False), True),
+                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+                "attention_bias": (config.get("attention_bias", False), False),
+                "mlp_bias": (config.get("mlp_bias", False), False),
+            }
+        )
+        heads = config["num_attention_heads"]
+        head_dim = config["hidden_size"] // heads
+        if head_dim % (2 * AXES_PERIOD):
+            raise ValueError(
+                f"head_dim is {head_dim}: it must be a multiple of {2 * AXES_PERIOD}, or the two channels that rotary "
+                "embedding turns together would have different axes"
+            )
+        visual_codes = config["vocab_size"] - VISUAL_BEGIN
+        if visual_codes < 1:
+            raise ValueError(f"vocab_size is {config['vocab_size']}: ids from {VISUAL_BEGIN} on are the visual ones")
+        return cls(
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads", 32),
+            head_dim=head_dim,
+            rope_theta=rope_of(config)["rope_theta"],
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            tied=config.get("tie_word_embeddings", False),
+            swin_norm=config.get("swin_norm", False),
+            visual_codes=visual_codes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedOptions:
+    """How a request's frames are made. The defaults are the published ones, quirks included.
+
+    Args:
+        seed: of the noise, 0 to 2^64 - 1.
+        steps: passes of a frame in which tokens are chosen, at most `MAX_STEPS`; one more commits it.
+        guidance: s, by which the logits move away from the unconditional ones: ``u + s (c - u)``, at most
+            `MAX_GUIDANCE` either way. 1: there is no unconditional stream.
+        temperature: tau of the confidence's noise before the first step, at most `MAX_TEMPERATURE`.
+        remask: share of a finished frame's content that is committed as mask tokens; 0: none.
+        reset_temperature: published is False: tau decays to 0 over the first frame that is made and stays there. True:
+            every frame begins with ``temperature``.
+        share_history: published is True: both streams commit the same tokens. False: the unconditional stream commits
+            nothing but mask tokens where visual ones are, which the public code's comments say was meant.
+
+    Raises:
+        ValueError: a number is impossible; the message names it.
+    """
+
+    # Read out of a request: an unknown option is an error, and 3.0 or "3" is no integer.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+
+    seed: int = 0
+    steps: int = 50
+    guidance: float = 15.0
+    temperature: float = 1.0
+    remask: float = 0.7
+    reset_temperature: bool = False
+    share_history: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {self.seed}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be 1 or more and at most {MAX_STEPS}, not {self.steps}")
+        if not abs(self.guidance) <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must lie between -{MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {self.guidance}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or more and at most {MAX_TEMPERATURE:g}, not {self.temperature}")
+        if not 0 <= self.remask <= 1:
+            raise ValueError(f"remask must lie between 0 and 1, not {self.remask}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is an unconditional stream."""
+        return self.guidance != 1
+
+
+@dataclass(frozen=True)
+class MaskedPlan:
+    """What a request to a masked model makes, and what its streams keep.
+
+    Args:
+        conditional: the stream of the whole prompt.
+        unconditional: the stream that begins with the video; None: the request is not guided.
+        options: how frames are made.
+        first_frame: number of the first frame that is made; those before it are given.
+        frames: how many are made; None: as many as the request's ``max_tokens`` says.
+    """
+
+    conditional: VideoPlan
+    unconditional: VideoPlan | None
+    options: MaskedOptions
+    first_frame: int
+    frames: int | None
+
+    @property
+    def streams(self) -> tuple[VideoPlan, ...]:
+        """The conditional one, and the unconditional one if there is one."""
+        return (self.conditional,) if self.unconditional is None else (self.conditional, self.unconditional)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens before the first picture."""
+        layout = self.conditional.layout
+        return layout.condition_tokens - layout.condition_image_tokens
+
+
+# Sequences
+
+
+def grid_of(width: int, height: int) -> Grid:
+    """The grid of a video of ``width`` x ``height`` pixels.
+
+    Raises:
+        ValueError: a frame cannot state this size, which comes in units of `PIXELS_PER_SIZE`.
+    """
+    if width < PIXELS_PER_SIZE or height < PIXELS_PER_SIZE or width % PIXELS_PER_SIZE or height % PIXELS_PER_SIZE:
+        raise ValueError(f"width and height must be multiples of {PIXELS_PER_SIZE} pixels, not {width} x {height}")
+    return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+
+
+def latent_frames(seconds: int, rate: int) -> int:
+    """Latent frames of a video: the first stands for one of its frames, each other for `FRAMES_PER_LATENT`."""
+    return -(-(seconds * rate - 1) // FRAMES_PER_LATENT) + 1
+
+
+def question(caption: str, width: int, height: int, seconds: int, rate: int) -> str:
+    """The text that the model was trained to find before a video; ``width`` and ``height`` in pixels."""
+    return (
+        f"Generate a video with a resolution of {width}x{height}, consisting of {seconds * rate} frames at {rate} "
+        f"frames per second, according to the following prompt:\n {caption}"
+    )
+
+
+def frame_layout(grid: Grid) -> FrameLayout:
+    """The shape of a frame with its special tokens."""
+    return FrameLayout.from_grid(grid, FRAME_START_TOKENS, ROW_END_TOKENS, FRAME_END_TOKENS)
+
+
+def describes(frame: FrameLayout, axis_scale: Sequence[int] | None) -> bool:
+    """Whether videos of such frames, on axes of such a scale, are made as this module says.
+
+    Args:
+        frame: the shape of a frame.
+        axis_scale: by how much a position grows with a frame, a row and a column; None: positions have one axis.
+    """
+    if frame.grid is None or axis_scale is None:
+        return False
+    return tuple(axis_scale) == MM_ROPE_SCALE and frame == frame_layout(frame.grid)
+
+
+def text_prompt(text_ids: Sequence[int], seconds: int, rate: int) -> list[int]:
+    """The prompt of text to video; frames may follow it: a conditioning image, or a video to continue.
+
+    Args:
+        text_ids: of `question`, without the begin of the sequence.
+        seconds: duration of the whole video.
+        rate: its frames per second.
+    """
+    return [BOS, *text_ids, SEPARATOR, VIDEO_BEGIN, NUMBER_ZERO + seconds, NUMBER_ZERO + rate]
+
+
+@lru_cache(maxsize=64)
+def visual_offsets(grid: Grid) -> Int64:
+    """Where in a frame its visual tokens are, row by row, [rows x columns]."""
+    rows, columns = grid
+    starts = FRAME_START_TOKENS + np.arange(rows) * (columns + ROW_END_TOKENS)
+    offsets = (starts[:, None] + np.arange(columns)).ravel()
+    offsets.flags.writeable = False
+    return offsets
+
+
+def masked_frame(grid: Grid) -> Int64:
+    """Ids of a frame before its first step, [F]: every visual token is masked.
+
+    A size that is no multiple of `PIXELS_PER_SIZE` is stated rounded down; positions follow the grid all the same.
+    """
+    rows, columns = grid
+    ids = np.full(frame_layout(grid).tokens_per_frame, NEWLINE, dtype=np.int64)
+    sizes = (NUMBER_ZERO + side * PIXELS_PER_TOKEN // PIXELS_PER_SIZE for side in (rows, columns))
+    ids[:FRAME_START_TOKENS] = FRAME_BEGIN, *sizes
+    ids[visual_offsets(grid)] = MASK
+    ids[-1] = FRAME_END
+    return ids
+
+
+def frame_of_codes(codes: npt.ArrayLike) -> Int64:
+    """Ids of the frame with these visual codes.
+
+    Args:
+        codes: [rows, columns].
+
+    Returns:
+        [F].
+    """
+    codes = np.asarray(codes, dtype=np.int64)
+    rows, columns = codes.shape
+    ids = masked_frame((rows, columns))
+    ids[visual_offsets((rows, columns))] = VISUAL_BEGIN + codes.ravel()
+    return ids
+
+
+def codes_of_frame(ids: npt.ArrayLike, grid: Grid) -> Int64:
+    """Visual codes of a finished frame: the inverse of `frame_of_codes`.
+
+    Args:
+        ids: [F].
+        grid: of the frame.
+
+    Returns:
+        [rows, columns].
+
+    Raises:
+        ValueError: the ids are no such frame.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    empty = masked_frame(grid)
+    if ids.shape != empty.shape:
+        raise ValueError(f"a frame of grid {grid} has {len(empty)} tokens, not {ids.size}")
+    visual = ids[visual_offsets(grid)]
+    if (visual < VISUAL_BEGIN).any() or not np.array_equal(ids[empty != MASK], empty[empty != MASK]):
+        raise ValueError(f"these tokens are no finished frame of grid {grid}")
+    return visual.reshape(grid) - VISUAL_BEGIN
+
+
+def video_layout(prompt_ids: Sequence[int], grid: Grid, condition_frames: int = 0) -> VideoLayout:
+    """The layout of the video that a prompt begins.
+
+    Args:
+        prompt_ids: as of `text_prompt`, with any frames that are given.
+        grid: of its frames.
+        condition_frames: how many of the given frames are conditioning images; the others are frames of the video.
+
+    Raises:
+        ValueError: the prompt begins no video, or ends before its conditioning images do.
+    """
+    frame = frame_layout(grid)
+    image = condition_frames * frame.tokens_per_frame
+    if VIDEO_BEGIN not in prompt_ids:
+        raise ValueError(f"the prompt has no video begin ({VIDEO_BEGIN}): end its text with it, a duration and a rate")
+    condition = list(prompt_ids).index(VIDEO_BEGIN) + VIDEO_START_TOKENS + image
+    if condition > len(prompt_ids):
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens, but its text, duration, rate and {condition_frames} "
+            f"conditioning images of {frame.tokens_per_frame} tokens need {condition}"
+        )
+    return VideoLayout(frame, condition, image)
+
+
+def unconditional_layout(layout: VideoLayout) -> VideoLayout:
+    """The same video in the unconditional stream, which begins with the video: no text precedes it."""
+    image = layout.condition_image_tokens
+    return VideoLayout(layout.frame, VIDEO_START_TOKENS + image, image)
+
+
+def given_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> int:
+    """Frames of the video, after the condition, that the prompt holds: the first one made has this number.
+
+    Raises:
+        ValueError: the prompt is not of this layout, or ends within a frame.
+    """
+    text = layout.condition_tokens - layout.condition_image_tokens
+    if VIDEO_BEGIN not in prompt_ids or list(prompt_ids).index(VIDEO_BEGIN) != text - VIDEO_START_TOKENS:
+        raise ValueError(
+            f"the layout has {text} tokens before the first picture, of which the last {VIDEO_START_TOKENS} must be "
+            f"the prompt's first video begin ({VIDEO_BEGIN}), a duration and a rate"
+        )
+    frames, rest = divmod(len(prompt_ids) - layout.condition_tokens, layout.tokens_per_frame)
+    if frames < 0 or rest:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens: a condition of {layout.condition_tokens} and whole frames of "
+            f"{layout.tokens_per_frame} must make it up"
+        )
+    return frames
+
+
+def check_text(prompt_ids: Sequence[int]) -> None:
+    """Check what stands before the first picture: ids of structure stand where `text_prompt` puts them.
+
+    Args:
+        prompt_ids: as of `text_prompt`, with any frames that are given.
+
+    Raises:
+        ValueError: the prompt is not of this form, or its text holds an id of structure, which the model would obey.
+    """
+    ids = list(prompt_ids)
+    if VIDEO_BEGIN not in ids:
+        raise ValueError(f"the prompt has no video begin ({VIDEO_BEGIN}): end its text with it, a duration and a rate")
+    begin = ids.index(VIDEO_BEGIN)
+    if begin < 2 or ids[0] != BOS or ids[begin - 1] != SEPARATOR:
+        raise ValueError(
+            f"before the prompt's video begin ({VIDEO_BEGIN}) stand the begin of the sequence ({BOS}), the text and a "
+            f"separator ({SEPARATOR})"
+        )
+    for wrong in (id for id in ids[1 : begin - 1] if id in STRUCTURE or id >= VISUAL_BEGIN or id < 0):
+        raise ValueError(f"the text of the prompt holds {wrong}, which is no text to this model: leave it out")
+    for number in ids[begin + 1 : begin + VIDEO_START_TOKENS]:
+        if not NUMBER_ZERO <= number < MASK:
+            raise ValueError(
+                f"after the prompt's video begin ({VIDEO_BEGIN}) stand a duration and a rate, numbers from "
+                f"{NUMBER_ZERO} (0) to {MASK - 1}, not {number}"
+            )
+
+
+# Steps
+
+
+def still_masked(step: int, steps: int, tokens: int, unknown: int) -> int:
+    """The rank that cuts: of a frame's visual tokens, those less confident than the one of this rank stay masked.
+
+    So many stay masked after ``step``; fewer where several are exactly as confident as the one that cuts. The cosine
+    schedule of MaskGIT (arXiv 2202.04200), ``floor(N cos(pi/2 (step + 1) / S))``, but one fewer than before at least,
+    and at least one: it is the last step that fills in everything, without asking this. Computed in float32, as
+    published: where the cosine is 1/2 and N even, that is one less than with exact numbers.
+
+    Args:
+        step: 0 to ``steps`` - 1.
+        steps: S.
+        tokens: N, visual tokens of a frame.
+        unknown: how many of them are masked before the step.
+    """
+    angle = np.float32(np.float32((step + 1) / steps) * np.float32(math.pi)) * np.float32(0.5)
+    scheduled = math.floor(np.float32(tokens) * np.float32(math.cos(angle)))
+    return max(1, min(unknown - 1, scheduled))
+
+
+def temperature(options: MaskedOptions, frames_before: int, step: int) -> float:
+    """tau, by which the noise of the confidence is multiplied in a step.
+
+    Every step multiplies it by ``1 - (step + 1) / S``, the last one by 0: unless it is reset, only the first frame has
+    any.
+
+    Args:
+        options: of the request.
+        frames_before: frames that the request has made before this one; given ones do not count.
+        step: 0 to ``options.steps`` - 1.
+    """
+    if frames_before and not options.reset_temperature:
+        return 0.0
+    tau = options.temperature
+    for done in range(step + 1):
+        tau *= 1.0 - (done + 1) / options.steps
+    return tau
+
+
+class StepNoise(NamedTuple):
+    """The random numbers of one step, for each of N visual tokens, row by row.
+
+    Args:
+        uniform: float64, [N], in [0, 1): which token is drawn. From probabilities p over the visual ids in ascending
+            order, with cumulative sums P, the first id with ``P > uniform P_last``.
+        gumbel: float32, [N]: of the confidence ``log p + tau gumbel``.
+    """
+
+    uniform: npt.NDArray[np.float64]
+    gumbel: npt.NDArray[np.float32]
+
+
+def step_noise(seed: int, frame: int, step: int, tokens: int) -> StepNoise:
+    """The noise of one step: a pure function of its arguments.
+
+    Philox4x64-10 (Salmon et al., SC 2011) with the key (``seed``, 0) and, for the i-th four numbers of 64 bits, i from
+    1, the counter (i, 0, ``step``, ``frame``), least significant word first. The first N numbers make ``uniform``:
+    their upper 53 bits times 2^-53. The next N make ``gumbel``: with u the upper 24 bits times 2^-24 (what a uniform
+    float32 can be), ``-log(max(-log(max(u, 1e-20)), 1e-20))``, computed in float64 and rounded.
+
+    Args:
+        seed: of the request, 0 to 2^64 - 1.
+        frame: number of the frame in the video's layout.
+        step: 0 or more.
+        tokens: N.
+    """
+    bits = np.random.Philox(key=seed, counter=np.array([0, 0, step, frame], dtype=np.uint64)).random_raw(2 * tokens)
+    uniform = (bits[:tokens] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    coarse = (bits[tokens:] >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    gumbel = -np.log(np.maximum(-np.log(np.maximum(coarse, 1e-20)), 1e-20))
+    return StepNoise(uniform, gumbel.astype(np.float32))
+
+
+# Commit
+
+
+@lru_cache(maxsize=64)
+def remasked(content: int, share: float) -> Int64:
+    """Which tokens of a frame's content are committed as mask tokens, ascending: one periodic pattern.
+
+    Of ``content`` tokens ``n = round(share content)``, one at least, at ``round(i content / n)`` in float32. With the
+    published share of 0.7 and a content that 10 divides, the tokens whose index mod 10 is 2, 5 or 8 are kept.
+
+    Args:
+        content: tokens of a frame between its first and its last special tokens, newlines included.
+        share: above 0 and at most 1, or 0: none.
+    """
+    if share == 0:
+        return np.empty(0, dtype=np.int64)
+    count = max(1, round(share * content))
+    found = np.rint(np.arange(count, dtype=np.float32) * np.float32(content / count)).astype(np.int64)
+    found.flags.writeable = False
+    return found
+
+
+@lru_cache(maxsize=64)
+def committed_offsets(tokens: int, share: float) -> Int64:
+    """Where in a frame of ``tokens`` tokens mask tokens are committed, ascending: newlines are masked like visual ones.
+
+    Args:
+        tokens: F.
+        share: `MaskedOptions.remask`.
+    """
+    return FRAME_START_TOKENS + remasked(tokens - FRAME_START_TOKENS - FRAME_END_TOKENS, share)
+
+
+def committed(ids: Int64, share: float) -> Int64:
+    """The ids that a finished frame is committed with.
+
+    Args:
+        ids: [F], the frame.
+        share: `MaskedOptions.remask`.
+
+    Returns:
+        [F].
+    """
+    ids = ids.copy()
+    ids[committed_offsets(len(ids), share)] = MASK
+    return ids

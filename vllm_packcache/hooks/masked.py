@@ -1,0 +1,396 @@
+"""What the plugin installs for masked models (Lumos-1): the model, and how a server of one is configured.
+
+`vllm_packcache.hooks.startup` installs it. A masked model is served with and without a policy; either way an operator
+names the checkpoint, and what discrete diffusion needs to be told follows from its configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from vllm_packcache.config.errors import ConfigError, named
+from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, masked_config_of
+from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import MaskedPlan
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine import EngineCoreRequest
+
+LARGEST_GRID = (60, 96)
+"""The largest published one, 768 x 480 pixels: frames of a server that is told of none are no larger."""
+
+USUAL_FRAMES = 16
+"""Frames of the longest video, conditioning images included, where the operator gives no length."""
+
+TEXT_TOKENS = 1024
+"""Room for the text of a prompt, where the operator gives no length."""
+
+MASK_BYTES = 2**29
+"""vLLM sets aside a bit for every token of a frame and every id, though such a model has no structured output."""
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends without a mask, and with room for any number of rows."""
+
+FRAMES_AT_ONCE = 4
+"""Frames that a step has room for, where the operator gives no token budget."""
+
+logger = logging.getLogger("vllm.packcache")
+
+
+class Given(NamedTuple):
+    """What an operator has given of an engine whose configuration is being made; the rest vLLM fills in.
+
+    Attributes:
+        additional_config: where the policy is.
+        requests: whether ``max_num_seqs`` is given.
+        tokens: whether ``max_num_batched_tokens`` is given.
+    """
+
+    additional_config: object
+    requests: bool
+    tokens: bool
+
+
+_EVERYTHING = Given(None, True, True)
+_given: ContextVar[Given] = ContextVar("packcache_given", default=_EVERYTHING)
+
+
+@contextmanager
+def knowing(engine_args: EngineArgs) -> Iterator[None]:
+    """While an engine's configuration is made, remember what its operator has given.
+
+    Raises:
+        ConfigError: `configure` refuses it. vLLM's configuration is a pydantic model, which wraps what is raised in it.
+    """
+    token = _given.set(
+        Given(
+            engine_args.additional_config,
+            engine_args.max_num_seqs is not None,
+            engine_args.max_num_batched_tokens is not None,
+        )
+    )
+    try:
+        yield
+    except ValidationError as error:
+        for own in (details.get("ctx", {}).get("error") for details in error.errors()):
+            if isinstance(own, ConfigError):
+                raise own from None
+        raise
+    finally:
+        _given.reset(token)
+
+
+def install() -> None:
+    """Register the model, its KV cache specs and its configuration. Idempotent."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_packcache.engine.stream_spec import ConditionalSpec, UnconditionalSpec
+    from vllm_packcache.engine.streams import ConditionalManager, UnconditionalManager
+
+    class MaskedModelConfig(VerifyAndUpdateConfig):
+        """What vLLM asks when the configuration of an engine with such a model is made."""
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            configure(vllm_config)
+
+    KVCacheSpecRegistry.register(ConditionalSpec, ConditionalManager)
+    KVCacheSpecRegistry.register(UnconditionalSpec, UnconditionalManager)
+    supported = ModelRegistry.get_supported_archs()
+    for architecture in lumos.ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(architecture, MaskedModelConfig)
+        # Last, because by this such a model can be served.
+        if architecture not in supported:
+            ModelRegistry.register_model(architecture, "vllm_packcache.models.lumos:LumosForConditionalGeneration")
+
+
+def is_masked(model_config: ModelConfig | None) -> bool:
+    """Whether a model is one of these; a configuration without any is not."""
+    hf_config = getattr(model_config, "hf_config", None)
+    return any(name in lumos.ARCHITECTURES for name in getattr(hf_config, "architectures", None) or ())
+
+
+def longest(max_model_len: int | None) -> int:
+    """Tokens of the longest sequence.
+
+    The positions of text and pictures follow from a formula, and what a checkpoint says of their number does not bound
+    them.
+
+    Args:
+        max_model_len: what the operator has given.
+    """
+    if max_model_len is not None and max_model_len > 0:
+        return max_model_len
+    return TEXT_TOKENS + USUAL_FRAMES * largest_frame(ServerConfig.of_masked_model(_given.get().additional_config))
+
+
+def largest_frame(config: ServerConfig) -> int:
+    """Tokens of the largest frame that a server makes."""
+    grid = config.layout.grid if config.layout else None
+    return lumos.frame_layout(grid or LARGEST_GRID).tokens_per_frame
+
+
+def requests_at_once(canvas: int, vocabulary: int) -> int:
+    """How many requests may run at a time, for what vLLM sets aside for each to stay within `MASK_BYTES`.
+
+    Args:
+        canvas: tokens of the largest frame.
+        vocabulary: ids of the model.
+    """
+    return max(1, MASK_BYTES // (canvas * -(-vocabulary // 32) * 4))
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Set what follows from the model, and refuse what cannot be right with it, before it loads.
+
+    Raises:
+        ConfigError: naming the option and the remedy.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.config.diffusion import DiffusionConfig
+
+    model = vllm_config.model_config
+    if not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            f"{model.model} makes whole frames in passes, which vLLM's Model Runner V2 does and V1 does not: leave "
+            "VLLM_USE_V2_MODEL_RUNNER=0 out; on a machine without a GPU start the server with "
+            "python -m vllm_packcache.tools.interpreted serve ..."
+        )
+    frame = largest_frame(ServerConfig.of_masked_model(vllm_config.additional_config))
+    if vllm_config.diffusion_config is None:
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=frame)
+    canvas = vllm_config.diffusion_config.canvas_length
+    if canvas < frame:
+        raise ConfigError(
+            f"--diffusion-config: canvas_length is {canvas}, and a frame has {frame} tokens: leave the option out"
+        )
+    # By this vLLM knows a model that denoises.
+    model.hf_config.canvas_length = canvas
+
+    scheduler = vllm_config.scheduler_config
+    most = requests_at_once(canvas, model.get_vocab_size())
+    if scheduler.max_num_seqs > most:
+        logger.log(
+            logging.WARNING if _given.get().requests else logging.INFO,
+            "--max-num-seqs is lowered from %d to %d: for each request vLLM sets aside a bit for every token of a "
+            "frame (%d) and every id (%d), and more would take more than %d MiB",
+            scheduler.max_num_seqs,
+            most,
+            canvas,
+            model.get_vocab_size(),
+            MASK_BYTES >> 20,
+        )
+        scheduler.max_num_seqs = most
+    if not _given.get().tokens:
+        room = canvas * min(scheduler.max_num_seqs, FRAMES_AT_ONCE)
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, room)
+    for value, option in (
+        (scheduler.max_num_batched_tokens, "--max-num-batched-tokens"),
+        (scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"),
+        (scheduler.long_prefill_token_threshold, "--long-prefill-token-threshold"),
+    ):
+        if value and value < canvas:
+            raise ConfigError(
+                f"{option} is {value}, and a frame of {canvas} tokens is computed whole or not at all: give at least "
+                f"{canvas}, or leave the option out"
+            )
+    if vllm_config.cache_config.enable_prefix_caching:
+        logger.info(
+            "Prefix caching is off: keys and values of a frame depend on how a request masks what it commits, and on "
+            "the stream"
+        )
+        vllm_config.cache_config.enable_prefix_caching = False
+    if not model.enforce_eager:
+        logger.info("CUDA graphs and torch.compile are off: a step has rows of its own for every stream and picture")
+        model.enforce_eager = True
+    vllm_config.compilation_config.mode = CompilationMode.NONE
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    # Where the operator names no backend, one that lets a frame see all of itself.
+    vllm_config.attention_config.use_non_causal = True
+    # What a checkpoint recommends for sampling is for decoders, and vLLM would refuse it in every request.
+    model.generation_config = "vllm"
+    for value, option in (
+        (model.override_generation_config, "--override-generation-config"),
+        (model.logits_processors, "--logits-processors"),
+    ):
+        if value:
+            raise ConfigError(
+                f"{option} has no effect on {model.model}, whose frames are made as a request's {REQUEST_PREFIX}* "
+                "options say: leave it out"
+            )
+    installed = sorted(found.name for found in entry_points(group="vllm.logits_processors"))
+    if installed:
+        logger.warning("Logits processors that are installed have no effect on this model: %s", ", ".join(installed))
+
+
+def check_backend(name: str) -> None:
+    """Refuse an attention backend that cannot read what a step's rows are.
+
+    Raises:
+        ConfigError: naming those that can.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"--attention-backend {name} is not for a model that makes whole frames: it is causal, or has room for as "
+            "many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
+            f"{', '.join(BACKENDS)}, or leave the option out"
+        )
+
+
+def choose_scheduler(vllm_config: VllmConfig) -> None:
+    """Put our scheduler in place of vLLM's own for discrete diffusion, once it is known which that is.
+
+    Raises:
+        ConfigError: the operator has chosen another one.
+    """
+    scheduler = vllm_config.scheduler_config
+    own = {"DiffusionScheduler": "MaskedScheduler", "DiffusionAsyncScheduler": "MaskedAsyncScheduler"}
+    chosen = str(scheduler.scheduler_cls).rpartition(".")[2]
+    if chosen not in own:
+        raise ConfigError(f"--scheduler-cls {scheduler.scheduler_cls} cuts frames into parts: leave the option out")
+    scheduler.scheduler_cls = f"vllm_packcache.engine.scheduler.{own[chosen]}"
+
+
+def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int | None, *, length_given: bool) -> None:
+    """Check a request, and set what its options imply for vLLM.
+
+    Args:
+        processor: vLLM's, with its ``vllm_config``.
+        request: its sampling parameters are set.
+        pool_blocks: blocks of the KV cache; None: not known.
+        length_given: whether the request's ``max_tokens`` is the client's.
+
+    Raises:
+        ConfigError: an option is wrong, or the request needs more than there is.
+    """
+    params, vllm_config = request.sampling_params, processor.vllm_config
+    if params is None or request.prompt_token_ids is None:
+        raise ConfigError("this model makes videos: send the prompt as token ids (see vllm_packcache.families.lumos)")
+    if request.resumable:
+        raise ConfigError("a session with streamed input cannot be a video: send the whole prompt at once")
+    if request.mm_features:
+        raise ConfigError(
+            "pictures are token ids to this model: send them in the prompt (see vllm_packcache.families.lumos)"
+        )
+    plan = masked_config_of(processor).masked_plan(params.extra_args, request.prompt_token_ids)
+    frame = plan.conditional.layout.tokens_per_frame
+    canvas = vllm_config.diffusion_config.canvas_length
+    if frame > canvas:
+        raise ConfigError(
+            f"{REQUEST_PREFIX}grid makes frames of {frame} tokens, and this server makes them of {canvas} at most: ask "
+            f"for a smaller one, or start the server with its grid in {CONFIG_KEY}"
+        )
+    vocabulary = vllm_config.model_config.get_vocab_size()
+    if max(request.prompt_token_ids) >= vocabulary:
+        raise ConfigError(f"the prompt has ids beyond the model's {vocabulary}: its visual codes are too large")
+    length = params.max_tokens if length_given else None
+    frames = 1 if plan.frames is None and length is None else plan.frames
+    wanted = length or 0 if frames is None else frames * frame
+    total, most = len(request.prompt_token_ids) + wanted, vllm_config.model_config.max_model_len
+    if total > most:
+        raise ConfigError(
+            f"this video has {total} tokens with its prompt, and the server takes {most}: ask for fewer frames "
+            f"({REQUEST_PREFIX}frames), or start it with a larger --max-model-len"
+        )
+    if length not in (None, wanted):
+        raise ConfigError(
+            f"max_tokens is {length}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: give one of the "
+            "two, or make them agree"
+        )
+    if wanted % frame:
+        raise ConfigError(
+            f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple of it"
+        )
+    _check_blocks(plan, total, vllm_config, pool_blocks)
+    params.max_tokens = wanted
+    params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
+
+
+SEED = f"give {REQUEST_PREFIX}seed"
+DRAWN = "tokens of a frame are drawn in several passes, all that are uncertain anew"
+WHOLE = f"frames are made whole: a video ends after {REQUEST_PREFIX}frames"
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((1,), f"ask once for each video, with a {REQUEST_PREFIX}seed of its own"),
+    "temperature": ((1,), f"give {REQUEST_PREFIX}temperature"),
+    "seed": ((None,), SEED),
+    "top_k": ((0, -1), DRAWN),
+    "top_p": ((1,), DRAWN),
+    "min_p": ((0,), DRAWN),
+    "repetition_penalty": ((1,), DRAWN),
+    "presence_penalty": ((0,), DRAWN),
+    "frequency_penalty": ((0,), DRAWN),
+    "logit_bias": ((None, {}), DRAWN),
+    "allowed_token_ids": ((None, []), DRAWN),
+    "bad_words": ((None, []), DRAWN),
+    "structured_outputs": ((None,), DRAWN),
+    "logprobs": ((None,), DRAWN),
+    "logprob_token_ids": ((None, []), DRAWN),
+    "prompt_logprobs": ((None,), "frames are not predicted token by token"),
+    "prompt_logprob_token_ids": ((None,), "frames are not predicted token by token"),
+    "min_tokens": ((0,), WHOLE),
+    "stop": ((None, []), WHOLE),
+    "stop_token_ids": ((None, []), WHOLE),
+    "repetition_detection": ((None,), WHOLE),
+    "thinking_token_budget": ((None,), WHOLE),
+    "trace_decode_token_ids": ((None, []), DRAWN),
+}
+"""Sampling parameters that frames are not made by: the values with which they say nothing, and a reason or a remedy."""
+
+DIFFUSION_PREFIX = "diffusion_"
+"""Of vLLM's options for models that denoise canvases of text."""
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for option, (silent, reason) in REFUSED.items():
+        value = getattr(params, option)
+        if not any(value is own or (value is not None and own is not None and value == own) for own in silent):
+            raise ConfigError(f"{option} is not for videos of this model: {reason}")
+    for option in params.extra_args or {}:
+        if str(option).startswith(DIFFUSION_PREFIX):
+            raise ConfigError(
+                f"{named(option)} is not for videos of this model: their {REQUEST_PREFIX}* options say how they "
+                "are made"
+            )
+    # Ids of a frame's special tokens may be those that end a text.
+    params.ignore_eos = True
+
+
+def _check_blocks(plan: MaskedPlan, total: int, vllm_config: VllmConfig, available: int | None) -> None:
+    if available is None:
+        return
+    block_size = vllm_config.cache_config.block_size
+    ahead = (vllm_config.max_concurrent_batches - 1) * vllm_config.diffusion_config.canvas_length
+    blocks = 0
+    for stream in plan.streams:
+        own = total - plan.conditional.layout.condition_tokens + stream.layout.condition_tokens
+        most = Retention(stream.layout, stream.policy, block_size).most_blocks(ahead)
+        length = -(-own // block_size)
+        blocks += length if most is None else min(length, most)
+    if blocks > available:
+        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.conditional.policy))
+        raise ConfigError(
+            f"this video holds {blocks} blocks of {block_size} tokens in its streams, and the KV cache has "
+            f"{available}: let the policy keep less ({options or 'it keeps all'}), ask for smaller frames, or start "
+            "the server with a larger KV cache"
+        )

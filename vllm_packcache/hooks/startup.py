@@ -1,0 +1,411 @@
+"""The entry point: what is installed into vLLM, and what of it concerns command line, start-up and requests.
+
+vLLM calls `register` in every process (API server, engine core, workers), before any configuration is known and
+possibly more than once. What is installed therefore asks for the configuration each time it is used, where there
+is one at hand, and is the original in every respect when the policy is not switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import (
+    CONFIG_FLAG,
+    POLICY_FLAG,
+    POLICY_KEY,
+    POSITION_LIMIT_KEY,
+    PositionMode,
+    ServerConfig,
+)
+from vllm_packcache.config.sources import CONFIG_KEY, load_mapping
+from vllm_packcache.families import lumos
+from vllm_packcache.hooks import install as hooks
+from vllm_packcache.hooks import masked as plugin_masked
+from vllm_packcache.hooks.flags import CommandLine
+from vllm_packcache.hooks.requests import steps_ahead
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+_REBASED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Types whose angles grow in proportion to the position, at the same rate for every length."""
+
+_NORM_AFTER_ROPE = ("hunyuan", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
+"""Models that store something else than a rotated key."""
+
+
+logger = logging.getLogger("vllm.packcache")
+
+
+@dataclass
+class _Lengths:
+    """What is found out about lengths while an engine's configuration is made.
+
+    Args:
+        beyond_positions: sequences may be longer than the model has positions, because those of videos are re-based.
+        position_limit: positions that the model has.
+    """
+
+    beyond_positions: bool
+    position_limit: int | None = None
+
+
+_lengths: ContextVar[_Lengths | None] = ContextVar("packcache_lengths", default=None)
+
+
+def register() -> None:
+    """Install the plugin into this process: all of it, or nothing but what refuses a policy. Idempotent."""
+    hooks.install_all(_register_with_vllm)
+
+
+def _register_with_vllm() -> None:
+    """What vLLM has registries for. None of its own looks these up, so they may be there without the hooks."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_packcache.engine.manager import RetentionManager
+    from vllm_packcache.engine.spec import RetentionSpec
+
+    # The registry skips the built-in specs once anything is registered.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
+    plugin_masked.install()
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse, before the model loads, what cannot be right under a policy.
+
+    Raises:
+        ConfigError: naming the option or the property of the model, and the remedy.
+    """
+    model = vllm_config.model_config
+    _check_options(vllm_config, POLICY_FLAG)
+    config = ServerConfig.from_additional_config(vllm_config.additional_config)
+    assert config is not None, "only a server that is switched on is checked"
+    _check_backends(vllm_config, config.positions)
+    if config.positions == "rebase":
+        _check_rebasing(vllm_config)
+    if plugin_masked.is_masked(model):
+        return
+    text_config = model.hf_text_config
+    rope = any(
+        getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
+    )
+    layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "attention"}
+    model_reasons = (
+        (model.use_mla, "caches MLA latents, not keys and values"),
+        (
+            model.is_hybrid or model.is_attention_free or model.has_inner_state,
+            "has layers that are not attention",
+        ),
+        (model.is_encoder_decoder, "has an encoder"),
+        (model.is_diffusion, "denoises whole canvases instead of decoding tokens"),
+        (model.runner_type != "generate", "does not generate"),
+        (
+            model.get_sliding_window() is not None or model.rswa_window is not None or bool(layer_types),
+            "has layers without full attention",
+        ),
+        (model.is_mm_prefix_lm, "attends in both directions inside its prompt"),
+        (not rope or model.uses_alibi, "has no rotary position embedding"),
+    )
+    for unsupported, reason in model_reasons:
+        if unsupported:
+            raise ConfigError(
+                f"{POLICY_FLAG}: {model.model} {reason}: serve a decoder with full attention and RoPE in every "
+                f"layer, or start without {POLICY_FLAG}"
+            )
+    if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
+        raise ConfigError(
+            f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
+            "axis_scale out"
+        )
+
+
+def _check_options(vllm_config: VllmConfig, subject: str) -> None:
+    """Refuse what cannot be combined with ``subject``."""
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ConfigError(
+            f"{subject} needs a CPU or an NVIDIA GPU, and this platform is {current_platform.device_name}, on which "
+            "nothing has been tried: start on one of those"
+        )
+    parallel = vllm_config.parallel_config
+    option_reasons = (
+        (vllm_config.speculative_config is not None, "--speculative-config", "it rolls tokens back"),
+        (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "--kv-offloading-size",
+            "it moves blocks that may be freed",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "--kv-transfer-config",
+            "it moves blocks that may be freed",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size",
+            "it keeps steps in flight on ranks that hold different layers, which has not been shown to be right",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "--decode-context-parallel-size",
+            "it splits blocks over ranks",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "--prefill-context-parallel-size",
+            "it splits blocks over ranks",
+        ),
+        (parallel.use_ubatching, "--enable-dbo", "it splits a step's requests"),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill",
+            "it runs some layers on fewer rows than the block tables have",
+        ),
+    )
+    for given, option, reason in option_reasons:
+        if given:
+            raise ConfigError(f"{subject} cannot be combined with {option}, because {reason}: leave one of them out")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ConfigError(
+            f"{subject} cannot be combined with VLLM_USE_RUST_FRONTEND=1, because that front end neither knows the "
+            "option nor checks what requests ask for: unset the variable"
+        )
+
+
+def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
+    """Refuse the attention backend that the operator names; one that vLLM chooses is looked at in the workers."""
+    from vllm_packcache.worker.keys.layout import layout_of
+
+    attention = vllm_config.attention_config
+    named = {attention.backend, *attention.backend_per_kind.values()} - {None}
+    for name in sorted(backend.name for backend in named if backend is not None):
+        if plugin_masked.is_masked(vllm_config.model_config):
+            plugin_masked.check_backend(name)
+        if positions == "rebase":
+            layout_of(name)
+
+
+def _check_tables(vllm_config: VllmConfig) -> None:
+    from vllm_packcache.hooks.admission import check_tables
+
+    check_tables(vllm_config, groups=2 if plugin_masked.is_masked(vllm_config.model_config) else 1)
+
+
+def _check_rebasing(vllm_config: VllmConfig) -> None:
+    """Refuse what cached keys cannot be rotated in."""
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ConfigError(
+            f"{CONFIG_FLAG}: positions: rebase rotates cached keys in place, and each turn of a quantised key would "
+            f"lose more of it: leave out --kv-cache-dtype {dtype}, or set positions: absolute"
+        )
+    model = vllm_config.model_config
+    text_config = model.hf_text_config
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    # A list of 0 and 1 for the layers, or else every n-th one.
+    rotated = getattr(text_config, "no_rope_layers", None)
+    unrotated = 0 in rotated if rotated else bool(getattr(text_config, "no_rope_layer_interval", None))
+    reasons = (
+        (
+            rope_type not in _REBASED_ROPE_TYPES,
+            f"has RoPE of type {rope_type!r} (known are {', '.join(_REBASED_ROPE_TYPES)})",
+        ),
+        (unrotated, "has layers without RoPE"),
+        (text_config.model_type in _NORM_AFTER_ROPE, "normalises keys after rotating them"),
+        (model.using_transformers_backend(), "rotates them in Transformers' own code (--model-impl)"),
+    )
+    for unsupported, reason in reasons:
+        if unsupported:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: positions: rebase rotates cached keys as the model does, and {model.model} {reason}: "
+                "set positions: absolute"
+            )
+
+
+def check_engine_config(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.create_engine_config`` to refuse what cannot be right before anything loads."""
+
+    @wraps(create_engine_config)
+    def wrapper(engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return _engine_config(create_engine_config, engine_args, *args, **kwargs)
+        except ConfigError as error:
+            if isinstance(engine_args.additional_config, CommandLine):
+                raise SystemExit(f"error: {error}") from None
+            raise
+
+    return wrapper
+
+
+def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    config = ServerConfig.from_additional_config(engine_args.additional_config)
+    error = hooks.fault()
+    if error is not None:
+        if config is not None:
+            raise ConfigError(error)
+        try:
+            return create_engine_config(engine_args, *args, **kwargs)
+        except Exception as refusal:
+            if any(architecture in str(refusal) for architecture in lumos.ARCHITECTURES):
+                raise ConfigError(error) from refusal
+            raise
+    if config is not None:
+        # Every process reads the configuration: they get what a file says now, not what it says by then.
+        source = engine_args.additional_config.get(CONFIG_KEY)
+        if isinstance(source, str):
+            parsed = {CONFIG_KEY: dict(load_mapping(source))}
+            engine_args.additional_config = {**engine_args.additional_config, **parsed}
+    lengths = None if config is None else _Lengths(beyond_positions=config.positions == "rebase")
+    token = _lengths.set(lengths)
+    try:
+        with plugin_masked.knowing(engine_args):
+            vllm_config = create_engine_config(engine_args, *args, **kwargs)
+    finally:
+        _lengths.reset(token)
+    is_masked = plugin_masked.is_masked(vllm_config.model_config)
+    if is_masked:
+        plugin_masked.choose_scheduler(vllm_config)
+    if lengths is not None:
+        vllm_config.additional_config = {
+            **engine_args.additional_config,
+            POSITION_LIMIT_KEY: lengths.position_limit,
+        }
+        check_engine(vllm_config)
+        _check_tables(vllm_config)
+    elif is_masked:
+        _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
+        _check_backends(vllm_config, "absolute")
+    if lengths is not None or is_masked:
+        _announce(engine_args, config)
+    return vllm_config
+
+
+def _announce(engine_args: EngineArgs, config: ServerConfig | None) -> None:
+    """Say once for each engine that the plugin is on, and how."""
+    if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
+        # One of several API servers: the process that starts them has said so.
+        return
+    if config is None:
+        logger.info("vllm-packcache %s is on: a masked model, without a policy", version("vllm-packcache"))
+        return
+    policy = engine_args.additional_config[POLICY_KEY]
+    options = json.dumps(config.as_mapping(), sort_keys=True)
+    logger.info("vllm-packcache %s is on: policy %s %s", version("vllm-packcache"), policy, options)
+
+
+def find_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[..., int]:
+    """Wrap ``ModelConfig.get_and_verify_max_len``, which refuses lengths that the model has no positions for."""
+
+    @wraps(get_and_verify_max_len)
+    def wrapper(model_config: ModelConfig, max_model_len: int | None) -> int:
+        if plugin_masked.is_masked(model_config):
+            return plugin_masked.longest(max_model_len)
+        lengths = _lengths.get()
+        if lengths is None:
+            return get_and_verify_max_len(model_config, max_model_len)
+        limit = get_and_verify_max_len(model_config, None)
+        try:
+            length = get_and_verify_max_len(model_config, max_model_len)
+        except ValueError:
+            if not lengths.beyond_positions or max_model_len is None:
+                raise
+            # Requests whose positions are not re-based are held to the limit one by one.
+            length = max_model_len
+        else:
+            # What vLLM lets pass, the operator vouches for.
+            limit = max(limit, length)
+        lengths.position_limit = limit
+        return length
+
+    return wrapper
+
+
+def choose_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``get_attn_backend``, which layers ask for their backend, to give them one with a policy."""
+
+    @wraps(get_attn_backend)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from vllm.config import get_current_vllm_config
+
+        from vllm_packcache.worker.attention import retaining_backend
+        from vllm_packcache.worker.keys.layout import layout_of
+
+        backend = get_attn_backend(*args, **kwargs)
+        vllm_config = get_current_vllm_config()
+        config = ServerConfig.from_additional_config(vllm_config.additional_config)
+        is_masked = plugin_masked.is_masked(vllm_config.model_config)
+        if is_masked:
+            plugin_masked.check_backend(backend.get_name())
+        if config is None:
+            return backend
+        if config.positions == "rebase":
+            # Here, before any weights are loaded.
+            layout_of(backend.get_name())
+        if is_masked:
+            # Its model state compacts, and its layers make specs of their own.
+            return backend
+        # What a GPU's backend sets aside for rows is of max_num_seqs, and so are the V2 runner's captured graphs.
+        frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
+        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
+
+    return wrapper
+
+
+def check_model_runner(init_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``WorkerWrapperBase.init_device``, which makes the model runner, to look at it before the model loads."""
+
+    @wraps(init_device)
+    def wrapper(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_packcache.worker.runner import check_runner
+
+        made = init_device(worker, *args, **kwargs)
+        vllm_config = worker.vllm_config
+        is_on = ServerConfig.from_additional_config(vllm_config.additional_config) is not None
+        if is_on or plugin_masked.is_masked(vllm_config.model_config):
+            check_runner(worker.worker.model_runner)
+        return made
+
+    return wrapper
+
+
+def choose_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``resolve_model_state_cls``, which the V2 runner asks, to give it a model state with a policy."""
+
+    @wraps(resolve_model_state_cls)
+    def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        state = resolve_model_state_cls(vllm_config, *args, **kwargs)
+        if ServerConfig.from_additional_config(vllm_config.additional_config) is None:
+            return state
+        if plugin_masked.is_masked(vllm_config.model_config):
+            return state
+        # It needs Triton, which is there when the V2 runner is.
+        from vllm_packcache.worker.runner_v2 import retaining_model_state
+
+        return retaining_model_state(state)
+
+    return wrapper
+
+
+@cache
+def _spec_maker(
+    config: ServerConfig, steps_ahead: int, frame_by_frame: bool
+) -> Callable[[AttentionSpec], AttentionSpec]:
+    """One function for each configuration: the layers of a model must get the same backend class."""
+    from vllm_packcache.engine.spec import RetentionSpec
+
+    return lambda spec: RetentionSpec.retaining(spec, config, steps_ahead, frame_by_frame)

@@ -1,1 +1,0 @@
-"""Tokenizers of masked models (Lumos-1), from local files: of text and of video."""

@@ -1,0 +1,1 @@
+"""What attention reads: block tables of live blocks only."""

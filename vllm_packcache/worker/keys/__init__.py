@@ -1,0 +1,1 @@
+"""Where cached keys lie, and how they are rotated in place."""

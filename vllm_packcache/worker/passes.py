@@ -1,0 +1,475 @@
+"""The model state of a masked model (vLLM's Model Runner V2): frames that are made in passes, in two streams.
+
+vLLM sees a frame as speculative tokens behind a request's last one. A pass in which tokens are chosen rejects all of
+them, so nothing advances and the next pass writes over its keys; the commit accepts all of them. How many passes a
+frame takes is known, so which pass a step is of is counted here, on the host: vLLM's own count of computed tokens runs
+ahead where steps are scheduled before the ones in flight have been processed.
+
+A guided request has two streams, which are rows of one batch: behind the rows that vLLM has scheduled come those of the
+unconditional streams, with tokens, positions, slots and blocks of their own.
+
+While a frame is made, what it sees of the past does not change. Its keys are rotated, its block table is compacted and
+its positions are worked out once, with its first pass; all its passes read the same tensors.
+
+Attention is causal in text alone. A token of text is an attention row of its own, and a picture is one: a row's queries
+all see the same keys, so no mask is needed, and rows of different requests go together whatever they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_packcache.config.server import CANVAS_OPTION, masked_config_of
+from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.positions import Int64
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.families import lumos
+from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.worker.keys.layout import cached_keys
+from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary
+from vllm_packcache.worker.sampler import Canvas, MaskedSampler
+
+if TYPE_CHECKING:
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.utils import AttentionGroup
+
+_AXES = 3
+
+
+class Picture(NamedTuple):
+    """What all passes of one picture in one stream have in common.
+
+    Attributes:
+        blocks: int32, [live blocks]: what its tokens read, their own blocks at the end.
+        seq_len: live tokens in them.
+        positions: int64, [3, F].
+        slots: int64, [F]: where its keys are written.
+    """
+
+    blocks: Tensor
+    seq_len: int
+    positions: Tensor
+    slots: Tensor
+
+
+class Rows(NamedTuple):
+    """Tokens of one request in one stream that a step computes, as attention rows.
+
+    Attributes:
+        ids: int64, [n].
+        positions: int64, [3, n].
+        slots: int64, [n].
+        blocks: int32, [b]: those of the row that reads most.
+        seq_lens: what each row reads, [rows].
+        queries: tokens of each row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    blocks: Tensor
+    seq_lens: Int64
+    queries: int
+
+    @classmethod
+    def of(cls, picture: Picture, ids: Tensor) -> Rows:
+        """The rows of a pass of ``picture``: one."""
+        return cls(ids, picture.positions, picture.slots, picture.blocks, np.array([picture.seq_len]), len(ids))
+
+
+@dataclass
+class Stream:
+    """One of a request's sequences.
+
+    Args:
+        plan: what it keeps.
+        retention: the same, in blocks.
+        start: tokens of the request before its first.
+        group: its KV cache group.
+    """
+
+    plan: VideoPlan
+    retention: Retention
+    start: int
+    group: int
+
+
+@dataclass
+class Video:
+    """A request.
+
+    Args:
+        plan: what it makes.
+        streams: the conditional one first.
+        tokens: of its prompt, and of the frames that it had made when it was preempted.
+        canvas: the frame being made.
+        pictures: of ``entered``, one for each stream.
+        entered: the frame that the pictures are of.
+    """
+
+    plan: MaskedPlan
+    streams: list[Stream]
+    tokens: Int64
+    canvas: Canvas
+    pictures: list[Picture] = field(default_factory=list)
+    entered: int = CONDITION
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step.
+
+    Args:
+        vllm: vLLM's own description of it.
+        rows: of every stream that any request has, by KV cache group, in batch order.
+        canvases: those of which tokens are chosen or that are committed, by their index in vLLM's batch.
+        chosen: which hidden states tokens are chosen by, [n].
+    """
+
+    vllm: InputBatch
+    rows: list[list[Rows]]
+    canvases: dict[int, Canvas]
+    chosen: Tensor
+
+
+class MaskedModelState(ModelState):
+    """See the module."""
+
+    # A frame is all that a step adds: no token follows the speculative ones.
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._config = masked_config_of(self)
+        self._videos: dict[str, Video | None] = {}
+        self._batch: Batch | None = None
+        self._nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def custom_sampler(self, sampler: Any) -> tuple[MaskedSampler, None]:
+        """See `vllm_packcache.worker.sampler`."""
+        del sampler
+        visual_codes = self.model_config.get_vocab_size() - lumos.VISUAL_BEGIN
+        return MaskedSampler(self.model, self._canvases_of, visual_codes), None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Learn which KV cache group is which stream's."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        groups = kv_cache_config.kv_cache_groups
+        conditional = [not any("unconditional" in name for name in group.layer_names) for group in groups]
+        if sorted(conditional) != [False, True]:
+            raise RuntimeError(f"a masked model has a KV cache group for each stream, not {len(groups)} groups")
+        self._groups = (conditional.index(True), conditional.index(False))
+        self._block_size = groups[0].kv_cache_spec.block_size
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self._layers = [[layers[name] for name in group.layer_names] for group in groups]
+        if self._config.positions == "rebase":
+            for layer in chain.from_iterable(self._layers):
+                cached_keys(layer)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """A request comes, or comes back after a preemption."""
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        if params is None or CANVAS_OPTION not in (params.extra_args or {}):
+            # vLLM warms up with requests of its own, which nothing checks. What they compute is of no use.
+            self._videos[new_req_data.req_id] = None
+            return
+        plan = self._config.masked_plan(params.extra_args, new_req_data.prompt_token_ids)
+        layout = plan.conditional.layout
+        streams = [
+            Stream(
+                own,
+                Retention(own.layout, own.policy, self._block_size),
+                layout.condition_tokens - own.layout.condition_tokens,
+                group,
+            )
+            for own, group in zip(plan.streams, self._groups, strict=False)
+        ]
+        tokens = np.array(new_req_data.prefill_token_ids, dtype=np.int64)
+        frame = (len(tokens) - layout.condition_tokens) // layout.tokens_per_frame
+        self._videos[new_req_data.req_id] = Video(plan, streams, tokens, Canvas(plan, frame, self.device))
+
+    def remove_request(self, req_id: str) -> None:
+        """It ended, or was preempted."""
+        super().remove_request(req_id)
+        self._videos.pop(req_id, None)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        """Put together what a step computes; cached keys move where a window slides."""
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        rows: list[list[Rows]] = [[], []]
+        canvases: dict[int, Canvas] = {}
+        chosen: list[Tensor] = []
+        # The unconditional streams' rows come behind all that vLLM has scheduled.
+        unconditional = input_batch.num_tokens
+        for index, name in enumerate(input_batch.req_ids):
+            video = self._videos[name]
+            blocks = [table[index] for table in block_tables]
+            first, start = (
+                int(own[index]) for own in (input_batch.query_start_loc_np, input_batch.num_computed_tokens_np)
+            )
+            count = int(input_batch.num_scheduled_tokens[index])
+            if video is None:
+                ids = input_batch.input_ids[first : first + count]
+                rows[self._groups[0]].append(self._unplanned(ids, start, blocks[self._groups[0]]))
+                continue
+            if input_batch.num_draft_tokens_per_req[index] > 0:
+                canvas = canvases[index] = video.canvas
+                if not canvas.commits:
+                    offsets = canvas.unknown_offsets()
+                    chosen += [offsets + at for at in (first, unconditional)[: len(video.streams)]]
+                computed = self._canvas_rows(video, count, blocks)
+            elif start < video.plan.text_tokens:
+                computed = self._text_rows(video, start, start + count, blocks)
+            else:
+                computed = self._given_rows(video, start, start + count, blocks)
+            for group, own in computed:
+                rows[group].append(own)
+                unconditional += len(own.ids) if group == self._groups[1] else 0
+        self._batch = Batch(input_batch, rows, canvases, torch.cat(chosen) if chosen else self._nothing)
+
+    def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
+        """There are none."""
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """What the model computes: the conditional streams' rows, then the unconditional ones'."""
+        del req_states
+        batch = self._own(input_batch)
+        if batch is None:
+            return self.prepare_dummy_inputs(input_batch.num_reqs, input_batch.num_tokens_after_padding)
+        # The runner hands the hidden states of these rows to the sampler.
+        input_batch.logits_indices = batch.chosen
+        both = [own for group in self._groups for own in batch.rows[group]]
+        return {
+            "input_ids": torch.cat([rows.ids for rows in both]),
+            "positions": torch.cat([rows.positions for rows in both], dim=1),
+            "conditional_rows": sum(len(rows.ids) for rows in batch.rows[self._groups[0]]),
+        }
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """As many rows as a step has when all its requests are guided."""
+        del num_reqs
+        return {
+            "input_ids": torch.zeros(2 * num_tokens, dtype=torch.int64, device=self.device),
+            "positions": torch.zeros(_AXES, 2 * num_tokens, dtype=torch.int64, device=self.device),
+            "conditional_rows": num_tokens,
+        }
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Attention metadata of both streams, each of its own rows."""
+        del cudagraph_mode, for_capture, ubatch_idx
+        batch = self._own(input_batch)
+        if batch is None:
+            return build_attn_metadata(
+                attn_groups=attn_groups,
+                num_reqs=input_batch.num_reqs,
+                num_tokens=input_batch.num_tokens,
+                query_start_loc_gpu=input_batch.query_start_loc[: input_batch.num_reqs + 1],
+                query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: input_batch.num_reqs + 1]),
+                max_query_len=int(input_batch.num_scheduled_tokens.max()),
+                seq_lens=input_batch.seq_lens,
+                max_seq_len=self.max_model_len,
+                block_tables=block_tables,
+                slot_mappings=slot_mappings,
+                kv_cache_config=kv_cache_config,
+                causal=False,
+            )
+        metadata: dict[str, Any] = {}
+        for group, rows in enumerate(batch.rows):
+            if not rows:
+                continue
+            slots = torch.cat([own.slots for own in rows])
+            # The layers write their keys where the runner's mapping says, which counts the tokens of one stream.
+            slot_mappings[group].fill_(-1)
+            slot_mappings[group, : len(slots)] = slots
+            metadata |= self._attention(rows, group, slot_mappings[:, : len(slots)], attn_groups, kv_cache_config)
+        return metadata
+
+    def _attention(
+        self,
+        rows: Sequence[Rows],
+        group: int,
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+    ) -> dict[str, Any]:
+        """Metadata of the layers of one KV cache group."""
+        lengths = np.concatenate([own.seq_lens for own in rows]).astype(np.int32)
+        queries = np.concatenate([np.full(len(own.seq_lens), own.queries) for own in rows])
+        starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(queries, out=starts[1:])
+        table = torch.zeros(len(lengths), max(len(own.blocks) for own in rows), dtype=torch.int32, device=self.device)
+        first = 0
+        for own in rows:
+            table[first : first + len(own.seq_lens), : len(own.blocks)] = own.blocks
+            first += len(own.seq_lens)
+        return build_attn_metadata(
+            attn_groups=[own if index == group else [] for index, own in enumerate(attn_groups)],
+            num_reqs=len(lengths),
+            num_tokens=slot_mappings.shape[1],
+            query_start_loc_gpu=async_tensor_h2d(starts, device=self.device),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            max_query_len=int(queries.max()),
+            seq_lens=async_tensor_h2d(lengths, device=self.device),
+            seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
+            max_seq_len=int(lengths.max()),
+            block_tables=[table] * len(attn_groups),
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            causal=False,
+        )
+
+    def _canvases_of(self, input_batch: InputBatch) -> dict[int, Canvas] | None:
+        """The canvases of a step; None: it is one that vLLM profiles memory with."""
+        batch = self._own(input_batch)
+        return None if batch is None else batch.canvases
+
+    def _own(self, input_batch: InputBatch) -> Batch | None:
+        """The step, if it is the one that was put together last; None: vLLM runs no requests, but profiles memory."""
+        return self._batch if self._batch is not None and self._batch.vllm is input_batch else None
+
+    def _unplanned(self, ids: Tensor, start: int, blocks: Tensor) -> Rows:
+        """A request of vLLM's own."""
+        stop = start + len(ids)
+        tokens = torch.arange(start, stop, device=self.device)
+        live = blocks[: -(-stop // self._block_size)]
+        return Rows(
+            ids.long(),
+            tokens.expand(_AXES, -1),
+            self._slots(tokens, blocks),
+            live,
+            np.array([stop]),
+            len(ids),
+        )
+
+    def _text_rows(self, video: Video, start: int, stop: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+        """Tokens ``[start, stop)`` of a request, all of them text: a row each."""
+        for stream in video.streams:
+            own = np.arange(max(start - stream.start, 0), stop - stream.start)
+            if not len(own):
+                continue
+            table = blocks[stream.group]
+            tokens = async_tensor_h2d(own, device=self.device)
+            ids = async_tensor_h2d(video.tokens[stream.start + own[0] : stop], device=self.device)
+            at = async_tensor_h2d(stream.plan.positions.of(own, 0), device=self.device)
+            live = table[: -(-(own[-1] + 1) // self._block_size)]
+            yield stream.group, Rows(ids, at, self._slots(tokens, table), live, own + 1, 1)
+
+    def _given_rows(self, video: Video, start: int, stop: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+        """A picture that is there already: given with the prompt, or made before a preemption."""
+        layout = video.plan.conditional.layout
+        frame = layout.frame_of(start)
+        if stop - start != layout.tokens_per_frame or (start - video.plan.text_tokens) % layout.tokens_per_frame:
+            raise RuntimeError(f"tokens {start} to {stop} of a request are no picture: the scheduler cut one")
+        ids = async_tensor_h2d(video.tokens[start:stop], device=self.device)
+        made = frame >= video.plan.first_frame
+        for index, stream in enumerate(video.streams):
+            picture = self._picture(stream, start - stream.start, frame, blocks[stream.group])
+            shown = committed(ids, video.plan, conditional=index == 0) if made else ids
+            yield stream.group, Rows.of(picture, shown)
+
+    def _canvas_rows(self, video: Video, count: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+        """A pass of the frame that is being made."""
+        canvas, layout = video.canvas, video.plan.conditional.layout
+        if count != layout.tokens_per_frame:
+            raise RuntimeError(f"{count} tokens of a frame of {layout.tokens_per_frame}: the scheduler cut it")
+        if video.entered != canvas.frame:
+            start = layout.frame_start(canvas.frame)
+            video.pictures = [
+                self._picture(stream, start - stream.start, canvas.frame, blocks[stream.group])
+                for stream in video.streams
+            ]
+            video.entered = canvas.frame
+        for index, (stream, picture) in enumerate(zip(video.streams, video.pictures, strict=True)):
+            ids = committed(canvas.ids, video.plan, conditional=index == 0) if canvas.commits else canvas.ids
+            yield stream.group, Rows.of(picture, ids)
+
+    def _picture(self, stream: Stream, start: int, frame: int, blocks: Tensor) -> Picture:
+        """Enter a picture: the window slides if it does, and what is read of the past is put together.
+
+        Args:
+            stream: whose.
+            start: its first token in the stream.
+            frame: its number, or `CONDITION` of a conditioning image.
+            blocks: int32, the request's block table in the stream's group.
+        """
+        positions, layout = stream.plan.positions, stream.plan.layout
+        stop = start + layout.tokens_per_frame
+        past, first = np.empty(0, dtype=np.int64), 0
+        if frame != CONDITION:
+            past, first = stream.retention.past(frame), stream.retention.blocks.tail_start(frame)
+            if positions.slides(start):
+                self._rotations[stream.group].slide(stream.retention, positions, start, blocks)
+        logical = np.concatenate([past, np.arange(first, -(-stop // self._block_size))])
+        tokens = np.arange(start, stop)
+        return Picture(
+            blocks[async_tensor_h2d(logical, device=self.device)],
+            len(past) * self._block_size + stop - first * self._block_size,
+            async_tensor_h2d(positions.of(tokens, positions.window_start(frame)), device=self.device),
+            self._slots(async_tensor_h2d(tokens, device=self.device), blocks),
+        )
+
+    def _slots(self, tokens: Tensor, blocks: Tensor) -> Tensor:
+        return blocks[tokens // self._block_size].long() * self._block_size + tokens % self._block_size
+
+    @cached_property
+    def _rotations(self) -> list[KeyRotation]:
+        """Of the layers of each KV cache group."""
+        frequencies, axis_of = self.model.rotary
+        pairs = np.arange(len(frequencies))
+        rotary = Rotary(frequencies, axis_of, pairs, pairs + len(pairs))
+        return [KeyRotation.of(rotary, map(cached_keys, layers)) for layers in self._layers]
+
+
+def committed(ids: Tensor, plan: MaskedPlan, *, conditional: bool) -> Tensor:
+    """The ids that a stream commits of a frame that was made, [F]; see `vllm_packcache.families.lumos.committed`."""
+    options = plan.options
+    layout = plan.conditional.layout
+    assert layout.frame.grid is not None
+    ids = ids.clone()
+    if not conditional and not options.share_history:
+        ids[_on_device(tuple(layout.frame.grid), None, ids.device)] = lumos.MASK
+    ids[_on_device(tuple(layout.frame.grid), options.remask, ids.device)] = lumos.MASK
+    return ids
+
+
+@lru_cache(maxsize=64)
+def _on_device(grid: lumos.Grid, remask: float | None, device: torch.device) -> Tensor:
+    """Offsets in a frame that are committed as mask tokens; without a share, those of visual tokens."""
+    if remask is None:
+        return torch.from_numpy(lumos.visual_offsets(grid).copy()).to(device)
+    tokens = lumos.frame_layout(grid).tokens_per_frame
+    return torch.from_numpy(lumos.committed_offsets(tokens, remask).copy()).to(device)
