@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.reference import LlamaReference
 from vllm_packcache.reference.llama import Generation
 from vllm_packcache.reference.masked_video import MaskedGeneration
@@ -64,7 +64,7 @@ class CarefulReference(LlamaReference):
     """The oracle, for data without ties."""
 
     def generate(
-        self, prompt_ids: Sequence[int], max_tokens: int, plan: VideoPlan | None = None, block_size: int = 32
+        self, prompt_ids: Sequence[int], max_tokens: int, plan: Plan | None = None, block_size: int = 32
     ) -> Generation:
         """As ever.
 
@@ -80,7 +80,7 @@ class CarefulReference(LlamaReference):
         prompt_ids: Sequence[int],
         tokens: Sequence[int],
         count: int,
-        plan: VideoPlan | None = None,
+        plan: Plan | None = None,
         block_size: int = 32,
     ) -> None:
         """Assert that ``tokens`` are the ``count`` that it would generate: soon done, all of them at once.
@@ -97,13 +97,13 @@ class CarefulReference(LlamaReference):
         _refuse_ties(gaps)
 
     def differs(
-        self, prompt_ids: Sequence[int], tokens: Sequence[int], plan: VideoPlan | None = None, block_size: int = 32
+        self, prompt_ids: Sequence[int], tokens: Sequence[int], plan: Plan | None = None, block_size: int = 32
     ) -> bool:
         """Whether it would generate others than ``tokens``; what is checked would show nothing otherwise."""
         return self._logits_before(prompt_ids, tokens, plan, block_size).argmax(-1).tolist() != list(tokens)
 
     def _logits_before(
-        self, prompt_ids: Sequence[int], tokens: Sequence[int], plan: VideoPlan | None, block_size: int
+        self, prompt_ids: Sequence[int], tokens: Sequence[int], plan: Plan | None, block_size: int
     ) -> torch.Tensor:
         return self.logits([*prompt_ids, *tokens[:-1]], plan, block_size)[len(prompt_ids) - 1 :]
 

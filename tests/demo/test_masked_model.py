@@ -28,7 +28,7 @@ from vllm_packcache.demo.masked.tokenizer import (
 )
 from vllm_packcache.demo.tokenizer import WORDS, VideoTokenizer
 from vllm_packcache.demo.world import make_world, palette
-from vllm_packcache.families import lumos
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedVideo
 
@@ -119,7 +119,7 @@ def test_fused_attention_is_that_of_the_reference(saved):
     world = make_world(3)
     ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
     request = bundle.request_options(6, "packcache", lumos.MaskedOptions(steps=2, guidance=2.0))
-    plan = ServerConfig.parse("packcache", bundle.PRESET).masked_plan(request, ids)
+    plan = ServerConfig.parse("packcache", bundle.PRESET, family=LUMOS).request(request, ids)
     videos = [
         MaskedVideo(model, ids, 6, plan.conditional, plan.options, evaluate.BLOCK_SIZE) for model in (reference, fused)
     ]

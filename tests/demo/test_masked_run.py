@@ -19,6 +19,7 @@ from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
+from vllm_packcache.families import LUMOS
 
 
 @pytest.mark.timeout(500)
@@ -37,10 +38,10 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     example = make_world(run.EXAMPLE)
     ids = masked_tokenizer.prompt(example.prompt, run.FRAMES, masked_tokenizer.build_text_tokenizer())
     ids += masked_tokenizer.world_frame(example, 0).tolist()
-    streams = ServerConfig.parse("packcache", PRESET).masked_plan(xargs, ids).streams
+    streams = ServerConfig.parse("packcache", PRESET, family=LUMOS).request(xargs, ids).streams
     rows = re.findall(r"(\d+) │ +([\d,]+) │ +([\d,]+) │ +(\d+)%", done.stdout)
     assert [int(row[1].replace(",", "")) for row in rows] == [
-        sum(-(-own.layout.frame_start(frame + 1) // 32) * 32 for own in streams) for frame in range(run.FRAMES)
+        sum(-(-own.plan.layout.frame_start(frame + 1) // 32) * 32 for own in streams) for frame in range(run.FRAMES)
     ]
     assert "tokens are true" in done.stdout
     assert processes_of(out / "server.log") == []

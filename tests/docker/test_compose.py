@@ -17,8 +17,8 @@ from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, par
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import presets
 from vllm_packcache.core.retention import Retention
-from vllm_packcache.families import lumos
-from vllm_packcache.hooks import masked as plugin_masked
+from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.hooks import canvas as plugin_masked
 from vllm_packcache.worker.keys.layout import layout_of
 
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -73,7 +73,7 @@ def test_flags_exist_and_mean_something(env_file: Path | None, serve_parser: Arg
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
-    config = ServerConfig.from_additional_config(arguments.additional_config)
+    config = ServerConfig.from_additional_config(arguments.additional_config, LUMOS)
     assert config is not None
     assert config.positions == "rebase"
     values = environment(env_file) if env_file else {}
@@ -94,14 +94,14 @@ WEIGHTS = 7e9
 def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentParser) -> None:
     """The reckoning in the env files, with the policy's own numbers: both streams, and a step scheduled ahead."""
     arguments = parse_exactly(serve_parser, composed(env_file)["services"]["gpu"]["command"])
-    config = ServerConfig.from_additional_config(arguments.additional_config)
+    config = ServerConfig.from_additional_config(arguments.additional_config, LUMOS)
     assert config is not None
     grid, frames, words = (48, 84), 13, 267
     image = lumos.frame_of_codes(np.zeros(grid, dtype=np.int64)).tolist()
     prompt = lumos.text_prompt([5] * words, 6, 8) + image
-    plan = config.masked_plan({"packcache_grid": list(grid), "packcache_frames": frames}, prompt)
+    plan = LUMOS.request(config, {"packcache_grid": list(grid), "packcache_frames": frames}, prompt)
     frame_tokens = len(image)
-    blocks = [Retention(own.layout, own.policy, 16).most_blocks(frame_tokens) for own in plan.streams]
+    blocks = [Retention(own.plan.layout, own.plan.policy, 16).most_blocks(frame_tokens) for own in plan.streams]
     assert len(blocks) == 2
     tokens = sum(16 * count for count in blocks if count is not None)
 
@@ -118,7 +118,7 @@ def test_as_many_videos_fit_as_may_run(env_file: Path, serve_parser: ArgumentPar
     assert f"{allowed} run at a time" in told
     if env_file.stem == "a40":
         assert f"{tokens:,} tokens in whole blocks" in told
-        assert "({} and {} tokens)".format(*(f"{own.layout.condition_tokens:,}" for own in plan.streams)) in told
+        assert "({} and {} tokens)".format(*(f"{own.plan.layout.condition_tokens:,}" for own in plan.streams)) in told
         assert f"{BYTES_PER_TOKEN // 2**10} KiB of KV cache a token" in told
 
 

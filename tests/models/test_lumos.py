@@ -364,15 +364,15 @@ def test_quantisation_is_asked_about_every_linear_layer(folder: Path) -> None:
 
 def test_every_layer_has_a_cache_for_either_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(stream_spec=lambda *arguments: arguments)
-    monkeypatch.setitem(sys.modules, "vllm_packcache.engine.stream_spec", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm_packcache.engine.spec", module)  # type: ignore[arg-type]
     config = configured(folder)
     load(config)
 
     layers = config.compilation_config.static_forward_context
     told = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
 
-    assert {name: conditional for name, (_, _, conditional) in told.items()} == {
-        f"model.layers.{layer}.self_attn.{name}": name == "attn"
+    assert {name: stream for name, (_, _, stream) in told.items()} == {
+        f"model.layers.{layer}.self_attn.{name}": int(name != "attn")
         for layer in (0, 1)
         for name in ("attn", "unconditional_attn")
     }

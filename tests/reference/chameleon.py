@@ -20,7 +20,7 @@ from transformers import AttentionInterface, ChameleonConfig
 from transformers.models.chameleon import modeling_chameleon as chameleon
 
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import lumos
@@ -122,7 +122,7 @@ class BruteForce:
         self,
         model: Chameleon,
         prompt: Sequence[int],
-        plan: VideoPlan,
+        plan: Plan,
         options: MaskedOptions,
         block_size: int,
         variant: Variant = PUBLISHED,
@@ -133,7 +133,7 @@ class BruteForce:
         self.streams = [(plan, list(prompt))]
         if options.guidance != 1:
             layout = plan.layout if variant.unconditional_text else lumos.unconditional_layout(plan.layout)
-            other = VideoPlan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))
+            other = Plan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))
             self.streams.append((other, list(prompt)[begin:]))
         if variant.masked_image:
             for stream, (video, ids) in enumerate(self.streams):
@@ -199,7 +199,7 @@ class BruteForce:
         plan, history = self.streams[stream]
         return self.model.logits(history + ids, self.segments(plan, len(history) + len(ids)))[-len(ids) :]
 
-    def segments(self, plan: VideoPlan, length: int) -> list[Segment]:
+    def segments(self, plan: Plan, length: int) -> list[Segment]:
         layout, retention = plan.layout, Retention(plan.layout, plan.policy, self.block_size)
         tokens, size = np.arange(length), self.block_size
         text = layout.condition_tokens - layout.condition_image_tokens
@@ -217,7 +217,7 @@ class BruteForce:
             found.append(Segment(first, last, self.at(plan, tokens, frame), rows))
         return found
 
-    def at(self, plan: VideoPlan, tokens: np.ndarray, frame: int) -> torch.Tensor:
+    def at(self, plan: Plan, tokens: np.ndarray, frame: int) -> torch.Tensor:
         """Positions while ``frame`` is made; a frame's tokens in a block of the condition stay where they were made."""
         layout, positions = plan.layout, plan.positions
         at = positions.of(tokens, positions.window_start(frame))

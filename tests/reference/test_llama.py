@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.reference import LlamaReference, make_random_llama, positions
@@ -22,15 +22,15 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def plan(policy: Policy, *, tokens_per_frame: int = 100, condition: int = 70, rebase: bool = False) -> VideoPlan:
+def plan(policy: Policy, *, tokens_per_frame: int = 100, condition: int = 70, rebase: bool = False) -> Plan:
     layout = VideoLayout(FrameLayout(tokens_per_frame), condition)
-    return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None))
+    return Plan(layout, policy, Positions(layout, policy.history_window if rebase else None))
 
 
-def picture_plan(policy: Policy, *, rebase: bool) -> VideoPlan:
+def picture_plan(policy: Policy, *, rebase: bool) -> Plan:
     """Frames of 26 tokens with rows and columns; text of 18 tokens and an image of two frames."""
     layout = VideoLayout(FrameLayout.from_grid((4, 5), 1, 1, 1), 70, 52)
-    return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
+    return Plan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
 
 
 AXES = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.strategies import quick
 from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
@@ -60,9 +60,9 @@ PROMPTS = {
 prompts = pytest.mark.parametrize(("prompt", "images"), PROMPTS.values(), ids=PROMPTS.keys())
 
 
-def plan(prompt: list[int], policy: Policy, *, images: int = 0, rebase: bool = True) -> VideoPlan:
+def plan(prompt: list[int], policy: Policy, *, images: int = 0, rebase: bool = True) -> Plan:
     layout = lumos.video_layout(prompt, GRID, images)
-    return VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
+    return Plan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
 
 
 def options(**changed: object) -> MaskedOptions:
@@ -366,7 +366,7 @@ def test_no_frames_are_refused(model, count):
 def test_layouts_that_cannot_be_are_refused(model):
     def refused(layout: VideoLayout, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            MaskedVideo(model, TEXT, 1, VideoPlan(layout, Full(), Positions(layout)), options())
+            MaskedVideo(model, TEXT, 1, Plan(layout, Full(), Positions(layout)), options())
 
     condition = len(TEXT)
     refused(VideoLayout(FrameLayout(19), condition), "grid is needed")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import AxisScale, Positions
 from vllm_packcache.core.retention import Retention
@@ -22,9 +22,9 @@ policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy
 shapes = pytest.mark.parametrize(("condition", "tokens_per_frame", "block_size"), SHAPES)
 
 
-def video(policy: Policy, condition: int, tokens_per_frame: int) -> VideoPlan:
+def video(policy: Policy, condition: int, tokens_per_frame: int) -> Plan:
     layout = VideoLayout(FrameLayout(tokens_per_frame), condition)
-    return VideoPlan(layout, policy, Positions(layout, policy.history_window))
+    return Plan(layout, policy, Positions(layout, policy.history_window))
 
 
 def test_without_a_plan_every_query_sees_what_is_not_later():
@@ -127,8 +127,8 @@ def test_the_mask_is_that_of_xformers_over_paged_live_blocks(policy, condition, 
     assert torch.equal(visibility(plan, block_size, num_tokens), (stated == 0)[:, :num_tokens])
 
 
-def sliding(layout: VideoLayout, window: int | None, scale: AxisScale | None = None) -> VideoPlan:
-    return VideoPlan(layout, SlidingWindow(window=window or 1), Positions(layout, window, scale))
+def sliding(layout: VideoLayout, window: int | None, scale: AxisScale | None = None) -> Plan:
+    return Plan(layout, SlidingWindow(window=window or 1), Positions(layout, window, scale))
 
 
 def test_positions_are_indices_without_a_plan_and_without_a_window():

@@ -12,7 +12,7 @@ import torch
 from tests.margins import numbers
 from tests.runner import shorter
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -74,7 +74,7 @@ def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def check_video(
-    llm: Any, reference: Any, ids: list[int], length: int, plan: VideoPlan, block_size: int = 32, **options: Any
+    llm: Any, reference: Any, ids: list[int], length: int, plan: Plan, block_size: int = 32, **options: Any
 ) -> tuple[list[int], list[int]]:
     """A video whose condition is ``ids`` must be the reference's; on V2 most of it is given and the end generated.
 

@@ -24,7 +24,7 @@ from tests.media.tokenizer_files import CODES, random_video, write_text_tokenize
 from vllm_packcache.cli import app
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
-from vllm_packcache.families import lumos
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.text_tokenizer import TextTokenizer
 from vllm_packcache.media.video_tokenizer import CosmosTokenizer
 from vllm_packcache.media.videos import read_video
@@ -117,7 +117,7 @@ def test_text_to_video(arrive_at_once: float, tokenizer: Path, server: Server, t
         **{"packcache_temperature": 1, "packcache_remask": 0.7},
         **{"packcache_reset_temperature": 0, "packcache_share_history": 1},
     }
-    plan = ServerConfig.parse("packcache", {}).masked_plan(server.body["vllm_xargs"], server.body["prompt"])
+    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
     assert plan.options == lumos.MaskedOptions(seed=5, steps=9, guidance=3)
     # 7 latent frames are 25 frames, of which 24 were asked for. The colours are few: GIF keeps them.
     np.testing.assert_array_equal(read_gif(out), CosmosTokenizer(tokenizer).decode(server.codes)[:24])
@@ -132,7 +132,7 @@ def test_the_published_options_are_the_defaults(tokenizer: Path, server: Server,
     given = ["--prompt", PROMPT, "--tokenizer", str(tokenizer), "--url", "http://server:1"]
     result = CliRunner().invoke(app, ["generate", *given, "--out", str(tmp_path / "video.mp4")])
     assert result.exit_code == 0, result.stderr
-    plan = ServerConfig.parse("packcache", {}).masked_plan(server.body["vllm_xargs"], server.body["prompt"])
+    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
     assert plan.options == lumos.MaskedOptions()
     assert plan.conditional.layout.frame == lumos.frame_layout((48, 84))
     assert plan.frames == 13
@@ -150,7 +150,7 @@ def test_a_picture_is_the_first_latent_frame(tokenizer: Path, server: Server, tm
     codes = CosmosTokenizer(tokenizer).encode(picture[None])
     assert server.body["prompt"] == text(tokenizer, 1, 8) + lumos.frame_of_codes(codes[0]).tolist()
     assert server.body["vllm_xargs"]["packcache_frames"] == 2
-    plan = ServerConfig.parse("packcache", {}).masked_plan(server.body["vllm_xargs"], server.body["prompt"])
+    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
     assert plan.first_frame == 0
     assert plan.conditional.layout.condition_image_tokens == lumos.frame_layout(GRID).tokens_per_frame
     frames = read_gif(out)
@@ -172,7 +172,7 @@ def test_a_video_is_continued(rate: int, every: int, tokenizer: Path, server: Se
     frames = [id for codes in given for id in lumos.frame_of_codes(codes).tolist()]
     assert server.body["prompt"] == text(tokenizer, 2, 8) + frames
     assert server.body["vllm_xargs"]["packcache_frames"] == 2
-    plan = ServerConfig.parse("packcache", {}).masked_plan(server.body["vllm_xargs"], server.body["prompt"])
+    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
     assert plan.first_frame == 2, "the first of the three is the conditioning image"
     shown = read_gif(out)
     assert len(shown) == 16
@@ -534,8 +534,8 @@ def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytes
     ids = text(tokenizer, 2, 8)
     given = CosmosTokenizer(tokenizer).encode(picture[None])
     ids += lumos.frame_of_codes(given[0]).tolist()
-    server = ServerConfig.parse("packcache", {**config, "layout": {"grid": list(GRID)}})
-    plan = server.masked_plan({"packcache_seed": 3, "packcache_steps": 2, "packcache_guidance": 2}, ids)
+    server = ServerConfig.parse("packcache", {**config, "layout": {"grid": list(GRID)}}, family=LUMOS)
+    plan = server.request({"packcache_seed": 3, "packcache_steps": 2, "packcache_guidance": 2}, ids)
     made = generate_masked(LumosReference.load(model), ids, 4, plan.conditional, plan.options, block_size=128)
     refuse_masked_ties(made)
     codes = np.stack([lumos.codes_of_frame(frame, GRID) for frame in made.frames.numpy()])

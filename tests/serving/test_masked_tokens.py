@@ -22,9 +22,9 @@ from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import Full
-from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedPlan
-from vllm_packcache.hooks.masked import configure
+from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.hooks.canvas import configure
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 
 CODES = 64
@@ -88,7 +88,7 @@ def oracle(lumos_model: Path) -> Callable[..., list[int]]:
 
 
 def published(
-    model: LumosReference, case: Case, plan: MaskedPlan, block_size: int = BLOCK, drawing: float = DRAWING
+    model: LumosReference, case: Case, plan: CanvasRequest, block_size: int = BLOCK, drawing: float = DRAWING
 ) -> list[int]:
     """What the published loop makes of a case.
 
@@ -101,10 +101,10 @@ def published(
     return made.token_ids
 
 
-def plan_of(case: Case, config: str) -> MaskedPlan:
+def plan_of(case: Case, config: str) -> CanvasRequest:
     policy, options = eval(config)
-    server = ServerConfig(Full()) if policy is None else ServerConfig.parse(policy, options)
-    return server.masked_plan(case.extra_args, case.ids)
+    server = ServerConfig(Full(), family=LUMOS) if policy is None else ServerConfig.parse(policy, options, family=LUMOS)
+    return LUMOS.request(server, case.extra_args, case.ids)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_alone(case: Case, masked_engine: Any, oracle: Any) -> None:
 def test_staggered_in_one_batch(ahead: bool, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
     schedule_asynchronously(monkeypatch, ahead)
     llm = masked_engine(variant=ahead)
-    assert type(scheduler_of(llm)).__name__ == ("MaskedAsyncScheduler" if ahead else "MaskedScheduler")
+    assert type(scheduler_of(llm)).__name__ == ("CanvasAsyncScheduler" if ahead else "CanvasScheduler")
     expected = [oracle(case) for case in CASES]
     assert generate(llm, *CASES) == expected
     assert staggered(llm, CASES, 3) == expected
@@ -251,12 +251,12 @@ def test_every_option_counts(options: dict[str, Any], masked_engine: Any, oracle
 
 def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any, monkeypatch: Any) -> None:
     from vllm_packcache.worker.keys.rotation import KeyRotation
-    from vllm_packcache.worker.passes import MaskedModelState
+    from vllm_packcache.worker.passes import CanvasModelState
 
     entered: list[int] = []
     turned: list[int] = []
-    picture, slide = MaskedModelState._picture, KeyRotation.slide
-    monkeypatch.setattr(MaskedModelState, "_picture", lambda *args: entered.append(args[3]) or picture(*args))
+    picture, slide = CanvasModelState._picture, KeyRotation.slide
+    monkeypatch.setattr(CanvasModelState, "_picture", lambda *args: entered.append(args[3]) or picture(*args))
     monkeypatch.setattr(KeyRotation, "slide", lambda *args: turned.append(args[3]) or slide(*args))
     case = TEXT_TO_VIDEO.having(steps=6)
     generate(masked_engine(), case)
@@ -328,7 +328,7 @@ def test_a_gpu_backend(backend: str, lumos_model: Path, masked_engine: Any) -> N
         return
     case = Case(1, (2, 3), 2).having(frames=1, steps=1, guidance=2, seed=3, condition_frames=1)
     llm = masked_engine(variant=backend, block_size=16)
-    plan = ServerConfig.parse("packcache", CONFIG).masked_plan(case.extra_args, case.ids)
+    plan = ServerConfig.parse("packcache", CONFIG, family=LUMOS).request(case.extra_args, case.ids)
     assert generate(llm, case) == [published(LumosReference.load(lumos_model), case, plan, 16)]
 
 
@@ -392,7 +392,7 @@ def test_what_follows_from_the_model(start: Callable[..., Any]) -> None:
     config = start("lumos1_384p")
     assert config.diffusion_config.canvas_length == 4084
     assert config.num_speculative_tokens == 4084
-    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.MaskedScheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.CanvasScheduler"
     assert config.model_config.enforce_eager
     assert not config.cache_config.enable_prefix_caching
     assert config.model_config.max_model_len == 1024 + 16 * 4084
@@ -412,7 +412,7 @@ def test_what_is_given_is_kept(start: Callable[..., Any]) -> None:
 def test_without_a_policy_it_is_served_too(start: Callable[..., Any]) -> None:
     config = start(None, None)
     assert config.diffusion_config.canvas_length == lumos.frame_layout((60, 96)).tokens_per_frame
-    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.MaskedScheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_packcache.engine.scheduler.CanvasScheduler"
 
 
 def test_more_requests_than_there_is_room_for_are_said(
@@ -459,6 +459,6 @@ def test_the_published_grid(frames: int, engine: Callable[..., Any], tmp_path: P
     llm = engine("packcache", "lumos1_384p", model=model, max_model_len=60_000, max_num_batched_tokens=4084,
                  num_gpu_blocks_override=2500, max_num_seqs=1)  # fmt: skip
     case = Case(20, (48, 84)).having(frames=frames, steps=1, guidance=2, seed=1)
-    plan = ServerConfig.parse("packcache", "lumos1_384p").masked_plan(case.extra_args, case.ids)
+    plan = ServerConfig.parse("packcache", "lumos1_384p", family=LUMOS).request(case.extra_args, case.ids)
     drawing = DRAWING if frames == 2 else DRAWING / 3
     assert generate(llm, case) == [published(LumosReference.load(model), case, plan, drawing=drawing)]

@@ -14,7 +14,7 @@ from tests.margins import CarefulReference
 from tests.runner import V2, shorter
 from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference import make_random_llama, positions
 from vllm_packcache.worker.keys.layout import cached_keys
@@ -22,7 +22,7 @@ from vllm_packcache.worker.keys.layout import cached_keys
 BLOCK = 32
 
 
-def plan_of(config: dict[str, Any], num_prompt_tokens: int, kind: str = "packcache", **options: Any) -> VideoPlan:
+def plan_of(config: dict[str, Any], num_prompt_tokens: int, kind: str = "packcache", **options: Any) -> Plan:
     extra = {f"packcache_{name}": value for name, value in options.items()}
     plan = ServerConfig.parse(kind, config).plan(extra, num_prompt_tokens)
     assert plan is not None

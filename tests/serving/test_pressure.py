@@ -9,7 +9,7 @@ import pytest
 
 from tests.serving.conftest import generate, prompt, sampling, schedule_asynchronously
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
 
 BLOCK = 32
@@ -18,7 +18,7 @@ LAYOUT = {"tokens_per_frame": FRAME}
 CONFIG = {"window": 3, "history_frames": 1.5, "layout": LAYOUT}
 
 
-def plan_of(condition: int, positions: str = "rebase") -> VideoPlan:
+def plan_of(condition: int, positions: str = "rebase") -> Plan:
     options = {"packcache_condition_tokens": condition}
     plan = ServerConfig.parse("packcache", {**CONFIG, "positions": positions}).plan(options, condition)
     assert plan is not None

@@ -21,7 +21,7 @@ from vllm_packcache.config.errors import SHOWN_CHARACTERS, ConfigError
 from vllm_packcache.config.server import POLICY_KEY, ServerConfig
 from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.families import lumos
-from vllm_packcache.hooks import masked as plugin_masked
+from vllm_packcache.hooks import canvas as plugin_masked
 from vllm_packcache.hooks import requests as plugin_requests
 
 FRAME = 45

@@ -9,10 +9,10 @@ import pytest
 from tests.runner import V2, shorter
 from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 
 
-def plan_of(policy: str, config: dict[str, Any], condition: int, frame: int) -> VideoPlan:
+def plan_of(policy: str, config: dict[str, Any], condition: int, frame: int) -> Plan:
     plan = ServerConfig.parse(policy, config).plan({"packcache_tokens_per_frame": frame}, condition)
     assert plan is not None
     return plan

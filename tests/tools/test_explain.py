@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.sources import load_mapping, presets
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import names
 from vllm_packcache.core.positions import TIME
 from vllm_packcache.reference.visibility import frame_visibility
@@ -230,7 +230,7 @@ def test_both_streams_read_what_the_reference_sees(policy: str, condition_tokens
     for stream, text in zip(streams.values(), (32 if condition_tokens is None else 100, 3), strict=True):
         layout = stream.retention.layout
         assert layout.condition_tokens - layout.condition_image_tokens == text
-        plan = VideoPlan(layout, stream.retention.policy, stream.positions)
+        plan = Plan(layout, stream.retention.policy, stream.positions)
         for view in stream.views():
             assert view.tokens.live == frame_visibility(plan, 32, view.tokens.frame).sum()
             assert view.tokens.full == layout.frame_start(view.tokens.frame + 1)

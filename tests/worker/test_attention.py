@@ -27,6 +27,7 @@ from vllm_packcache.core.policies import SlidingWindow
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.worker.attention import HostCompaction, compact_metadata, retaining_backend, retaining_builder
+from vllm_packcache.worker.blocks.batch import BatchReads
 from vllm_packcache.worker.blocks.compaction import compact
 from vllm_packcache.worker.step import Row, Step, current_compaction, publish
 
@@ -75,7 +76,7 @@ def make_common(**changes: Any) -> CommonAttentionMetadata:
 def test_metadata_describes_the_compacted_batch() -> None:
     step, common = make_step(), make_common()
     batch = compact(step, BLOCK)
-    new = compact_metadata(common, step, BLOCK)
+    new = compact_metadata(common, compact(step, BLOCK))
 
     assert new.block_table_tensor.tolist() == batch.block_table.tolist()
     assert new.query_start_loc.tolist() == new.query_start_loc_cpu.tolist() == [0, 4, 12, 20, 24, 25]
@@ -93,7 +94,7 @@ def test_metadata_describes_the_compacted_batch() -> None:
 
 def test_what_is_computed_and_written_stays() -> None:
     common = make_common()
-    new = compact_metadata(common, make_step(), BLOCK)
+    new = compact_metadata(common, compact(make_step(), BLOCK))
     assert new.slot_mapping is common.slot_mapping
     assert new.positions is common.positions
     assert new.num_actual_tokens == common.num_actual_tokens
@@ -102,14 +103,14 @@ def test_what_is_computed_and_written_stays() -> None:
 
 def test_the_metadata_given_is_left_as_it_was() -> None:
     common, untouched = make_common(), make_common()
-    compact_metadata(common, make_step(), BLOCK)
+    compact_metadata(common, compact(make_step(), BLOCK))
     for field in fields(common):
         before, after = getattr(untouched, field.name), getattr(common, field.name)
         assert np.array_equal(before, after), field.name
 
 
 def test_optional_fields_may_be_missing() -> None:
-    new = compact_metadata(make_common(is_prefilling=None, req_idx=None), make_step(), BLOCK)
+    new = compact_metadata(make_common(is_prefilling=None, req_idx=None), compact(make_step(), BLOCK))
     assert new.is_prefilling is None
     assert new.req_idx is None
 
@@ -217,9 +218,17 @@ class SmallBlockBackend(CPUAttentionBackend):
         return RecordingBuilder
 
 
+class Reads(BatchReads):
+    """Of one step, put together by hand."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._spans = True
+
+
 def test_the_builder_compacts_what_the_current_step_publishes() -> None:
     builder = retaining_builder(RecordingBuilder)(SPEC, ["layer"], None, torch.device("cpu"))
-    with publish(HostCompaction(make_step())):
+    with publish(HostCompaction(Reads(make_step()))):
         prefix, built, fast, kwargs = builder.build(0, make_common(), True, extra=1)
     assert built.seq_lens.tolist() == [10, 18, 26, 26, 17]
     assert (prefix, fast, kwargs) == (0, True, {"extra": 1})
@@ -260,7 +269,7 @@ def test_vllm_splits_blocks_for_a_kernel_as_we_do() -> None:
 
     stock = group.build_metadata(make_common())[1]
     text = Step([Row(None, 6, 24), Row(None, 16, 1)], make_step().block_table, BLOCK)
-    with publish(HostCompaction(text)):
+    with publish(HostCompaction(Reads(text))):
         ours = group.build_metadata(make_common())[1]
 
     # Nothing is dropped of text, so each row must read the very blocks that vLLM would have it read.

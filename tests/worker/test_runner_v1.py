@@ -37,7 +37,7 @@ def runner(additional_config: dict[str, Any], *requests: CachedRequestState) -> 
     """As much of a `GPUModelRunner` as the adapter reads."""
     table = np.arange(1, 41, dtype=np.int32).reshape(4, 10)
     return SimpleNamespace(
-        vllm_config=SimpleNamespace(additional_config=additional_config),
+        vllm_config=SimpleNamespace(additional_config=additional_config, model_config=None),
         requests={request.req_id: request for request in requests},
         input_batch=SimpleNamespace(
             req_ids=[request.req_id for request in requests],

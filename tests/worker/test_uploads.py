@@ -17,6 +17,7 @@ from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker import attention, runner_v1
+from vllm_packcache.worker.blocks.compaction import compact
 from vllm_packcache.worker.keys import rotation
 
 DEVICE = torch.device("meta")
@@ -64,7 +65,7 @@ def test_a_copy_from_pageable_memory_is_seen() -> None:
 
 def test_block_tables(pinned: list[int]) -> None:
     common = make_common(block_table_tensor=torch.empty(2, 9, dtype=torch.int32, device=DEVICE))
-    compacted = attention.compact_metadata(common, make_step(), BLOCK)
+    compacted = attention.compact_metadata(common, compact(make_step(), BLOCK))
     assert compacted.block_table_tensor.device == compacted.seq_lens.device == DEVICE
     assert compacted.query_start_loc.device == DEVICE
     assert compacted.query_start_loc_cpu.device.type == "cpu"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_packcache.calibrate.mass import Mass, Tally, Video
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import Full
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
@@ -70,7 +70,7 @@ def measure(model: LumosReference, video: Video, distances: int, block_size: int
     """
     layout = video.layout
     _check(model, video)
-    plan = VideoPlan(layout, Full(), Positions(layout, scale=MM_ROPE_SCALE))
+    plan = Plan(layout, Full(), Positions(layout, scale=MM_ROPE_SCALE))
     options = MaskedOptions()
     assert options.guided
     layouts = (layout, lumos.unconditional_layout(layout))

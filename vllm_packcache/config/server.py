@@ -18,24 +18,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.core import policies
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
-from vllm_packcache.core.plan import Asked, VideoPlan
+from vllm_packcache.core.plan import REQUEST_PREFIX as REQUEST_PREFIX
+from vllm_packcache.core.plan import Asked, Plan, VideoRequest
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import PolicyError, Retention
-from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedOptions, MaskedPlan
+from vllm_packcache.families import DECODER, LUMOS, Family
+from vllm_packcache.families.base import Prompt
 
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
@@ -46,11 +49,8 @@ CONFIG_FLAG = "--" + CONFIG_KEY.replace("_", "-")
 POSITION_LIMIT_KEY = "kv_cache_position_limit"
 """Key of ``additional_config`` under which the first process tells the others what the model can tell apart."""
 
-REQUEST_PREFIX = "packcache_"
-"""Prefix of the request options in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
-
 CANVAS_OPTION = "diffusion_canvas_length"
-"""vLLM's own request option for the tokens that a request makes at a time: every checked masked request has it."""
+"""vLLM's own request option for the tokens that a request makes at a time: every checked canvas request has it."""
 
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
@@ -128,15 +128,12 @@ class _RequestOptions(BaseModel):
     frames: _Frames | None = None
 
 
-class _MaskedRequestOptions(BaseModel):
-    """Options of one request to a masked model that are neither the policy's nor of `MaskedOptions`, without prefix."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    policy: str | None = None
-    grid: tuple[int, int] | None = None
-    frames: _Frames | None = None
-    condition_frames: Annotated[int, Field(ge=0)] | None = None
+def _fields_of(model: type) -> list[str]:
+    """Names of the options that a pydantic model or a dataclass has."""
+    if issubclass(model, BaseModel):
+        return list(model.model_fields)
+    assert dataclasses.is_dataclass(model)
+    return [field.name for field in dataclasses.fields(model)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +147,7 @@ class ServerConfig:
         position_limit: positions that the model has, P: those of a request lie below it. None: vLLM's own limit on the
             length of a request is enough.
         name: what the policy is called: the name of its entry point, whatever its class says.
+        family: of the model that is served.
     """
 
     policy: Policy
@@ -157,10 +155,15 @@ class ServerConfig:
     positions: PositionMode = "absolute"
     position_limit: int | None = None
     name: str = OPT_OUT
+    family: Family = DECODER
 
     @classmethod
     def parse(
-        cls, policy: str, source: Mapping[str, Any] | str | None = None, position_limit: int | None = None
+        cls,
+        policy: str,
+        source: Mapping[str, Any] | str | None = None,
+        position_limit: int | None = None,
+        family: Family = DECODER,
     ) -> ServerConfig:
         """Validate a policy's name and its configuration.
 
@@ -169,9 +172,10 @@ class ServerConfig:
             source: a mapping, JSON text, the path of a YAML or JSON file, or the name of a preset. Of one that says
                 that its options are another policy's the layout alone is taken.
             position_limit: positions that the model has.
+            family: of the model.
 
         Raises:
-            ConfigError: something is wrong with either.
+            ConfigError: something is wrong with one of them.
         """
         if not isinstance(policy, str):
             raise ConfigError(f"{POLICY_KEY} must be the name of a policy, not {shown(policy)}")
@@ -198,7 +202,11 @@ class ServerConfig:
             check_finite(value, option)
         if layout is not None:
             _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
-        config = cls(parsed, layout, _parse_positions(positions, parsed, policy), position_limit, policy)
+            try:
+                family.check_layout(layout.frame_layout(), layout.axis_scale)
+            except ValueError as error:
+                raise ConfigError(f"{CONFIG_KEY}: layout: {error}") from None
+        config = cls(parsed, layout, _parse_positions(positions, parsed, policy), position_limit, policy, family)
         try:
             config.fingerprint()
         except PolicyError as error:
@@ -206,50 +214,29 @@ class ServerConfig:
         return config
 
     @classmethod
-    def from_additional_config(cls, additional_config: object) -> ServerConfig | None:
+    def from_additional_config(cls, additional_config: object, family: Family = DECODER) -> ServerConfig | None:
         """Read the configuration out of vLLM's ``additional_config``; None: not switched on.
+
+        A family that vLLM does not serve by itself is always on; without a policy all is kept.
+
+        Args:
+            additional_config: of vLLM's configuration.
+            family: of the model.
 
         Raises:
             ConfigError: it is switched on and wrong.
         """
-        if not isinstance(additional_config, Mapping):
-            return None
-        if additional_config.get(POLICY_KEY) is None:
-            if additional_config.get(CONFIG_KEY) is not None:
+        given = additional_config if isinstance(additional_config, Mapping) else {}
+        if given.get(POLICY_KEY) is None:
+            if given.get(CONFIG_KEY) is not None:
                 raise ConfigError(f"{CONFIG_KEY} is given without {POLICY_KEY}: name a policy too")
-            return None
+            return cls(Full(), family=family) if family.role == "canvas" else None
         return cls.parse(
-            additional_config[POLICY_KEY],
-            additional_config.get(CONFIG_KEY),
-            additional_config.get(POSITION_LIMIT_KEY),
+            given[POLICY_KEY],
+            given.get(CONFIG_KEY),
+            given.get(POSITION_LIMIT_KEY),
+            family,
         )
-
-    @classmethod
-    def of_masked_model(cls, additional_config: object) -> ServerConfig:
-        """The configuration of a masked model's server; not switched on, all is kept.
-
-        Raises:
-            ConfigError: it is switched on and wrong, or its layout is not that of such models' frames.
-        """
-        config = cls.from_additional_config(additional_config) or cls(Full())
-        layout = config.layout
-        if layout is None:
-            return config
-        if layout.grid is None:
-            raise ConfigError(f"{CONFIG_KEY}: layout: give grid: the frames of this model are made of rows and columns")
-        frame, own = layout.frame_layout(), lumos.frame_layout(layout.grid)
-        if frame not in (own, FrameLayout.from_grid(layout.grid)):
-            raise ConfigError(
-                f"{CONFIG_KEY}: layout: frames of this model have frame_start_tokens: {own.frame_start_tokens}, "
-                f"row_end_tokens: {own.row_end_tokens}, frame_end_tokens: {own.frame_end_tokens}: give these, or grid "
-                "alone"
-            )
-        if layout.axis_scale not in (None, lumos.MM_ROPE_SCALE):
-            raise ConfigError(
-                f"{CONFIG_KEY}: layout: axis_scale of this model is {list(lumos.MM_ROPE_SCALE)}, not "
-                f"{list(layout.axis_scale)}: leave it out"
-            )
-        return config
 
     def fingerprint(self) -> dict[str, str]:
         """What the policy is: its class, and a digest of what it decides.
@@ -268,7 +255,7 @@ class ServerConfig:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
 
-    def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
+    def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
         """What a request keeps.
 
         A request is a video request when it carries any option with our prefix; the server's layout and
@@ -287,7 +274,7 @@ class ServerConfig:
         asked = self.asked(extra_args, num_prompt_tokens)
         return None if asked is None else self.plan_of(asked)
 
-    def plan_of(self, asked: Asked) -> VideoPlan | None:
+    def plan_of(self, asked: Asked) -> Plan | None:
         """What the video of a request keeps; see `plan`.
 
         Raises:
@@ -296,7 +283,7 @@ class ServerConfig:
         plan = self._video_of(asked)
         return None if plan.as_stock else plan
 
-    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoPlan | None:
+    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
         """The same as `plan`, but of a video that opts out, too; None: it is none, or nobody says where its frames are.
 
         Raises:
@@ -308,12 +295,12 @@ class ServerConfig:
         plan = self._video_of(asked)
         return plan if asked.has_frames or not plan.as_stock else None
 
-    def _video_of(self, asked: Asked) -> VideoPlan:
+    def _video_of(self, asked: Asked) -> Plan:
         try:
             positions = self.positions_of(asked.layout, asked.policy)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        return VideoPlan(asked.layout, asked.policy, positions)
+        return Plan(asked.layout, asked.policy, positions)
 
     def asked(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Asked | None:
         """What a request says of its video, see `plan`; None: it is none.
@@ -321,17 +308,11 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        given = _video_options(extra_args)
-        if not given:
+        if not any(map(is_video_key, extra_args or ())):
             return None
-        own, changed = self._split(given)
-        try:
-            options = _validate(_RequestOptions, own)
-        except ValidationError as error:
-            raise ConfigError(_describe(error, REQUEST_PREFIX, self.request_options, REQUEST_PREFIX)) from None
-        policy = self._request_policy(options.policy, changed)
+        policy, (options,) = self.read(extra_args, _RequestOptions)
         layout = self._request_layout(options, num_prompt_tokens)
-        _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
+        self.check_policy(policy, layout.frame)
         has_frames = self.layout is not None or options.grid is not None or options.tokens_per_frame is not None
         if options.frames is not None and not has_frames:
             raise ConfigError(
@@ -340,76 +321,61 @@ class ServerConfig:
             )
         return Asked(policy, layout, options.frames, has_frames)
 
-    @property
-    def request_options(self) -> list[str]:
-        """Names of what a request may say of its video, without prefix."""
-        return [*_RequestOptions.model_fields, *sorted(self._policy_options)]
-
-    @property
-    def masked_request_options(self) -> list[str]:
-        """The same for a masked model."""
-        return [*_MaskedRequestOptions.model_fields, *_MASKED_OPTIONS, *sorted(self._policy_options)]
-
-    def masked_plan(self, extra_args: Mapping[str, Any] | None, prompt_ids: Sequence[int]) -> MaskedPlan:
-        """What a request to a masked model makes and keeps: every request is a video.
+    def request(self, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
+        """What a request makes and keeps, one that opts out included; None: it is no video.
 
         Args:
             extra_args: ``SamplingParams.extra_args`` of the request.
-            prompt_ids: of `vllm_packcache.families.lumos.text_prompt`, and any frames that are given. They are
-                conditioning images; with ``condition_frames`` the first so many are, and the others begin the video.
+            prompt: its token ids, or their number.
 
         Raises:
             ConfigError: an option or the prompt is wrong; the message names it.
         """
-        own, changed = self._split(_video_options(extra_args))
-        how = {name: own.pop(name) for name in _MASKED_OPTIONS if name in own}
         try:
-            options = _validate(_MaskedRequestOptions, own)
-            # JSON over HTTP turns true and false into 1 and 0.
-            flags = {name: bool(how[name]) for name in _MASKED_FLAGS if how.get(name) in (0, 1)}
-            made = _validate(MaskedOptions, how | flags)
-        except ValidationError as error:
-            raise ConfigError(_describe(error, REQUEST_PREFIX, self.masked_request_options, REQUEST_PREFIX)) from None
-        policy = self._request_policy(options.policy, changed)
-        grid = options.grid or (self.layout.grid if self.layout else None)
-        if grid is None:
-            raise ConfigError(f"{REQUEST_PREFIX}grid is needed: this server was started without a layout")
-        try:
-            lumos.check_text(prompt_ids)
+            return self.family.request(self, extra_args, prompt)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        try:
-            layout = self._masked_layout(prompt_ids, grid, options.condition_frames)
-            first_frame = lumos.given_frames(prompt_ids, layout)
-            _check_frames(prompt_ids, layout)
-        except ValueError as error:
-            raise ConfigError(f"{REQUEST_PREFIX}grid {list(grid)} and the prompt: {error}") from None
-        _check_policy(policy, layout.frame, REQUEST_PREFIX.rstrip("_"))
-        conditional, unconditional = (
-            VideoPlan(stream, policy, Positions(stream, self._window(policy), lumos.MM_ROPE_SCALE))
-            for stream in (layout, lumos.unconditional_layout(layout))
-        )
-        return MaskedPlan(conditional, unconditional if made.guided else None, made, first_frame, options.frames)
 
-    @staticmethod
-    def _masked_layout(prompt_ids: Sequence[int], grid: tuple[int, int], condition_frames: int | None) -> VideoLayout:
-        frame = lumos.frame_layout(grid)
-        if grid[0] * grid[1] < 2:
-            raise ValueError("a frame needs two visual tokens at least: one stays masked until the last step")
-        if condition_frames is None:
-            text = lumos.video_layout(prompt_ids, grid).condition_tokens
-            condition_frames = (len(prompt_ids) - text) // frame.tokens_per_frame
-        return lumos.video_layout(prompt_ids, grid, condition_frames)
+    def read(self, extra_args: Mapping[str, Any] | None, *options: type) -> tuple[Policy, list[Any]]:
+        """What a request says: its policy, and an object of each class of ``options``.
+
+        Args:
+            extra_args: of the request.
+            options: pydantic models or dataclasses. The first has ``policy``, and is given what nobody knows.
+
+        Raises:
+            ConfigError: an option is wrong or unknown; the message names it.
+        """
+        given = _video_options(extra_args)
+        names = self._policy_options
+        changed = {name: value for name, value in given.items() if name in names}
+        own = {name: value for name, value in given.items() if name not in names}
+        fields = [_fields_of(model) for model in options]
+        others = [{name: own.pop(name) for name in names if name in own} for names in fields[1:]]
+        try:
+            parts = zip(options, [own, *others], strict=True)
+            read: list[Any] = [_validate(model, _with_flags(model, part)) for model, part in parts]
+        except ValidationError as error:
+            known = [*chain.from_iterable(fields), *sorted(self._policy_options)]
+            raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
+        return self._request_policy(read[0].policy, changed), read
+
+    @property
+    def request_options(self) -> list[str]:
+        """Names of what a request may say of its video, without prefix."""
+        models = self.family.options or (_RequestOptions,)
+        return [*(name for model in models for name in _fields_of(model)), *sorted(self._policy_options)]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a frame where a request gives none; None: the server knows of none."""
+        return None if self.layout is None else self.layout.grid
 
     @property
     def _policy_options(self) -> set[str]:
         return {field.name for field in dataclasses.fields(self.policy)}
-
-    def _split(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Options that are not the policy's, and those that are."""
-        names = self._policy_options
-        own = {name: value for name, value in given.items() if name not in names}
-        return own, {name: value for name, value in given.items() if name in names}
 
     def _request_policy(self, name: str | None, changed: Mapping[str, Any]) -> Policy:
         """The server's policy with what a request changes of it."""
@@ -424,8 +390,17 @@ class ServerConfig:
             policy = _parse_policy(type(policy), merged, REQUEST_PREFIX, name=self.name, prefix=REQUEST_PREFIX)
         return Full() if name == OPT_OUT else policy
 
-    def _window(self, policy: Policy) -> int | None:
+    def window(self, policy: Policy) -> int | None:
+        """The window of frames that positions are re-based to; None: they are absolute."""
         return policy.history_window if self.positions == "rebase" else None
+
+    def check_policy(self, policy: Policy, frame: FrameLayout) -> None:
+        """Check a request's policy against the shape of its frames.
+
+        Raises:
+            ConfigError: they cannot work together.
+        """
+        _check_policy(policy, frame, REQUEST_PREFIX.rstrip("_"))
 
     def positions_of(self, layout: VideoLayout, policy: Policy) -> Positions:
         """Where the model sees a video under ``policy``.
@@ -433,7 +408,7 @@ class ServerConfig:
         Raises:
             ValueError: the layout does not go with positions of three axes.
         """
-        return Positions(layout, self._window(policy), self.layout.axis_scale if self.layout else None)
+        return Positions(layout, self.window(policy), self.layout.axis_scale if self.layout else None)
 
     def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
         base = self.layout or LayoutConfig()
@@ -495,16 +470,13 @@ class ServerConfig:
         return parsed
 
 
-_MASKED_OPTIONS = [field.name for field in dataclasses.fields(MaskedOptions)]
 _RESERVED = {
     "layout",
     "positions",
     *_RequestOptions.model_fields,
-    *_MaskedRequestOptions.model_fields,
-    *_MASKED_OPTIONS,
+    *(name for model in LUMOS.options for name in _fields_of(model)),
 }
 """What no policy can call its options."""
-_MASKED_FLAGS = [field.name for field in dataclasses.fields(MaskedOptions) if field.type == "bool"]
 
 
 def _video_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -520,6 +492,16 @@ def _video_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
+def _with_flags(model: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``given`` with flags of a dataclass as such: JSON over HTTP turns true and false into 1 and 0."""
+    flags = (
+        [field.name for field in dataclasses.fields(model) if field.type in ("bool", bool)]
+        if (dataclasses.is_dataclass(model))
+        else []
+    )
+    return {**given, **{name: bool(given[name]) for name in flags if given.get(name) in (0, 1)}}
+
+
 def _deeper(value: object, levels: int) -> bool:
     """Whether lists and mappings lie more than ``levels`` deep inside each other in ``value``."""
     if isinstance(value, Mapping):
@@ -529,33 +511,38 @@ def _deeper(value: object, levels: int) -> bool:
     return levels == 0 or any(_deeper(item, levels - 1) for item in value)
 
 
-def _check_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> None:
-    """All frames that a prompt holds must be frames.
+def family_of(model_config: Any) -> Family:
+    """The family of the model that a configuration of vLLM's is of; there may be none.
 
     Raises:
-        ValueError: one is not.
+        ConfigError: a package's family cannot be loaded.
     """
-    assert layout.frame.grid is not None
-    first = layout.condition_tokens - layout.condition_image_tokens
-    for start in range(first, len(prompt_ids), layout.tokens_per_frame):
-        lumos.codes_of_frame(prompt_ids[start : start + layout.tokens_per_frame], layout.frame.grid)
-
-
-def masked_config_of(owner: Any) -> ServerConfig:
-    """The same for the server of a masked model; not switched on, all is kept."""
-    if not hasattr(owner, "_packcache_masked_config"):
-        owner._packcache_masked_config = ServerConfig.of_masked_model(owner.vllm_config.additional_config)
-    return owner._packcache_masked_config
+    try:
+        return families.of(getattr(getattr(model_config, "hf_config", None), "architectures", None))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def config_of(owner: Any) -> ServerConfig | None:
     """The configuration of an object of vLLM's that has a ``vllm_config``; None: not switched on.
 
     Parsed once and kept on the object: it is asked for in every step and with every request.
+
+    Raises:
+        ConfigError: it is switched on and wrong.
     """
     if not hasattr(owner, "_packcache_config"):
-        owner._packcache_config = ServerConfig.from_additional_config(owner.vllm_config.additional_config)
+        owner._packcache_config = read_config(owner.vllm_config)
     return owner._packcache_config
+
+
+def read_config(vllm_config: Any) -> ServerConfig | None:
+    """The configuration of an engine; None: not switched on.
+
+    Raises:
+        ConfigError: it is switched on and wrong.
+    """
+    return ServerConfig.from_additional_config(vllm_config.additional_config, family_of(vllm_config.model_config))
 
 
 def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -660,7 +647,7 @@ def _describe(error: ValidationError, start: str, known: list[str], prefix: str)
     """The first thing wrong, in one sentence."""
     first = error.errors()[0]
     option = named(str(first["loc"][0])) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         names = ", ".join(prefix + name for name in known)
         return f"{start}{option} is no known option: known are {names}"
     message = first["msg"].removeprefix("Value error, ")

@@ -1,21 +1,30 @@
 """What a request makes and keeps, settled once: scheduler and worker each derive it for themselves.
 
+A request is one or more streams. A **stream** is one sequence of tokens with a KV cache group of its own, and has a
+plan: its layout, what of it is kept, and where the model sees it. A causal video has one stream, a guided one two.
+
 This module is pure: it knows neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Full, Policy
 from vllm_packcache.core.positions import Positions
 
+REQUEST_PREFIX = "packcache_"
+"""Prefix of the request options in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+Role = Literal["causal", "canvas"]
+"""How tokens are made: ``causal``, one after the other; ``canvas``, a whole frame at a time, in passes."""
+
 
 @dataclass(frozen=True)
-class VideoPlan:
-    """What one request keeps, and where its model sees it. Scheduler and worker each derive it for themselves."""
+class Plan:
+    """What one stream keeps, and where its model sees it."""
 
     layout: VideoLayout
     policy: Policy
@@ -25,6 +34,31 @@ class VideoPlan:
     def as_stock(self) -> bool:
         """Whether the whole cache is kept and positions are as without a policy."""
         return type(self.policy) is Full and self.positions.as_stock
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence of a request, whose keys and values are in a KV cache group of its own.
+
+    Args:
+        plan: what it keeps.
+        start: tokens of the request before its first. The engine counts a request's tokens in its first stream, which
+            begins at 0; another one begins later and then grows with it.
+    """
+
+    plan: Plan
+    start: int = 0
+
+    def own_tokens(self, tokens: int) -> int:
+        """How many of a request's first ``tokens`` tokens are in this stream."""
+        return max(0, tokens - self.start)
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """What a request makes: stream i is in KV cache group i of those that its family has."""
+
+    streams: tuple[Stream, ...]
 
 
 class Asked(NamedTuple):

@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 
 from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import PolicyError, Retention
 from vllm_packcache.engine.record import VideoRecord
@@ -53,42 +53,66 @@ class Totals:
     frame_seconds: list[float] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """Whether anything has happened."""
+        return bool(
+            self.freed_blocks
+            or self.slides
+            or self.rotated_blocks
+            or self.preemptions
+            or self.frame_seconds
+            or self.ended
+        )
+
 
 @dataclass(slots=True)
-class Video:
-    """A video request that holds blocks, or is about to.
+class Held:
+    """A stream of a video that holds blocks, or is about to.
 
     Args:
+        stream: which it is.
         retention: what of it lives.
-        positions: where its tokens are.
         record: outlives this when the request is preempted.
         most_blocks: that it holds at once; None: as many as its length takes.
         frame: up to which blocks have been freed.
+        frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
+        quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
+        phase: one of `PHASES`.
         decided: tokens, from the start, of which the policy has said what they read.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
 
+    stream: Stream
     retention: Retention
-    positions: Positions
     record: VideoRecord
     most_blocks: int | None
     frame: int = CONDITION
+    frame_ends: int = 0
+    quiet_until: int = 0
+    phase: str = PHASES[0]
     decided: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
+
+    @property
+    def positions(self) -> Positions:
+        """Where its tokens are."""
+        return self.stream.plan.positions
 
     @property
     def resident_blocks(self) -> int:
         """Blocks that it holds."""
         return self.blocks - self.dropped_blocks
 
-    @property
-    def phase(self) -> str:
-        """One of `PHASES`."""
-        if self._window_starts(self.frame):
-            return "slide"
-        return "pack" if self.dropped_blocks else "fill"
+    def enter(self, frame: int) -> None:
+        """Blocks have been freed up to ``frame``."""
+        self.frame = frame
+        self.frame_ends = self.stream.start + self.retention.layout.frame_start(frame + 1)
+        if self._window_starts(frame):
+            self.phase = "slide"
+        elif self.dropped_blocks:
+            self.phase = "pack"
 
     def slides(self, frame: int) -> int:
         """By how many frames the window moves on until ``frame`` is made."""
@@ -100,6 +124,9 @@ class Video:
 
 
 _RECORD = "_packcache_record"
+_REQUEST = "_packcache_request"
+_MANAGERS = "_packcache_managers"
+_UNKNOWN = object()
 
 
 def record_of(request: Request) -> VideoRecord | None:
@@ -116,13 +143,14 @@ class RetentionManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
         self._config: ServerConfig = kv_cache_spec.server_config
+        self.stream = kv_cache_spec.stream
         self._tokens_ahead = kv_cache_spec.tokens_ahead
         self.frame_by_frame = kv_cache_spec.frame_by_frame
         self._prefix_caching = enable_caching
         # `cache_blocks` is the one call that brings the request, and the coordinator leaves it out for managers
         # without prefix caching. The block pool has its own switch and stores no hash when caching is off.
         self.enable_caching = True
-        self._videos: dict[str, Video | None] = {}
+        self._videos: dict[str, Held | None] = {}
         self._records: dict[str, VideoRecord] = {}
         self.failures: dict[str, str] = {}
         """Requests that cannot go on, and why: the scheduler ends them."""
@@ -130,14 +158,19 @@ class RetentionManager(FullAttentionManager):
         self._announce(kv_cache_spec)
 
     def _announce(self, kv_cache_spec: RetentionSpec) -> None:
-        blocks = self.block_pool.num_gpu_blocks - 1
+        if self.stream > 0:
+            # The manager of the first one says it.
+            return
+        blocks, streams = self.block_pool.num_gpu_blocks - 1, self._config.family.streams
+        tokens = blocks * self.block_size
         logger.info(
-            "%d KV-cache blocks of %d tokens: the longest video holds at most %d of them (text of its prompt not "
-            "counted), a request that keeps its whole cache ends at %d tokens",
+            "%d KV-cache blocks of %d tokens: the longest video holds at most %d of them%s (text of its prompt not "
+            "counted)%s",
             blocks,
             self.block_size,
-            kv_cache_spec.most_blocks(blocks * self.block_size),
-            blocks * self.block_size,
+            kv_cache_spec.most_blocks(tokens),
+            f" in each of its {streams} streams" if streams > 1 else "",
+            f", a request that keeps its whole cache ends at {tokens} tokens" if streams == 1 else "",
         )
 
     def get_num_blocks_to_allocate(
@@ -183,13 +216,19 @@ class RetentionManager(FullAttentionManager):
         What a frame's keys and values are depends on what its tokens could see, and a later frame's eviction
         would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
-        video = self.video(request)
-        self._record(request, video, num_tokens)
-        if not self._prefix_caching:
+        video = self._videos.get(request.request_id)
+        if video is not None and num_tokens <= video.quiet_until:
+            if self.stream == 0:
+                video.record.computed = num_tokens
             return
-        if video is not None:
-            num_tokens = min(num_tokens, video.positions.shared_tokens)
-        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+        video = self.video(request)
+        num_tokens = self.own_tokens(request.request_id, num_tokens)
+        self._record(request, video, num_tokens)
+        # Blocks are known by hashes of the request's tokens, which are those of its first stream.
+        if not self._prefix_caching or self.stream > 0:
+            return
+        shared = num_tokens if video is None else min(num_tokens, video.positions.shared_tokens)
+        super().cache_blocks(request, shared, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -204,12 +243,12 @@ class RetentionManager(FullAttentionManager):
         """
         del num_prompt_tokens
         video = self._videos.get(request_id)
+        if video is None or processed_computed_tokens < video.frame_ends:
+            return
         blocks = self.req_to_blocks.get(request_id)
-        if video is None or not blocks:
+        if not blocks or request_id in self.failures:
             return
-        frame = video.retention.layout.frame_of(processed_computed_tokens)
-        if frame <= video.frame or request_id in self.failures:
-            return
+        frame = video.retention.layout.frame_of(video.stream.own_tokens(processed_computed_tokens))
         try:
             indices = video.retention.dropped_blocks(video.frame, frame).tolist()
         except PolicyError as error:
@@ -220,8 +259,15 @@ class RetentionManager(FullAttentionManager):
             dropped.append(blocks[index])
             blocks[index] = self._null_block
         self._count(video, frame, len(dropped))
-        video.frame = frame
+        video.enter(frame)
         self.block_pool.free_blocks(reversed(dropped))
+
+    def has_decided(self, request_id: str, stop: int) -> bool:
+        """Whether nothing is left to be asked about a request that decodes up to token ``stop``."""
+        video: Any = self._videos.get(request_id, _UNKNOWN)
+        if video is _UNKNOWN or self.failures:
+            return False
+        return video is None or stop - video.stream.start <= video.decided
 
     def decide(self, request: Request, stop: int) -> None:
         """Ask the policy what the tokens before ``stop`` read, before a worker does: there it would not fail alone.
@@ -256,7 +302,23 @@ class RetentionManager(FullAttentionManager):
         _log_end(request_id, why)
         self.failures[request_id] = why
 
-    def room_ends(self, video: Video, processed: int) -> int | None:
+    def chunk_ends(self, request: Request, computed: int) -> int | None:
+        """The token of ``request`` up to which it may be computed in one step from ``computed`` on; None: to its end.
+
+        See `bound_chunks`.
+        """
+        video = self.video(request)
+        if video is None:
+            return None
+        own = video.stream.own_tokens(computed)
+        processed = video.stream.own_tokens(max(0, computed - request.num_in_flight_tokens))
+        ends = [video.positions.next_slide(own), self._room_ends(video, processed)]
+        if self.frame_by_frame:
+            layout = video.retention.layout
+            ends.append(layout.frame_start(layout.frame_of(own) + 1))
+        return min((end + video.stream.start for end in ends if end is not None), default=None)
+
+    def _room_ends(self, video: Held, processed: int) -> int | None:
         """The token up to which ``video`` may be computed while ``processed`` tokens have been; None: to its end."""
         if video.most_blocks is None:
             return None
@@ -265,7 +327,7 @@ class RetentionManager(FullAttentionManager):
         # Tokens that are decoded while this chunk is in flight have their room too.
         return (start + video.most_blocks) * self.block_size - self._tokens_ahead
 
-    def _count(self, video: Video, frame: int, freed: int) -> None:
+    def _count(self, video: Held, frame: int, freed: int) -> None:
         slides = video.slides(frame)
         video.dropped_blocks += freed
         video.record.free(self.kv_cache_group_id, freed)
@@ -274,7 +336,7 @@ class RetentionManager(FullAttentionManager):
         if slides and video.positions.window is not None:
             self.totals.rotated_blocks += slides * len(video.retention.history_blocks(frame))
 
-    def _record(self, request: Request, video: Video | None, num_tokens: int) -> None:
+    def _record(self, request: Request, video: Held | None, num_tokens: int) -> None:
         """Keep account of a video that has blocks for ``num_tokens`` tokens."""
         record = self._records.get(request.request_id)
         if record is None:
@@ -285,12 +347,19 @@ class RetentionManager(FullAttentionManager):
             video.blocks, blocks, layout = blocks, blocks - video.dropped_blocks, video.retention.layout
         frame = self._frame_in_the_making(layout, num_tokens)
         record.hold(self.kv_cache_group_id, blocks, frame)
-        if self.kv_cache_group_id == 0:
+        if self.stream == 0:
             self.totals.frame_seconds += record.compute(num_tokens, frame, time.monotonic())
+        if video is not None and num_tokens >= record.prompt_tokens:
+            # A prompt is cached as a prefix as it is computed, and frames are made from its end on.
+            ends = min(layout.frame_start(frame + 1) - 1, video.blocks * self.block_size)
+            video.quiet_until = video.stream.start + ends
 
     def _frame_in_the_making(self, layout: VideoLayout, num_tokens: int) -> int:
-        """The frame of the last of ``num_tokens`` tokens, or `CONDITION`."""
-        return layout.frame_of(num_tokens - 1)
+        """The frame of the last of ``num_tokens`` tokens, or `CONDITION`; of a canvas the one behind them.
+
+        A canvas counts when it is finished: before, its tokens are speculative ones.
+        """
+        return layout.frame_of(num_tokens if self._config.family.role == "canvas" else num_tokens - 1)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
@@ -298,7 +367,7 @@ class RetentionManager(FullAttentionManager):
         self.failures.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
-            record.held_blocks.pop(self.kv_cache_group_id, None)
+            record.let_go(self.kv_cache_group_id)
         return super().pop_blocks_for_free(request_id)
 
     def take_totals(self) -> Totals:
@@ -306,20 +375,20 @@ class RetentionManager(FullAttentionManager):
         taken, self.totals = self.totals, Totals()
         return taken
 
-    def videos(self) -> list[Video]:
+    def videos(self) -> list[Held]:
         """Videos that hold blocks or are about to."""
         return [video for video in self._videos.values() if video is not None]
 
     def running(self) -> list[tuple[VideoRecord, str]]:
         """Videos that hold blocks, those that keep their whole cache included, and the phase of each."""
-        found = []
-        for request_id, record in self._records.items():
-            video = self._videos[request_id]
-            if record.held:
-                found.append((record, PHASES[0] if video is None else video.phase))
-        return found
+        videos = self._videos
+        return [
+            (record, PHASES[0] if (video := videos[request_id]) is None else video.phase)
+            for request_id, record in self._records.items()
+            if record.held
+        ]
 
-    def video(self, request: Request) -> Video | None:
+    def video(self, request: Request) -> Held | None:
         """What is known of ``request``; None: it keeps its whole cache, or cannot go on (see `failures`)."""
         name = request.request_id
         if name not in self._videos:
@@ -331,21 +400,55 @@ class RetentionManager(FullAttentionManager):
                 self.fail(name, " ".join(str(error).split()) or repr(error))
         return self._videos[name]
 
-    def _new_video(self, request: Request) -> Video | None:
-        plan = self._plan_of(request)
-        if plan is None:
+    def _new_video(self, request: Request) -> Held | None:
+        made = self.request(request)
+        if made is None or self.stream >= len(made.streams):
             return None
+        stream = made.streams[self.stream]
+        plan = stream.plan
         record = record_of(request) or VideoRecord(plan.layout, self.block_size, request.num_prompt_tokens)
         setattr(request, _RECORD, record)
         self._records[request.request_id] = record
-        if plan.as_stock:
+        # Beside another one a stream is known by its start, whatever it keeps.
+        if plan.as_stock and len(made.streams) == 1:
             return None
         retention = Retention(plan.layout, plan.policy, self.block_size)
-        return Video(retention, plan.positions, record, retention.most_blocks(self._tokens_ahead))
+        held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
+        held.enter(CONDITION)
+        return held
 
-    def _plan_of(self, request: Request) -> VideoPlan | None:
-        params = request.sampling_params
-        return self._config.video(params.extra_args if params else None, request.num_prompt_tokens)
+    def request(self, request: Request) -> VideoRequest | None:
+        """What ``request`` makes; None: it is no video. Worked out once, for the managers of all streams.
+
+        Raises:
+            ConfigError: where no front end has checked it.
+        """
+        if not hasattr(request, _REQUEST):
+            params = request.sampling_params
+            prompt = request.prompt_token_ids
+            extra_args = params.extra_args if params else None
+            made = self._config.request(extra_args, request.num_prompt_tokens if prompt is None else prompt)
+            setattr(request, _REQUEST, made)
+        return getattr(request, _REQUEST)
+
+
+class LaterStreamManager(RetentionManager):
+    """Of a stream that begins later than the request, in whose tokens vLLM counts. Many requests have none."""
+
+    def own_tokens(self, request_id: str, tokens: int) -> int:
+        """See `RetentionManager.own_tokens`; none, where the request has no such stream."""
+        video = self._videos.get(request_id)
+        return 0 if video is None else video.stream.own_tokens(tokens)
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        """See `RetentionManager.get_num_blocks_to_allocate`."""
+        return super().get_num_blocks_to_allocate(request_id, self.own_tokens(request_id, num_tokens), *args, **kwargs)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Allocate the blocks of this stream for a request's first ``num_tokens`` tokens."""
+        return super().allocate_new_blocks(
+            request_id, self.own_tokens(request_id, num_tokens), self.own_tokens(request_id, num_tokens_main_model)
+        )
 
 
 def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
@@ -383,11 +486,21 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
         managers = retention_managers(scheduler.kv_cache_manager)
         if not managers:
             return 0 if _end_if_misdirected(scheduler, request) else num_new_tokens
+        # While it decodes there is no more than one token, and nothing to end.
+        decodes = request.num_tokens - num_computed_tokens <= 1
+        stop = num_computed_tokens + num_new_tokens
+        if decodes:
+            for manager in managers:
+                if not manager.has_decided(request.request_id, stop):
+                    break
+            else:
+                return num_new_tokens
         try:
-            # While it decodes there is no more than one token, and nothing to end.
-            if request.num_tokens - num_computed_tokens > 1:
+            if not decodes:
                 _check_room(managers, request)
-                num_new_tokens = _within_room(managers[0], request, num_computed_tokens, num_new_tokens)
+                for end in [manager.chunk_ends(request, num_computed_tokens) for manager in managers]:
+                    if end is not None:
+                        num_new_tokens = max(0, min(num_new_tokens, end - num_computed_tokens))
             for manager in managers:
                 manager.decide(request, num_computed_tokens + num_new_tokens)
         except PolicyError as error:
@@ -423,19 +536,6 @@ def _end_if_misdirected(scheduler: Scheduler, request: Request) -> bool:
     return True
 
 
-def _within_room(manager: RetentionManager, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-    video = manager.video(request)
-    if video is None:
-        return num_new_tokens
-    processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
-    ends = [video.positions.next_slide(num_computed_tokens), manager.room_ends(video, processed)]
-    if manager.frame_by_frame:
-        layout = video.retention.layout
-        ends.append(layout.frame_start(layout.frame_of(num_computed_tokens) + 1))
-    room = min((end - num_computed_tokens for end in ends if end is not None), default=num_new_tokens)
-    return max(0, min(num_new_tokens, room))
-
-
 def _check_room(managers: Sequence[RetentionManager], request: Request) -> None:
     """Where no front end has checked it, a request without room would wait for ever, and those behind it with it."""
     pool = managers[0].block_pool.num_gpu_blocks - 1
@@ -444,9 +544,15 @@ def _check_room(managers: Sequence[RetentionManager], request: Request) -> None:
         managers[0].fail(request.request_id, f"it holds {needed} blocks, and the KV cache has {pool}")
 
 
-def retention_managers(manager: KVCacheManager) -> list[RetentionManager]:
-    """The managers that obey a policy, one for each KV cache group; none: the policy is not switched on."""
-    return [own for own in manager.coordinator.single_type_managers if isinstance(own, RetentionManager)]
+def retention_managers(manager: KVCacheManager) -> tuple[RetentionManager, ...]:
+    """The managers that obey a policy, by the number of their stream; none: the policy is not switched on."""
+    found: tuple[RetentionManager, ...] | None = getattr(manager, _MANAGERS, None)
+    if found is None:
+        own = [each for each in manager.coordinator.single_type_managers if isinstance(each, RetentionManager)]
+        found = tuple(sorted(own, key=lambda each: each.stream))
+        # They are made with it, and it is asked for with every request in every step.
+        setattr(manager, _MANAGERS, found)
+    return found
 
 
 def retention_manager(manager: KVCacheManager) -> RetentionManager | None:
@@ -454,6 +560,6 @@ def retention_manager(manager: KVCacheManager) -> RetentionManager | None:
     return next(iter(retention_managers(manager)), None)
 
 
-def _video_of(manager: KVCacheManager, request: Request) -> Video | None:
+def _video_of(manager: KVCacheManager, request: Request) -> Held | None:
     retaining = retention_manager(manager)
     return None if retaining is None else retaining.video(request)

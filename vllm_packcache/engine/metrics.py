@@ -25,7 +25,6 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.engine.manager import (
     PHASES,
     RetentionManager,
-    Totals,
     record_of,
     retention_manager,
     retention_managers,
@@ -84,7 +83,7 @@ def block_bytes(scheduler: Scheduler) -> int:
 
 
 def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, int]:
-    """What the counters have grown by since they were last asked for, and gauges of the videos that hold blocks.
+    """What the counters have grown by since they were last asked for, if at all, and gauges of videos that hold blocks.
 
     Blocks are those of all KV cache groups; videos, their tokens and their slides are counted once, by the first.
 
@@ -95,27 +94,28 @@ def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, 
         managers: of all KV cache groups.
         block_bytes: of `block_bytes`.
     """
-    grown = [manager.take_totals() for manager in managers]
     running = managers[0].running()
-    blocks = sum(record.held for record, _ in running)
+    blocks = sum([record.held for record, _ in running])
     phases = [phase for _, phase in running]
+    gauges = {
+        "resident_tokens": blocks * managers[0].block_size,
+        "resident_bytes": blocks * block_bytes,
+        "logical_tokens": sum([record.computed for record, _ in running]),
+        **{f"{VIDEOS}_{phase}": phases.count(phase) for phase in PHASES},
+    }
+    if not any(manager.totals for manager in managers):
+        return gauges
+    grown = [manager.take_totals() for manager in managers]
     return {
         "frames": len(grown[0].frame_seconds),
         "freed_blocks": sum(own.freed_blocks for own in grown),
         "slides": grown[0].slides,
         "rotated_blocks": sum(own.rotated_blocks for own in grown),
         "preemptions": grown[0].preemptions,
-        "resident_tokens": blocks * managers[0].block_size,
-        "resident_bytes": blocks * block_bytes,
-        "logical_tokens": sum(record.computed for record, _ in running),
-        **{f"{VIDEOS}_{phase}": phases.count(phase) for phase in PHASES},
+        **gauges,
         **{f"{ENDED}_{reason}": grown[0].ended.count(reason) for reason in REASONS},
-        **_microseconds(grown[0]),
+        **{f"{FRAME_SECONDS}_{i}": round(seconds * 1e6) for i, seconds in enumerate(grown[0].frame_seconds)},
     }
-
-
-def _microseconds(grown: Totals) -> dict[str, int]:
-    return {f"{FRAME_SECONDS}_{i}": round(seconds * 1e6) for i, seconds in enumerate(grown.frame_seconds)}
 
 
 def publish_counts(init: Callable[..., None]) -> Callable[..., None]:

@@ -25,6 +25,7 @@ class VideoRecord:
         prompt_tokens: of the request: what lies behind them is made.
         computed: tokens, those of steps in flight included.
         held_blocks: what it holds, by KV cache group.
+        held: the same in all of them.
         peak_blocks: that it has held at once, in all KV cache groups.
         peaks: the same while frames were made; the condition is no frame.
         frames_per_peak: for so many frames each of them stands.
@@ -38,6 +39,7 @@ class VideoRecord:
     prompt_tokens: int
     computed: int = 0
     held_blocks: dict[int, int] = field(default_factory=dict)
+    held: int = 0
     peak_blocks: int = 0
     peaks: list[int] = field(default_factory=list)
     frames_per_peak: int = 1
@@ -47,15 +49,10 @@ class VideoRecord:
     _making: int = CONDITION
     _began: float | None = None
 
-    @property
-    def held(self) -> int:
-        """Blocks that it holds now, in all KV cache groups."""
-        return sum(self.held_blocks.values())
-
     def hold(self, group: int, blocks: int, frame: int) -> None:
         """It holds ``blocks`` blocks in a KV cache group now, while ``frame`` is computed."""
+        held = self.held = self.held + blocks - self.held_blocks.get(group, 0)
         self.held_blocks[group] = blocks
-        held = self.held
         self.peak_blocks = max(self.peak_blocks, held)
         if frame == CONDITION:
             return
@@ -70,7 +67,12 @@ class VideoRecord:
     def free(self, group: int, blocks: int) -> None:
         """The policy has freed ``blocks`` blocks of a KV cache group."""
         self.held_blocks[group] -= blocks
+        self.held -= blocks
         self.freed_blocks += blocks
+
+    def let_go(self, group: int) -> None:
+        """It holds nothing in a KV cache group any more: it ended, or was preempted."""
+        self.held -= self.held_blocks.pop(group, 0)
 
     def compute(self, tokens: int, frame: int, now: float) -> list[float]:
         """Its first ``tokens`` tokens have been computed, or are in this step, and ``frame`` is being computed.

@@ -1,4 +1,4 @@
-"""Schedulers of a masked model: a picture is computed whole or not at all.
+"""Schedulers of canvases: a picture is computed whole or not at all.
 
 vLLM's schedulers for discrete diffusion schedule a frame as speculative tokens, and clip it to the token budget and to
 the longest sequence like any others. Every token of a frame sees the whole of it, so a part of one is of no use.
@@ -10,7 +10,8 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, Diff
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_packcache.engine.streams import stream_managers
+from vllm_packcache.engine.manager import retention_managers
+from vllm_packcache.families.lumos import CanvasRequest
 
 
 class _WholePictures(Scheduler):
@@ -19,23 +20,24 @@ class _WholePictures(Scheduler):
 
         vLLM asks this last of all, for prefill chunks and for canvases; 0 leaves the request for another step.
         """
-        managers = stream_managers(self.kv_cache_manager)
+        managers = retention_managers(self.kv_cache_manager)
         for manager in managers:
             # Before the first blocks are allocated, which is by the request's name alone.
             manager.video(request)
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens == 0:
             return 0
-        plan = managers[0].plan(request)
-        if num_computed_tokens < plan.text_tokens:
-            return min(num_new_tokens, plan.text_tokens - num_computed_tokens)
-        picture = plan.conditional.layout.tokens_per_frame
+        made = managers[0].request(request)
+        assert isinstance(made, CanvasRequest), "every request of such a model is one"
+        if num_computed_tokens < made.text_tokens:
+            return min(num_new_tokens, made.text_tokens - num_computed_tokens)
+        picture = made.conditional.layout.tokens_per_frame
         return picture if num_new_tokens >= picture else 0
 
 
-class MaskedScheduler(_WholePictures, DiffusionScheduler):
+class CanvasScheduler(_WholePictures, DiffusionScheduler):
     """A step at a time."""
 
 
-class MaskedAsyncScheduler(_WholePictures, DiffusionAsyncScheduler):
+class CanvasAsyncScheduler(_WholePictures, DiffusionAsyncScheduler):
     """A step ahead of the one in flight."""

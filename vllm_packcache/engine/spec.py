@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig
+from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig, read_config
 from vllm_packcache.core.retention import Retention
 
 
@@ -29,6 +30,9 @@ class RetentionSpec(FullAttentionSpec):
         tokens_ahead: tokens that may be scheduled before a step has been processed, which frees no blocks until then.
         frame_by_frame: a prefill chunk ends with its frame: attention has as many rows as a step has requests.
     """
+
+    stream: ClassVar[int] = 0
+    """Which of a request's streams it is of."""
 
     retention: str
     tokens_ahead: int
@@ -88,16 +92,74 @@ class RetentionSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for layers that share a KV cache group."""
+        """One spec for layers that share a KV cache group: streams share none."""
         first = specs[0]
         assert {spec.retention for spec in specs} == {first.retention}, "layers of one KV cache group differ in policy"
+        assert {type(spec) for spec in specs} == {type(first)}, "streams have blocks of their own"
         return replace(first, **fields_of(FullAttentionSpec.merge(specs)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec(RetentionSpec):
+    """One of several streams, each of which is a KV cache group of its own.
+
+    vLLM puts layers whose specs have one base into one group, with one block table. The streams of a request have
+    different tokens and so different blocks: their specs are of different classes.
+
+    Args:
+        largest_frame: tokens of the largest frame that the server makes.
+    """
+
+    largest_frame: int
+
+    @property
+    def usual_layout(self) -> LayoutConfig:
+        """The server's layout; where there is none, the largest frame and a conditioning image of its size."""
+        return self.server_config.layout or LayoutConfig(
+            tokens_per_frame=self.largest_frame, condition_image_tokens=self.largest_frame
+        )
+
+
+class FirstStreamSpec(StreamSpec):
+    """The stream in which the engine counts a request's tokens."""
+
+
+class SecondStreamSpec(StreamSpec):
+    """The stream beside it."""
+
+    stream = 1
+
+
+STREAM_SPECS = (FirstStreamSpec, SecondStreamSpec)
+"""By the number of the stream: as many as a request may have."""
+
+
+def stream_spec(spec: AttentionSpec, vllm_config: VllmConfig, stream: int) -> AttentionSpec:
+    """The spec of a layer of a stream, made of the spec that vLLM would give it.
+
+    Raises:
+        TypeError: the layer is not one of plain full attention.
+    """
+    if type(spec) is not FullAttentionSpec:
+        raise TypeError(f"layers of several streams have full attention, not {type(spec).__name__}")
+    config = read_config(vllm_config)
+    assert config is not None, "a model with several streams is always on"
+    assert vllm_config.diffusion_config is not None, "the canvas is set when the configuration is made"
+    canvas = vllm_config.diffusion_config.canvas_length
+    return STREAM_SPECS[stream](
+        **fields_of(spec),
+        retention=as_json(config),
+        tokens_ahead=(vllm_config.max_concurrent_batches - 1) * canvas,
+        frame_by_frame=True,
+        largest_frame=canvas,
+    )
 
 
 def as_json(config: ServerConfig) -> str:
     """``config`` in a form that can be compared and hashed."""
     arguments = {"policy": config.name, "source": config.as_mapping(), "position_limit": config.position_limit}
-    return json.dumps({"config": arguments, "fingerprint": config.fingerprint()}, sort_keys=True)
+    sent = {"config": arguments, "family": config.family.architectures[:1], "fingerprint": config.fingerprint()}
+    return json.dumps(sent, sort_keys=True)
 
 
 @cache
@@ -108,7 +170,8 @@ def of_json(text: str) -> ServerConfig:
         ConfigError: the policy of that name has other options, is another one, or decides otherwise here.
     """
     sent = json.loads(text)
-    config, there = ServerConfig.parse(**sent["config"]), sent["fingerprint"]
+    config = ServerConfig.parse(**sent["config"], family=families.of(sent["family"]))
+    there = sent["fingerprint"]
     here = config.fingerprint()
     if here != there:
         raise ConfigError(

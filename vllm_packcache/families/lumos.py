@@ -22,13 +22,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
+from vllm_packcache.core.plan import REQUEST_PREFIX, Plan, Stream, VideoRequest
+from vllm_packcache.core.positions import Positions
+from vllm_packcache.families.base import Family, Prompt, Server
 from vllm_packcache.families.checkpoint import DecoderConfig, require, rope_of
 
 Int64 = npt.NDArray[np.int64]
@@ -196,27 +199,47 @@ class MaskedOptions:
 
 
 @dataclass(frozen=True)
-class MaskedPlan:
-    """What a request to a masked model makes, and what its streams keep.
+class RequestOptions:
+    """What a request says besides the policy's options and `MaskedOptions`.
 
     Args:
-        conditional: the stream of the whole prompt.
-        unconditional: the stream that begins with the video; None: the request is not guided.
+        policy: the server's, or ``full``: all is kept.
+        grid: rows and columns of a frame; None: the server's.
+        frames: how many to make; None: as many as ``max_tokens`` says.
+        condition_frames: how many of the pictures in the prompt are conditioning images; None: all of them.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+
+    policy: str | None = None
+    grid: Grid | None = None
+    frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
+    condition_frames: Annotated[int, Field(ge=0)] | None = None
+
+
+@dataclass(frozen=True)
+class CanvasRequest(VideoRequest):
+    """What a request makes: one stream of the whole prompt, and a guided one a second that begins with the video.
+
+    Args:
         options: how frames are made.
         first_frame: number of the first frame that is made; those before it are given.
         frames: how many are made; None: as many as the request's ``max_tokens`` says.
     """
 
-    conditional: VideoPlan
-    unconditional: VideoPlan | None
     options: MaskedOptions
     first_frame: int
     frames: int | None
 
     @property
-    def streams(self) -> tuple[VideoPlan, ...]:
-        """The conditional one, and the unconditional one if there is one."""
-        return (self.conditional,) if self.unconditional is None else (self.conditional, self.unconditional)
+    def conditional(self) -> Plan:
+        """Of the stream of the whole prompt."""
+        return self.streams[0].plan
+
+    @property
+    def unconditional(self) -> Plan | None:
+        """Of the stream that begins with the video; None: the request is not guided."""
+        return self.streams[1].plan if len(self.streams) > 1 else None
 
     @property
     def text_tokens(self) -> int:
@@ -543,3 +566,88 @@ def committed(ids: Int64, share: float) -> Int64:
     ids = ids.copy()
     ids[committed_offsets(len(ids), share)] = MASK
     return ids
+
+
+# Family
+
+
+class Lumos(Family):
+    """Lumos-1: canvases, in two streams where a request is guided. Every request is a video."""
+
+    name = "Lumos-1"
+    architectures = ARCHITECTURES
+    model = "vllm_packcache.models.lumos:LumosForConditionalGeneration"
+    role = "canvas"
+    streams = 2
+    options = (RequestOptions, MaskedOptions)
+
+    def check_layout(self, frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> None:
+        """See `Family.check_layout`."""
+        if frame.grid is None:
+            raise ValueError("give grid: the frames of this model are made of rows and columns")
+        own = frame_layout(frame.grid)
+        if frame not in (own, FrameLayout.from_grid(frame.grid)):
+            raise ValueError(
+                f"frames of this model have frame_start_tokens: {own.frame_start_tokens}, row_end_tokens: "
+                f"{own.row_end_tokens}, frame_end_tokens: {own.frame_end_tokens}: give these, or grid alone"
+            )
+        if axis_scale not in (None, MM_ROPE_SCALE):
+            raise ValueError(
+                f"axis_scale of this model is {list(MM_ROPE_SCALE)}, not {list(axis_scale or ())}: leave it out"
+            )
+
+    def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> CanvasRequest:
+        """See `Family.request`.
+
+        Args:
+            server: the server's configuration.
+            extra_args: of the request.
+            prompt: of `text_prompt`, and any frames that are given. They are conditioning images; with
+                ``condition_frames`` the first so many are, and the others begin the video.
+        """
+        if isinstance(prompt, int):
+            raise ValueError(
+                "this model makes videos: send the prompt as token ids (see vllm_packcache.families.lumos)"
+            )
+        policy, (options, made) = server.read(extra_args, *self.options)
+        grid = options.grid or server.grid
+        if grid is None:
+            raise ValueError(f"{REQUEST_PREFIX}grid is needed: this server was started without a layout")
+        check_text(prompt)
+        try:
+            layout = _layout_of(prompt, grid, options.condition_frames)
+            first_frame = given_frames(prompt, layout)
+            _check_frames(prompt, layout)
+        except ValueError as error:
+            raise ValueError(f"{REQUEST_PREFIX}grid {list(grid)} and the prompt: {error}") from None
+        server.check_policy(policy, layout.frame)
+        layouts = (layout, unconditional_layout(layout))[: 2 if made.guided else 1]
+        streams = tuple(
+            Stream(
+                Plan(own, policy, Positions(own, server.window(policy), MM_ROPE_SCALE)),
+                layout.condition_tokens - own.condition_tokens,
+            )
+            for own in layouts
+        )
+        return CanvasRequest(streams, made, first_frame, options.frames)
+
+
+def _layout_of(prompt_ids: Sequence[int], grid: Grid, condition_frames: int | None) -> VideoLayout:
+    if grid[0] * grid[1] < 2:
+        raise ValueError("a frame needs two visual tokens at least: one stays masked until the last step")
+    if condition_frames is None:
+        text = video_layout(prompt_ids, grid).condition_tokens
+        condition_frames = (len(prompt_ids) - text) // frame_layout(grid).tokens_per_frame
+    return video_layout(prompt_ids, grid, condition_frames)
+
+
+def _check_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> None:
+    """All frames that a prompt holds must be frames.
+
+    Raises:
+        ValueError: one is not.
+    """
+    assert layout.frame.grid is not None
+    first = layout.condition_tokens - layout.condition_image_tokens
+    for start in range(first, len(prompt_ids), layout.tokens_per_frame):
+        codes_of_frame(prompt_ids[start : start + layout.tokens_per_frame], layout.frame.grid)

@@ -25,13 +25,15 @@ from vllm_packcache.config.server import (
     POSITION_LIMIT_KEY,
     PositionMode,
     ServerConfig,
+    family_of,
+    read_config,
 )
 from vllm_packcache.config.sources import CONFIG_KEY, load_mapping
 from vllm_packcache.families import lumos
+from vllm_packcache.hooks import canvas
 from vllm_packcache.hooks import install as hooks
-from vllm_packcache.hooks import masked as plugin_masked
 from vllm_packcache.hooks.flags import CommandLine
-from vllm_packcache.hooks.requests import steps_ahead
+from vllm_packcache.hooks.roles import serving_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -80,7 +82,7 @@ def _register_with_vllm() -> None:
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
-    plugin_masked.install()
+    canvas.install()
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -91,45 +93,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """
     model = vllm_config.model_config
     _check_options(vllm_config, POLICY_FLAG)
-    config = ServerConfig.from_additional_config(vllm_config.additional_config)
+    config = read_config(vllm_config)
     assert config is not None, "only a server that is switched on is checked"
     _check_backends(vllm_config, config.positions)
     if config.positions == "rebase":
         _check_rebasing(vllm_config)
-    if plugin_masked.is_masked(model):
-        return
-    text_config = model.hf_text_config
-    rope = any(
-        getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
-    )
-    layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "attention"}
-    model_reasons = (
-        (model.use_mla, "caches MLA latents, not keys and values"),
-        (
-            model.is_hybrid or model.is_attention_free or model.has_inner_state,
-            "has layers that are not attention",
-        ),
-        (model.is_encoder_decoder, "has an encoder"),
-        (model.is_diffusion, "denoises whole canvases instead of decoding tokens"),
-        (model.runner_type != "generate", "does not generate"),
-        (
-            model.get_sliding_window() is not None or model.rswa_window is not None or bool(layer_types),
-            "has layers without full attention",
-        ),
-        (model.is_mm_prefix_lm, "attends in both directions inside its prompt"),
-        (not rope or model.uses_alibi, "has no rotary position embedding"),
-    )
-    for unsupported, reason in model_reasons:
-        if unsupported:
-            raise ConfigError(
-                f"{POLICY_FLAG}: {model.model} {reason}: serve a decoder with full attention and RoPE in every "
-                f"layer, or start without {POLICY_FLAG}"
-            )
-    if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
-        raise ConfigError(
-            f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
-            "axis_scale out"
-        )
+    serving_of(model).check_model(vllm_config, config)
 
 
 def _check_options(vllm_config: VllmConfig, subject: str) -> None:
@@ -193,8 +162,7 @@ def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
     attention = vllm_config.attention_config
     named = {attention.backend, *attention.backend_per_kind.values()} - {None}
     for name in sorted(backend.name for backend in named if backend is not None):
-        if plugin_masked.is_masked(vllm_config.model_config):
-            plugin_masked.check_backend(name)
+        serving_of(vllm_config.model_config).check_backend(name)
         if positions == "rebase":
             layout_of(name)
 
@@ -202,7 +170,7 @@ def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
 def _check_tables(vllm_config: VllmConfig) -> None:
     from vllm_packcache.hooks.admission import check_tables
 
-    check_tables(vllm_config, groups=2 if plugin_masked.is_masked(vllm_config.model_config) else 1)
+    check_tables(vllm_config, groups=family_of(vllm_config.model_config).streams)
 
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
@@ -273,13 +241,12 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
     lengths = None if config is None else _Lengths(beyond_positions=config.positions == "rebase")
     token = _lengths.set(lengths)
     try:
-        with plugin_masked.knowing(engine_args):
+        with canvas.knowing(engine_args):
             vllm_config = create_engine_config(engine_args, *args, **kwargs)
     finally:
         _lengths.reset(token)
-    is_masked = plugin_masked.is_masked(vllm_config.model_config)
-    if is_masked:
-        plugin_masked.choose_scheduler(vllm_config)
+    serving = serving_of(vllm_config.model_config)
+    serving.finish(vllm_config)
     if lengths is not None:
         vllm_config.additional_config = {
             **engine_args.additional_config,
@@ -287,21 +254,21 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
         }
         check_engine(vllm_config)
         _check_tables(vllm_config)
-    elif is_masked:
+    elif serving.always_on:
         _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
         _check_backends(vllm_config, "absolute")
-    if lengths is not None or is_masked:
-        _announce(engine_args, config)
+    if lengths is not None or serving.always_on:
+        _announce(engine_args, config, family_of(vllm_config.model_config).name)
     return vllm_config
 
 
-def _announce(engine_args: EngineArgs, config: ServerConfig | None) -> None:
+def _announce(engine_args: EngineArgs, config: ServerConfig | None, family: str) -> None:
     """Say once for each engine that the plugin is on, and how."""
     if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
         # One of several API servers: the process that starts them has said so.
         return
     if config is None:
-        logger.info("vllm-packcache %s is on: a masked model, without a policy", version("vllm-packcache"))
+        logger.info("vllm-packcache %s is on: a %s model, without a policy", version("vllm-packcache"), family)
         return
     policy = engine_args.additional_config[POLICY_KEY]
     options = json.dumps(config.as_mapping(), sort_keys=True)
@@ -313,8 +280,9 @@ def find_position_limit(get_and_verify_max_len: Callable[..., int]) -> Callable[
 
     @wraps(get_and_verify_max_len)
     def wrapper(model_config: ModelConfig, max_model_len: int | None) -> int:
-        if plugin_masked.is_masked(model_config):
-            return plugin_masked.longest(max_model_len)
+        longest = serving_of(model_config).longest(max_model_len)
+        if longest is not None:
+            return longest
         lengths = _lengths.get()
         if lengths is None:
             return get_and_verify_max_len(model_config, max_model_len)
@@ -342,26 +310,19 @@ def choose_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
 
-        from vllm_packcache.worker.attention import retaining_backend
         from vllm_packcache.worker.keys.layout import layout_of
 
         backend = get_attn_backend(*args, **kwargs)
         vllm_config = get_current_vllm_config()
+        serving = serving_of(vllm_config.model_config)
+        serving.check_backend(backend.get_name())
         config = ServerConfig.from_additional_config(vllm_config.additional_config)
-        is_masked = plugin_masked.is_masked(vllm_config.model_config)
-        if is_masked:
-            plugin_masked.check_backend(backend.get_name())
         if config is None:
             return backend
         if config.positions == "rebase":
             # Here, before any weights are loaded.
             layout_of(backend.get_name())
-        if is_masked:
-            # Its model state compacts, and its layers make specs of their own.
-            return backend
-        # What a GPU's backend sets aside for rows is of max_num_seqs, and so are the V2 runner's captured graphs.
-        frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
-        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
+        return serving.backend(backend, vllm_config, config)
 
     return wrapper
 
@@ -375,8 +336,7 @@ def check_model_runner(init_device: Callable[..., Any]) -> Callable[..., Any]:
 
         made = init_device(worker, *args, **kwargs)
         vllm_config = worker.vllm_config
-        is_on = ServerConfig.from_additional_config(vllm_config.additional_config) is not None
-        if is_on or plugin_masked.is_masked(vllm_config.model_config):
+        if read_config(vllm_config) is not None:
             check_runner(worker.worker.model_runner)
         return made
 
@@ -391,12 +351,7 @@ def choose_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[
         state = resolve_model_state_cls(vllm_config, *args, **kwargs)
         if ServerConfig.from_additional_config(vllm_config.additional_config) is None:
             return state
-        if plugin_masked.is_masked(vllm_config.model_config):
-            return state
-        # It needs Triton, which is there when the V2 runner is.
-        from vllm_packcache.worker.runner_v2 import retaining_model_state
-
-        return retaining_model_state(state)
+        return serving_of(vllm_config.model_config).model_state(state)
 
     return wrapper
 

@@ -39,25 +39,25 @@ UNUSED_WEIGHTS = ("model.vqmodel.", "rotary_emb.inv_freq")
 class StreamAttention(Attention):
     """vLLM's attention over the cache of one of the two streams."""
 
-    conditional: ClassVar[bool]
+    stream: ClassVar[int]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
         """The spec of this stream's cache: streams must not come to share a group of caches."""
-        from vllm_packcache.engine.stream_spec import stream_spec
+        from vllm_packcache.engine.spec import stream_spec
 
-        return stream_spec(super().get_kv_cache_spec(vllm_config), vllm_config, self.conditional)
+        return stream_spec(super().get_kv_cache_spec(vllm_config), vllm_config, self.stream)
 
 
 class ConditionalAttention(StreamAttention):
     """The stream that sees the request's text."""
 
-    conditional = True
+    stream = 0
 
 
 class UnconditionalAttention(StreamAttention):
     """The stream that does not."""
 
-    conditional = False
+    stream = 1
 
 
 class MMRotary(nn.Module):
@@ -291,9 +291,9 @@ class LumosForConditionalGeneration(nn.Module, SupportsQuant):
     @staticmethod
     def get_model_state_cls() -> type:
         """The state that vLLM's V2 runner keeps for the requests of this model."""
-        from vllm_packcache.worker.passes import MaskedModelState
+        from vllm_packcache.worker.passes import CanvasModelState
 
-        return MaskedModelState
+        return CanvasModelState
 
     @property
     def rotary(self) -> tuple[Float64, Int64]:

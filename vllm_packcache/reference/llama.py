@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_packcache.core.layout import CONDITION, Segment
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.families.checkpoint import DecoderConfig, read_config, require, rope_of
 from vllm_packcache.reference.decoder import Decoder, read_weights
 from vllm_packcache.reference.visibility import positions, visibility
@@ -108,7 +108,7 @@ class LlamaReference(Decoder):
         return cls(LlamaConfig.from_json(read_config(path)), read_weights(path))
 
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int], plan: VideoPlan | None = None, block_size: int = 32) -> Tensor:
+    def logits(self, token_ids: Sequence[int], plan: Plan | None = None, block_size: int = 32) -> Tensor:
         """Logits of every position of a given sequence of T tokens (teacher forcing).
 
         Args:
@@ -132,7 +132,7 @@ class LlamaReference(Decoder):
         self,
         prompt_ids: Sequence[int],
         max_tokens: int,
-        plan: VideoPlan | None = None,
+        plan: Plan | None = None,
         block_size: int = 32,
     ) -> Generation:
         """Generate greedily, token by token; no token ends the sequence early.
@@ -162,7 +162,7 @@ class LlamaReference(Decoder):
         return Generation(tokens[len(prompt_ids) :], torch.cat(logits))
 
     @torch.inference_mode()
-    def unrotated_keys(self, token_ids: Sequence[int], plan: VideoPlan | None = None, block_size: int = 32) -> Tensor:
+    def unrotated_keys(self, token_ids: Sequence[int], plan: Plan | None = None, block_size: int = 32) -> Tensor:
         """Keys of a given sequence of T tokens before rotation: arguments as for `logits`.
 
         Returns:
@@ -179,7 +179,7 @@ class LlamaReference(Decoder):
         start: int,
         cache: Tensor,
         mask: Tensor,
-        plan: VideoPlan | None,
+        plan: Plan | None,
         block_size: int,
     ) -> Tensor:
         """Compute the tokens ``[start, start + n)``, write their keys and values to ``cache``.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions, StepNoise
@@ -83,7 +83,7 @@ class MaskedVideo:
         model: LumosReference,
         prompt_ids: Sequence[int],
         frames: int,
-        plan: VideoPlan,
+        plan: Plan,
         options: MaskedOptions,
         block_size: int = 32,
     ) -> None:
@@ -162,7 +162,7 @@ def generate_masked(
     model: LumosReference,
     prompt_ids: Sequence[int],
     frames: int,
-    plan: VideoPlan,
+    plan: Plan,
     options: MaskedOptions,
     block_size: int = 32,
 ) -> MaskedGeneration:
@@ -239,7 +239,7 @@ class _Stream:
         block_size: tokens of a KV-cache block.
     """
 
-    def __init__(self, model: LumosReference, prompt: Tensor, frames: int, plan: VideoPlan, block_size: int) -> None:
+    def __init__(self, model: LumosReference, prompt: Tensor, frames: int, plan: Plan, block_size: int) -> None:
         self._model, self._plan, self._block_size = model, plan, block_size
         layout = plan.layout
         self._cache = model.new_cache(layout.frame_start(frames))
@@ -266,6 +266,6 @@ class _Stream:
         return self._model.run(ids, start, self._cache, at, mask.expand(len(ids), -1))
 
 
-def _plan_of(plan: VideoPlan, layout: VideoLayout) -> VideoPlan:
+def _plan_of(plan: Plan, layout: VideoLayout) -> Plan:
     """The same policy and the same kind of positions for another layout."""
-    return VideoPlan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))
+    return Plan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))

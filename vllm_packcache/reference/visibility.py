@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vllm_packcache.core.layout import CONDITION, FrameLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
 
 
-def visibility(plan: VideoPlan | None, block_size: int, num_tokens: int) -> Tensor:
+def visibility(plan: Plan | None, block_size: int, num_tokens: int) -> Tensor:
     """Which key each query sees.
 
     Query p sees key j if j is not later than p and the block of j lives when p is computed. The block that p
@@ -39,7 +39,7 @@ def visibility(plan: VideoPlan | None, block_size: int, num_tokens: int) -> Tens
     return causal & live
 
 
-def frame_visibility(plan: VideoPlan, block_size: int, frame: int) -> Tensor:
+def frame_visibility(plan: Plan, block_size: int, frame: int) -> Tensor:
     """Which key every query of ``frame`` sees in masked generation, whatever the pass.
 
     The history that lives while the frame is made, and the frame itself, whole.
@@ -59,7 +59,7 @@ def frame_visibility(plan: VideoPlan, block_size: int, frame: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def positions(plan: VideoPlan | None, block_size: int, num_tokens: int, frame: int) -> Tensor:
+def positions(plan: Plan | None, block_size: int, num_tokens: int, frame: int) -> Tensor:
     """Model positions of every token, as key and as query, while ``frame`` is made.
 
     One token after the other, as the method is told: a token's index in the sequence, less the tokens of the frames

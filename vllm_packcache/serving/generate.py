@@ -23,10 +23,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import OWNER_KEY, POLICY_KEY, ServerConfig
-from vllm_packcache.config.sources import CONFIG_KEY, load_mapping, presets
+from vllm_packcache.config.server import OWNER_KEY, ServerConfig
+from vllm_packcache.config.sources import load_mapping, presets
 from vllm_packcache.core.policies import PackCache
-from vllm_packcache.families import lumos
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import FRAMES_PER_LATENT, MaskedOptions
 from vllm_packcache.media.files import claimed
 from vllm_packcache.media.pictures import fit, middle, read_picture
@@ -253,7 +253,7 @@ def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
     """
     mapping = load_mapping(fitting_config(asked.grid) if config is None else config)
     mapping = {**mapping, "layout": mapping.get("layout") or {"grid": list(asked.grid)}}
-    layout = ServerConfig.of_masked_model({POLICY_KEY: policy_of(mapping), CONFIG_KEY: mapping}).layout
+    layout = ServerConfig.parse(policy_of(mapping), mapping, family=LUMOS).layout
     assert layout is not None
     assert layout.grid is not None
     own, wanted = (lumos.frame_layout(grid).tokens_per_frame for grid in (layout.grid, asked.grid))

@@ -20,7 +20,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_packcache.worker.blocks.compaction import compact
+from vllm_packcache.worker.blocks.batch import BatchReads
+from vllm_packcache.worker.blocks.compaction import CompactedBatch
 from vllm_packcache.worker.step import Step, current_compaction
 
 
@@ -79,22 +80,26 @@ def retaining_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMet
 class HostCompaction:
     """Compacts a step with what is known on the host, rows that span frames included."""
 
-    step: Step
+    batch: BatchReads
+
+    @property
+    def step(self) -> Step:
+        """The step, request by request."""
+        return self.batch.step
 
     def __call__(
         self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
     ) -> CommonAttentionMetadata:
         """See `vllm_packcache.worker.step.Compaction`."""
-        return compact_metadata(common, self.step, builder.kv_cache_spec.block_size)
+        return compact_metadata(common, self.batch.compact(builder.kv_cache_spec.block_size))
 
 
-def compact_metadata(common: CommonAttentionMetadata, step: Step, kernel_block_size: int) -> CommonAttentionMetadata:
+def compact_metadata(common: CommonAttentionMetadata, batch: CompactedBatch) -> CommonAttentionMetadata:
     """``common`` with live blocks and live lengths only.
 
     Slot mapping, positions and the number of tokens stay: where keys are written and what is computed does not
     change, only what is read.
     """
-    batch = compact(step, kernel_block_size)
     device = common.block_table_tensor.device
     seq_lens = torch.from_numpy(batch.seq_lens)
     compacted = replace(

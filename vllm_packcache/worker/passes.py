@@ -1,4 +1,4 @@
-"""The model state of a masked model (vLLM's Model Runner V2): frames that are made in passes, in two streams.
+"""The model state of canvases (vLLM's Model Runner V2): frames that are made in passes, in two streams.
 
 vLLM sees a frame as speculative tokens behind a request's last one. A pass in which tokens are chosen rejects all of
 them, so nothing advances and the next pass writes over its keys; the commit accepts all of them. How many passes a
@@ -30,16 +30,16 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_packcache.config.server import CANVAS_OPTION, masked_config_of
+from vllm_packcache.config.server import CANVAS_OPTION, config_of
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan, Stream
 from vllm_packcache.core.positions import Int64
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.worker.keys.layout import cached_keys
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary
-from vllm_packcache.worker.sampler import Canvas, MaskedSampler
+from vllm_packcache.worker.sampler import Canvas, CanvasSampler
 
 if TYPE_CHECKING:
     from vllm.config.compilation import CUDAGraphMode
@@ -95,28 +95,36 @@ class Rows(NamedTuple):
 
 
 @dataclass
-class Stream:
-    """One of a request's sequences.
+class StreamState:
+    """One of a request's streams in the worker.
 
     Args:
-        plan: what it keeps.
-        retention: the same, in blocks.
-        start: tokens of the request before its first.
+        stream: what it is.
+        retention: what it keeps, in blocks.
         group: its KV cache group.
     """
 
-    plan: VideoPlan
+    stream: Stream
     retention: Retention
-    start: int
     group: int
+
+    @property
+    def start(self) -> int:
+        """Tokens of the request before its first."""
+        return self.stream.start
+
+    @property
+    def plan(self) -> Plan:
+        """What it keeps."""
+        return self.stream.plan
 
 
 @dataclass
-class Video:
-    """A request.
+class CanvasState:
+    """A request in the worker.
 
     Args:
-        plan: what it makes.
+        request: what it makes.
         streams: the conditional one first.
         tokens: of its prompt, and of the frames that it had made when it was preempted.
         canvas: the frame being made.
@@ -124,8 +132,8 @@ class Video:
         entered: the frame that the pictures are of.
     """
 
-    plan: MaskedPlan
-    streams: list[Stream]
+    request: CanvasRequest
+    streams: list[StreamState]
     tokens: Int64
     canvas: Canvas
     pictures: list[Picture] = field(default_factory=list)
@@ -149,7 +157,7 @@ class Batch:
     chosen: Tensor
 
 
-class MaskedModelState(ModelState):
+class CanvasModelState(ModelState):
     """See the module."""
 
     # A frame is all that a step adds: no token follows the speculative ones.
@@ -157,25 +165,27 @@ class MaskedModelState(ModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._config = masked_config_of(self)
-        self._videos: dict[str, Video | None] = {}
+        config = config_of(self)
+        assert config is not None, "a family of canvases is always on"
+        self._config = config
+        self._videos: dict[str, CanvasState | None] = {}
         self._batch: Batch | None = None
         self._nothing = torch.empty(0, dtype=torch.int64, device=self.device)
 
-    def custom_sampler(self, sampler: Any) -> tuple[MaskedSampler, None]:
+    def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
         """See `vllm_packcache.worker.sampler`."""
         del sampler
         visual_codes = self.model_config.get_vocab_size() - lumos.VISUAL_BEGIN
-        return MaskedSampler(self.model, self._canvases_of, visual_codes), None
+        return CanvasSampler(self.model, self._canvases_of, visual_codes), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Learn which KV cache group is which stream's."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         groups = kv_cache_config.kv_cache_groups
-        conditional = [not any("unconditional" in name for name in group.layer_names) for group in groups]
-        if sorted(conditional) != [False, True]:
-            raise RuntimeError(f"a masked model has a KV cache group for each stream, not {len(groups)} groups")
-        self._groups = (conditional.index(True), conditional.index(False))
+        streams = [getattr(group.kv_cache_spec, "stream", None) for group in groups]
+        if sorted(streams, key=str) != [0, 1]:
+            raise RuntimeError(f"a family of canvases has a KV cache group for each stream, not {len(groups)} groups")
+        self._groups = (streams.index(0), streams.index(1))
         self._block_size = groups[0].kv_cache_spec.block_size
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [[layers[name] for name in group.layer_names] for group in groups]
@@ -191,20 +201,16 @@ class MaskedModelState(ModelState):
             # vLLM warms up with requests of its own, which nothing checks. What they compute is of no use.
             self._videos[new_req_data.req_id] = None
             return
-        plan = self._config.masked_plan(params.extra_args, new_req_data.prompt_token_ids)
-        layout = plan.conditional.layout
+        request = self._config.request(params.extra_args, new_req_data.prompt_token_ids)
+        assert isinstance(request, CanvasRequest), "every request of such a model is one"
+        layout = request.conditional.layout
         streams = [
-            Stream(
-                own,
-                Retention(own.layout, own.policy, self._block_size),
-                layout.condition_tokens - own.layout.condition_tokens,
-                group,
-            )
-            for own, group in zip(plan.streams, self._groups, strict=False)
+            StreamState(own, Retention(own.plan.layout, own.plan.policy, self._block_size), group)
+            for own, group in zip(request.streams, self._groups, strict=False)
         ]
         tokens = np.array(new_req_data.prefill_token_ids, dtype=np.int64)
         frame = (len(tokens) - layout.condition_tokens) // layout.tokens_per_frame
-        self._videos[new_req_data.req_id] = Video(plan, streams, tokens, Canvas(plan, frame, self.device))
+        self._videos[new_req_data.req_id] = CanvasState(request, streams, tokens, Canvas(request, frame, self.device))
 
     def remove_request(self, req_id: str) -> None:
         """It ended, or was preempted."""
@@ -242,7 +248,7 @@ class MaskedModelState(ModelState):
                     offsets = canvas.unknown_offsets()
                     chosen += [offsets + at for at in (first, unconditional)[: len(video.streams)]]
                 computed = self._canvas_rows(video, count, blocks)
-            elif start < video.plan.text_tokens:
+            elif start < video.request.text_tokens:
                 computed = self._text_rows(video, start, start + count, blocks)
             else:
                 computed = self._given_rows(video, start, start + count, blocks)
@@ -375,7 +381,9 @@ class MaskedModelState(ModelState):
             len(ids),
         )
 
-    def _text_rows(self, video: Video, start: int, stop: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+    def _text_rows(
+        self, video: CanvasState, start: int, stop: int, blocks: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Rows]]:
         """Tokens ``[start, stop)`` of a request, all of them text: a row each."""
         for stream in video.streams:
             own = np.arange(max(start - stream.start, 0), stop - stream.start)
@@ -388,22 +396,24 @@ class MaskedModelState(ModelState):
             live = table[: -(-(own[-1] + 1) // self._block_size)]
             yield stream.group, Rows(ids, at, self._slots(tokens, table), live, own + 1, 1)
 
-    def _given_rows(self, video: Video, start: int, stop: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+    def _given_rows(
+        self, video: CanvasState, start: int, stop: int, blocks: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Rows]]:
         """A picture that is there already: given with the prompt, or made before a preemption."""
-        layout = video.plan.conditional.layout
+        layout = video.request.conditional.layout
         frame = layout.frame_of(start)
-        if stop - start != layout.tokens_per_frame or (start - video.plan.text_tokens) % layout.tokens_per_frame:
+        if stop - start != layout.tokens_per_frame or (start - video.request.text_tokens) % layout.tokens_per_frame:
             raise RuntimeError(f"tokens {start} to {stop} of a request are no picture: the scheduler cut one")
         ids = async_tensor_h2d(video.tokens[start:stop], device=self.device)
-        made = frame >= video.plan.first_frame
+        made = frame >= video.request.first_frame
         for index, stream in enumerate(video.streams):
             picture = self._picture(stream, start - stream.start, frame, blocks[stream.group])
-            shown = committed(ids, video.plan, conditional=index == 0) if made else ids
+            shown = committed(ids, video.request, conditional=index == 0) if made else ids
             yield stream.group, Rows.of(picture, shown)
 
-    def _canvas_rows(self, video: Video, count: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
+    def _canvas_rows(self, video: CanvasState, count: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
         """A pass of the frame that is being made."""
-        canvas, layout = video.canvas, video.plan.conditional.layout
+        canvas, layout = video.canvas, video.request.conditional.layout
         if count != layout.tokens_per_frame:
             raise RuntimeError(f"{count} tokens of a frame of {layout.tokens_per_frame}: the scheduler cut it")
         if video.entered != canvas.frame:
@@ -414,10 +424,10 @@ class MaskedModelState(ModelState):
             ]
             video.entered = canvas.frame
         for index, (stream, picture) in enumerate(zip(video.streams, video.pictures, strict=True)):
-            ids = committed(canvas.ids, video.plan, conditional=index == 0) if canvas.commits else canvas.ids
+            ids = committed(canvas.ids, video.request, conditional=index == 0) if canvas.commits else canvas.ids
             yield stream.group, Rows.of(picture, ids)
 
-    def _picture(self, stream: Stream, start: int, frame: int, blocks: Tensor) -> Picture:
+    def _picture(self, stream: StreamState, start: int, frame: int, blocks: Tensor) -> Picture:
         """Enter a picture: the window slides if it does, and what is read of the past is put together.
 
         Args:
@@ -454,10 +464,10 @@ class MaskedModelState(ModelState):
         return [KeyRotation.of(rotary, map(cached_keys, layers)) for layers in self._layers]
 
 
-def committed(ids: Tensor, plan: MaskedPlan, *, conditional: bool) -> Tensor:
+def committed(ids: Tensor, request: CanvasRequest, *, conditional: bool) -> Tensor:
     """The ids that a stream commits of a frame that was made, [F]; see `vllm_packcache.families.lumos.committed`."""
-    options = plan.options
-    layout = plan.conditional.layout
+    options = request.options
+    layout = request.conditional.layout
     assert layout.frame.grid is not None
     ids = ids.clone()
     if not conditional and not options.share_history:

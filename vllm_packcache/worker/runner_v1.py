@@ -9,24 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_packcache.config.server import ServerConfig, config_of
-from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.attention import HostCompaction
+from vllm_packcache.worker.blocks.batch import BatchReads
 from vllm_packcache.worker.keys.layout import cached_keys
 from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
-from vllm_packcache.worker.step import Row, Step, position_shifts, publish
+from vllm_packcache.worker.step import Kept, publish
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 _VIDEO = "_packcache_video"
+_BATCH = "_packcache_batch"
 _STEP = "_packcache_step"
 _ROTATION = "_packcache_rotation"
 
@@ -57,11 +59,11 @@ def publish_step(build_attention_metadata: Callable[..., Any]) -> Callable[..., 
     ) -> Any:
         config = config_of(runner)
         # Warm-up and graph capture run on made-up rows and name no requests.
-        step = _step(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
-        setattr(runner, _STEP, step)
-        if step is None:
+        batch = _begin(runner, config, num_scheduled_tokens) if config and num_scheduled_tokens else None
+        setattr(runner, _STEP, batch)
+        if batch is None:
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
-        with publish(HostCompaction(step)):
+        with publish(HostCompaction(batch)):
             return build_attention_metadata(runner, *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs)
 
     return wrapper
@@ -77,13 +79,16 @@ def position_tokens(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(preprocess)
     def wrapper(runner: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
         inputs = preprocess(runner, *args, **kwargs)
-        step: Step | None = getattr(runner, _STEP, None)
-        if step is None:
+        batch: BatchReads | None = getattr(runner, _STEP, None)
+        if batch is None:
             return inputs
-        for row, blocks in zip(step.rows, step.block_table, strict=False):
-            if row.retention is not None and row.positions is not None and row.positions.slides(row.computed):
-                getattr(runner, _ROTATION).slide(row.retention, row.positions, row.computed, torch.from_numpy(blocks))
-        shifts = position_shifts(step.rows)
+        # A window slides where a frame is entered.
+        for row in batch.entered:
+            own, computed = batch.kept[row], int(batch.computed[row])
+            if own is not None and own.positions.slides(computed):
+                blocks = torch.from_numpy(batch.block_table[row])
+                getattr(runner, _ROTATION).slide(own.retention, own.positions, computed, blocks)
+        shifts = batch.shifts()
         if shifts is not None:
             positions = inputs[2]
             on_device = async_tensor_h2d(shifts, device=positions.device)
@@ -115,27 +120,35 @@ def keep_noise(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _step(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: dict[str, int]) -> Step | None:
-    """The step as rows; None when no request is a video and there is nothing to do."""
-    batch = runner.input_batch
-    block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    rows = []
-    for index, request_id in enumerate(batch.req_ids):
-        retention, positions = _video_of(runner.requests[request_id], config, block_size)
-        computed = int(batch.num_computed_tokens_cpu[index])
-        rows.append(Row(retention, computed, num_scheduled_tokens[request_id], positions))
-    if all(row.retention is None for row in rows):
+class _Batch(NamedTuple):
+    """Requests of the batch, in its order, and what they read."""
+
+    requests: list[CachedRequestState]
+    reads: BatchReads
+
+
+def _begin(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: dict[str, int]) -> BatchReads | None:
+    """The step that begins; None: no request is a video, and there is nothing to do."""
+    batch, names = runner.input_batch, runner.input_batch.req_ids
+    requests = [runner.requests[name] for name in names]
+    known: _Batch | None = getattr(runner, _BATCH, None)
+    if known is None or len(known.requests) != len(requests) or not all(map(is_, known.requests, requests)):
+        block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        known = _Batch(requests, BatchReads([_kept(request, config, block_size) for request in requests], block_size))
+        setattr(runner, _BATCH, known)
+    reads = known.reads
+    if not reads.has_videos:
         return None
-    return Step(rows, batch.block_table[0].get_numpy_array(), block_size)
+    computed = batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)
+    scheduled = np.array([num_scheduled_tokens[name] for name in names], dtype=np.int64)
+    reads.begin(computed, scheduled, batch.block_table[0].get_numpy_array())
+    return reads
 
 
-def _video_of(
-    request: CachedRequestState, config: ServerConfig, block_size: int
-) -> tuple[Retention, Positions] | tuple[None, None]:
+def _kept(request: CachedRequestState, config: ServerConfig, block_size: int) -> Kept | None:
     # Kept on the runner's own record of the request, so that it lives exactly as long.
     if not hasattr(request, _VIDEO):
         params = request.sampling_params
-        plan = config.plan(params.extra_args if params else None, request.num_prompt_tokens)
-        video = (Retention(plan.layout, plan.policy, block_size), plan.positions) if plan else (None, None)
-        setattr(request, _VIDEO, video)
+        made = config.request(params.extra_args if params else None, request.num_prompt_tokens)
+        setattr(request, _VIDEO, Kept.of(made, block_size))
     return getattr(request, _VIDEO)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,10 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache.config.server import config_of
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, compact_rows
 from vllm_packcache.worker.keys.layout import cached_keys
 from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
-from vllm_packcache.worker.step import Row, position_shifts, publish
+from vllm_packcache.worker.step import Kept, Row, position_shifts, publish
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -45,11 +43,6 @@ if TYPE_CHECKING:
 
 _NOBODY = CONDITION - 1
 """The frame of a slot of which the device does not know yet what its request keeps."""
-
-
-class _Video(NamedTuple):
-    retention: Retention
-    positions: Positions
 
 
 class KeptBlocks:
@@ -156,7 +149,7 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             config = config_of(self)
             assert config is not None, "only a server that is switched on has such a state"
             self._config = config
-            self._videos: dict[str, _Video | None] = {}
+            self._videos: dict[str, Kept | None] = {}
             self._kept: KeptBlocks
             self._compacted: dict[AttentionMetadataBuilder[Any], CompactedRows] = {}
             self._batch: Any = None
@@ -185,12 +178,8 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
             super().add_request(req_index, new_req_data)
             params = new_req_data.sampling_params
-            plan = self._config.plan(params.extra_args if params else None, new_req_data.prompt_len)
-            video = None
-            if plan is not None:
-                retention = Retention(plan.layout, plan.policy, self._kept.block_size)
-                video = _Video(retention, plan.positions)
-            self._videos[new_req_data.req_id] = video
+            made = self._config.request(params.extra_args if params else None, new_req_data.prompt_len)
+            self._videos[new_req_data.req_id] = Kept.of(made, self._kept.block_size)
             self._kept.forget(req_index)
 
         def remove_request(self, req_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What is decided after a pass of a masked model: which tokens of a frame become known, and when it is done.
+"""What is decided after a pass over a canvas: which tokens of a frame become known, and when it is done.
 
 The same step as `vllm_packcache.reference.masked_video.unmask`, for a batch and without asking the device anything: how
 many tokens are unknown before a step is known beforehand, ties aside, and no others are looked at. The logits of so
@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.families.lumos import CanvasRequest
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -32,21 +32,21 @@ class Canvas:
     """The frame that a request is making. What is counted here is known without the device.
 
     Args:
-        plan: of the request.
+        request: what is made.
         frame: its number.
         device: where its tokens are.
 
     Attributes:
         ids: int64, [F].
         frame: its number.
-        step: passes done; as many as ``plan.options.steps``: what remains is the commit.
+        step: passes done; as many as ``request.options.steps``: what remains is the commit.
         most_unknown: how many of its visual tokens are unknown, where ties left no fewer.
     """
 
-    def __init__(self, plan: MaskedPlan, frame: int, device: torch.device) -> None:
-        grid = plan.conditional.layout.frame.grid
+    def __init__(self, request: CanvasRequest, frame: int, device: torch.device) -> None:
+        grid = request.conditional.layout.frame.grid
         assert grid is not None
-        self.plan = plan
+        self.request = request
         self._empty = torch.from_numpy(lumos.masked_frame(grid)).to(device)
         self._offsets = torch.from_numpy(lumos.visual_offsets(grid).copy()).to(device)
         self._begin(frame)
@@ -59,7 +59,7 @@ class Canvas:
     @property
     def commits(self) -> bool:
         """Whether the next pass is the commit."""
-        return self.step == self.plan.options.steps
+        return self.step == self.request.options.steps
 
     def unknown_offsets(self) -> Tensor:
         """Where in the frame its unknown tokens are, int64, [n]; and known ones, where ties left fewer unknown."""
@@ -74,7 +74,7 @@ class Canvas:
             logits: float32 [rows, V] of a part of what `unknown_offsets` gave last.
             rows_at_once: how many to ask for at a time.
         """
-        options, count, asked = self.plan.options, len(self._offsets), self._asked
+        options, count, asked = self.request.options, len(self._offsets), self._asked
         device = self.ids.device
         noise = lumos.step_noise(options.seed, self.frame, self.step, count)
         uniform = async_tensor_h2d(noise.uniform, device=device)[asked]
@@ -90,7 +90,7 @@ class Canvas:
         proposed = torch.where(unknown, proposed, current)
         probability = torch.where(unknown, probability, torch.finfo(torch.float32).max)
         if self.step < options.steps - 1:
-            tau = lumos.temperature(options, self.frame - self.plan.first_frame, self.step)
+            tau = lumos.temperature(options, self.frame - self.request.first_frame, self.step)
             gumbel = async_tensor_h2d(noise.gumbel, device=device)
             confidence = probability.clamp(min=lumos.LEAST_PROBABILITY).log() + tau * gumbel
             scheduled = lumos.still_masked(self.step, options.steps, count, count + 1)
@@ -132,7 +132,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Drawn:
     return Drawn(codes[:, 0], probabilities.gather(1, codes)[:, 0])
 
 
-class MaskedSampler:
+class CanvasSampler:
     """What vLLM calls after each pass, in place of its sampler.
 
     Args:
@@ -196,7 +196,7 @@ class MaskedSampler:
 
     def _choose(self, canvas: Canvas, hidden: Tensor, first: int) -> int:
         """A step of ``canvas`` by the hidden states from ``first`` on; where the next canvas' begin."""
-        count, options = canvas.most_unknown, canvas.plan.options
+        count, options = canvas.most_unknown, canvas.request.options
         conditional = hidden[first : first + count]
         if not options.guided:
             canvas.choose(lambda part: self._model.visual_logits(conditional[part]), self._rows_at_once)

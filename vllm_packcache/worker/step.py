@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.positions import Int64, Positions
 from vllm_packcache.core.retention import Retention
 
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
 
 Compaction = Callable[["CommonAttentionMetadata", "AttentionMetadataBuilder[Any]"], "CommonAttentionMetadata"]
 """What attention is to read in a step, for the builder that is about to build: metadata with live blocks only."""
+
+
+class Kept(NamedTuple):
+    """A video in the worker: what of it lives, and where its tokens are."""
+
+    retention: Retention
+    positions: Positions
+
+    @classmethod
+    def of(cls, request: VideoRequest | None, block_size: int) -> Kept | None:
+        """Of the one stream of a causal request; None: it keeps its whole cache, and positions are as without us."""
+        if request is None:
+            return None
+        (stream,) = request.streams
+        plan = stream.plan
+        return None if plan.as_stock else cls(Retention(plan.layout, plan.policy, block_size), plan.positions)
 
 
 class Row(NamedTuple):

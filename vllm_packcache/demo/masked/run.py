@@ -29,7 +29,7 @@ from vllm_packcache.demo.run import (
 from vllm_packcache.demo.scores import score_objects
 from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer
 from vllm_packcache.demo.world import World, make_world
-from vllm_packcache.families import lumos
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.pictures import read_picture
 from vllm_packcache.serving.server import client_of, serving
 
@@ -124,8 +124,9 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
                     for policy in POLICIES
                 ]
         codes = {video.policy: _codes(video) for video in videos}
-        plan = ServerConfig.parse("packcache", PRESET).masked_plan(request_options(FRAMES, "packcache", OPTIONS), ids)
-        condition = sum(stream.layout.condition_tokens for stream in plan.streams)
+        server = ServerConfig.parse("packcache", PRESET, family=LUMOS)
+        made = LUMOS.request(server, request_options(FRAMES, "packcache", OPTIONS), ids)
+        condition = sum(stream.plan.layout.condition_tokens for stream in made.streams)
         report(console, videos, codes, tokenizer, condition, out, asked.world)
     if asked.world is not None:
         for policy, own in codes.items():

@@ -1,4 +1,4 @@
-"""What the plugin installs for masked models (Lumos-1): the model, and how a server of one is configured.
+"""What serving canvases takes (Lumos-1): how a server of such a model is configured, and what its requests may be.
 
 `vllm_packcache.hooks.startup` installs it. A masked model is served with and without a policy; either way an operator
 names the checkpoint, and what discrete diffusion needs to be told follows from its configuration.
@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
+from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named
-from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, masked_config_of
+from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.core.retention import Retention
-from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.hooks.roles import Serving, pool_blocks
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine import EngineCoreRequest
 
@@ -99,44 +101,25 @@ def install() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_packcache.engine.stream_spec import ConditionalSpec, UnconditionalSpec
-    from vllm_packcache.engine.streams import ConditionalManager, UnconditionalManager
+    from vllm_packcache.engine.manager import LaterStreamManager, RetentionManager
+    from vllm_packcache.engine.spec import STREAM_SPECS
 
-    class MaskedModelConfig(VerifyAndUpdateConfig):
+    class CanvasConfig(VerifyAndUpdateConfig):
         """What vLLM asks when the configuration of an engine with such a model is made."""
 
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             configure(vllm_config)
 
-    KVCacheSpecRegistry.register(ConditionalSpec, ConditionalManager)
-    KVCacheSpecRegistry.register(UnconditionalSpec, UnconditionalManager)
+    for spec in STREAM_SPECS:
+        KVCacheSpecRegistry.register(spec, LaterStreamManager if spec.stream > 0 else RetentionManager)
     supported = ModelRegistry.get_supported_archs()
-    for architecture in lumos.ARCHITECTURES:
-        MODELS_CONFIG_MAP.setdefault(architecture, MaskedModelConfig)
+    for architecture, family in families.with_models():
+        if family.role == "canvas":
+            MODELS_CONFIG_MAP.setdefault(architecture, CanvasConfig)
         # Last, because by this such a model can be served.
         if architecture not in supported:
-            ModelRegistry.register_model(architecture, "vllm_packcache.models.lumos:LumosForConditionalGeneration")
-
-
-def is_masked(model_config: ModelConfig | None) -> bool:
-    """Whether a model is one of these; a configuration without any is not."""
-    hf_config = getattr(model_config, "hf_config", None)
-    return any(name in lumos.ARCHITECTURES for name in getattr(hf_config, "architectures", None) or ())
-
-
-def longest(max_model_len: int | None) -> int:
-    """Tokens of the longest sequence.
-
-    The positions of text and pictures follow from a formula, and what a checkpoint says of their number does not bound
-    them.
-
-    Args:
-        max_model_len: what the operator has given.
-    """
-    if max_model_len is not None and max_model_len > 0:
-        return max_model_len
-    return TEXT_TOKENS + USUAL_FRAMES * largest_frame(ServerConfig.of_masked_model(_given.get().additional_config))
+            ModelRegistry.register_model(architecture, family.model)
 
 
 def largest_frame(config: ServerConfig) -> int:
@@ -171,7 +154,9 @@ def configure(vllm_config: VllmConfig) -> None:
             "VLLM_USE_V2_MODEL_RUNNER=0 out; on a machine without a GPU start the server with "
             "python -m vllm_packcache.tools.interpreted serve ..."
         )
-    frame = largest_frame(ServerConfig.of_masked_model(vllm_config.additional_config))
+    config = read_config(vllm_config)
+    assert config is not None, "a family of canvases is always on"
+    frame = largest_frame(config)
     if vllm_config.diffusion_config is None:
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=frame)
     canvas = vllm_config.diffusion_config.canvas_length
@@ -238,89 +223,6 @@ def configure(vllm_config: VllmConfig) -> None:
         logger.warning("Logits processors that are installed have no effect on this model: %s", ", ".join(installed))
 
 
-def check_backend(name: str) -> None:
-    """Refuse an attention backend that cannot read what a step's rows are.
-
-    Raises:
-        ConfigError: naming those that can.
-    """
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"--attention-backend {name} is not for a model that makes whole frames: it is causal, or has room for as "
-            "many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
-            f"{', '.join(BACKENDS)}, or leave the option out"
-        )
-
-
-def choose_scheduler(vllm_config: VllmConfig) -> None:
-    """Put our scheduler in place of vLLM's own for discrete diffusion, once it is known which that is.
-
-    Raises:
-        ConfigError: the operator has chosen another one.
-    """
-    scheduler = vllm_config.scheduler_config
-    own = {"DiffusionScheduler": "MaskedScheduler", "DiffusionAsyncScheduler": "MaskedAsyncScheduler"}
-    chosen = str(scheduler.scheduler_cls).rpartition(".")[2]
-    if chosen not in own:
-        raise ConfigError(f"--scheduler-cls {scheduler.scheduler_cls} cuts frames into parts: leave the option out")
-    scheduler.scheduler_cls = f"vllm_packcache.engine.scheduler.{own[chosen]}"
-
-
-def check_request(processor: Any, request: EngineCoreRequest, pool_blocks: int | None, *, length_given: bool) -> None:
-    """Check a request, and set what its options imply for vLLM.
-
-    Args:
-        processor: vLLM's, with its ``vllm_config``.
-        request: its sampling parameters are set.
-        pool_blocks: blocks of the KV cache; None: not known.
-        length_given: whether the request's ``max_tokens`` is the client's.
-
-    Raises:
-        ConfigError: an option is wrong, or the request needs more than there is.
-    """
-    params, vllm_config = request.sampling_params, processor.vllm_config
-    if params is None or request.prompt_token_ids is None:
-        raise ConfigError("this model makes videos: send the prompt as token ids (see vllm_packcache.families.lumos)")
-    if request.resumable:
-        raise ConfigError("a session with streamed input cannot be a video: send the whole prompt at once")
-    if request.mm_features:
-        raise ConfigError(
-            "pictures are token ids to this model: send them in the prompt (see vllm_packcache.families.lumos)"
-        )
-    plan = masked_config_of(processor).masked_plan(params.extra_args, request.prompt_token_ids)
-    frame = plan.conditional.layout.tokens_per_frame
-    canvas = vllm_config.diffusion_config.canvas_length
-    if frame > canvas:
-        raise ConfigError(
-            f"{REQUEST_PREFIX}grid makes frames of {frame} tokens, and this server makes them of {canvas} at most: ask "
-            f"for a smaller one, or start the server with its grid in {CONFIG_KEY}"
-        )
-    vocabulary = vllm_config.model_config.get_vocab_size()
-    if max(request.prompt_token_ids) >= vocabulary:
-        raise ConfigError(f"the prompt has ids beyond the model's {vocabulary}: its visual codes are too large")
-    length = params.max_tokens if length_given else None
-    frames = 1 if plan.frames is None and length is None else plan.frames
-    wanted = length or 0 if frames is None else frames * frame
-    total, most = len(request.prompt_token_ids) + wanted, vllm_config.model_config.max_model_len
-    if total > most:
-        raise ConfigError(
-            f"this video has {total} tokens with its prompt, and the server takes {most}: ask for fewer frames "
-            f"({REQUEST_PREFIX}frames), or start it with a larger --max-model-len"
-        )
-    if length not in (None, wanted):
-        raise ConfigError(
-            f"max_tokens is {length}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: give one of the "
-            "two, or make them agree"
-        )
-    if wanted % frame:
-        raise ConfigError(
-            f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple of it"
-        )
-    _check_blocks(plan, total, vllm_config, pool_blocks)
-    params.max_tokens = wanted
-    params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
-
-
 SEED = f"give {REQUEST_PREFIX}seed"
 DRAWN = "tokens of a frame are drawn in several passes, all that are uncertain anew"
 WHOLE = f"frames are made whole: a video ends after {REQUEST_PREFIX}frames"
@@ -356,36 +258,140 @@ DIFFUSION_PREFIX = "diffusion_"
 """Of vLLM's options for models that denoise canvases of text."""
 
 
-def check_sampling(params: SamplingParams) -> None:
-    """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.
+class CanvasServing(Serving):
+    """Frames made in passes by vLLM's discrete diffusion."""
 
-    Raises:
-        ConfigError: naming the option.
-    """
-    for option, (silent, reason) in REFUSED.items():
-        value = getattr(params, option)
-        if not any(value is own or (value is not None and own is not None and value == own) for own in silent):
-            raise ConfigError(f"{option} is not for videos of this model: {reason}")
-    for option in params.extra_args or {}:
-        if str(option).startswith(DIFFUSION_PREFIX):
+    always_on = True
+    every_request = True
+
+    def longest(self, max_model_len: int | None) -> int:
+        """Tokens of the longest sequence.
+
+        The positions of text and pictures follow from a formula, and what a checkpoint says of their number does not
+        bound them.
+
+        Args:
+            max_model_len: what the operator has given.
+        """
+        if max_model_len is not None and max_model_len > 0:
+            return max_model_len
+        config = ServerConfig.from_additional_config(_given.get().additional_config, LUMOS)
+        assert config is not None, "a family of canvases is always on"
+        return TEXT_TOKENS + USUAL_FRAMES * largest_frame(config)
+
+    def finish(self, vllm_config: VllmConfig) -> None:
+        """Put our scheduler in place of vLLM's own for discrete diffusion, once it is known which that is.
+
+        Raises:
+            ConfigError: the operator has chosen another one.
+        """
+        scheduler = vllm_config.scheduler_config
+        own = {"DiffusionScheduler": "CanvasScheduler", "DiffusionAsyncScheduler": "CanvasAsyncScheduler"}
+        chosen = str(scheduler.scheduler_cls).rpartition(".")[2]
+        if chosen not in own:
+            raise ConfigError(f"--scheduler-cls {scheduler.scheduler_cls} cuts frames into parts: leave the option out")
+        scheduler.scheduler_cls = f"vllm_packcache.engine.scheduler.{own[chosen]}"
+
+    def check_backend(self, name: str) -> None:
+        """Refuse an attention backend that cannot read what a step's rows are.
+
+        Raises:
+            ConfigError: naming those that can.
+        """
+        if name not in BACKENDS:
             raise ConfigError(
-                f"{named(option)} is not for videos of this model: their {REQUEST_PREFIX}* options say how they "
-                "are made"
+                f"--attention-backend {name} is not for a model that makes whole frames: it is causal, or has room for "
+                "as many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
+                f"{', '.join(BACKENDS)}, or leave the option out"
             )
-    # Ids of a frame's special tokens may be those that end a text.
-    params.ignore_eos = True
+
+    def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
+        """The same: the model state compacts, and the layers make specs of their own."""
+        del vllm_config, config
+        return backend
+
+    def model_state(self, state: Any) -> Any:
+        """The same: it is the model's own."""
+        return state
+
+    def check_request(
+        self, request: EngineCoreRequest, config: ServerConfig, vllm_config: VllmConfig, *, length_given: bool
+    ) -> None:
+        """See `Serving.check_request`."""
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None:
+            raise ConfigError(f"this model makes videos: send the prompt as token ids (see {lumos.__name__})")
+        if request.resumable:
+            raise ConfigError("a session with streamed input cannot be a video: send the whole prompt at once")
+        if request.mm_features:
+            raise ConfigError(
+                "pictures are token ids to this model: send them in the prompt (see vllm_packcache.families.lumos)"
+            )
+        plan = config.request(params.extra_args, request.prompt_token_ids)
+        assert isinstance(plan, CanvasRequest), "every request of such a model is one"
+        frame = plan.conditional.layout.tokens_per_frame
+        canvas = vllm_config.diffusion_config.canvas_length
+        if frame > canvas:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}grid makes frames of {frame} tokens, and this server makes them of {canvas} at most: "
+                f"ask for a smaller one, or start the server with its grid in {CONFIG_KEY}"
+            )
+        vocabulary = vllm_config.model_config.get_vocab_size()
+        if max(request.prompt_token_ids) >= vocabulary:
+            raise ConfigError(f"the prompt has ids beyond the model's {vocabulary}: its visual codes are too large")
+        length = params.max_tokens if length_given else None
+        frames = 1 if plan.frames is None and length is None else plan.frames
+        wanted = length or 0 if frames is None else frames * frame
+        total, most = len(request.prompt_token_ids) + wanted, vllm_config.model_config.max_model_len
+        if total > most:
+            raise ConfigError(
+                f"this video has {total} tokens with its prompt, and the server takes {most}: ask for fewer frames "
+                f"({REQUEST_PREFIX}frames), or start it with a larger --max-model-len"
+            )
+        if length not in (None, wanted):
+            raise ConfigError(
+                f"max_tokens is {length}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: give one of the "
+                "two, or make them agree"
+            )
+        if wanted % frame:
+            raise ConfigError(
+                f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple "
+                "of it"
+            )
+        _check_blocks(plan, total, vllm_config, pool_blocks(vllm_config))
+        params.max_tokens = wanted
+        params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
+
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        for option, (silent, reason) in REFUSED.items():
+            value = getattr(params, option)
+            if not any(value is own or (value is not None and own is not None and value == own) for own in silent):
+                raise ConfigError(f"{option} is not for videos of this model: {reason}")
+        for option in params.extra_args or {}:
+            if str(option).startswith(DIFFUSION_PREFIX):
+                raise ConfigError(
+                    f"{named(option)} is not for videos of this model: their {REQUEST_PREFIX}* options say how they "
+                    "are made"
+                )
+        # Ids of a frame's special tokens may be those that end a text.
+        params.ignore_eos = True
 
 
-def _check_blocks(plan: MaskedPlan, total: int, vllm_config: VllmConfig, available: int | None) -> None:
+def _check_blocks(plan: CanvasRequest, total: int, vllm_config: VllmConfig, available: int | None) -> None:
     if available is None:
         return
     block_size = vllm_config.cache_config.block_size
     ahead = (vllm_config.max_concurrent_batches - 1) * vllm_config.diffusion_config.canvas_length
     blocks = 0
     for stream in plan.streams:
-        own = total - plan.conditional.layout.condition_tokens + stream.layout.condition_tokens
-        most = Retention(stream.layout, stream.policy, block_size).most_blocks(ahead)
-        length = -(-own // block_size)
+        kept = stream.plan
+        most = Retention(kept.layout, kept.policy, block_size).most_blocks(ahead)
+        length = -(-stream.own_tokens(total) // block_size)
         blocks += length if most is None else min(length, most)
     if blocks > available:
         options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.conditional.policy))

@@ -1,0 +1,225 @@
+"""What serving a causal model takes: one that makes its frames token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
+from vllm_packcache.core.plan import Asked, Plan
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.hooks.roles import Serving, pool_blocks, steps_ahead
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class CausalServing(Serving):
+    """vLLM's own, with block tables and positions changed."""
+
+    def check_model(self, vllm_config: VllmConfig, config: ServerConfig) -> None:
+        """See `Serving.check_model`."""
+        model = vllm_config.model_config
+        text_config = model.hf_text_config
+        rope = any(
+            getattr(text_config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct")
+        )
+        layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "attention"}
+        model_reasons = (
+            (model.use_mla, "caches MLA latents, not keys and values"),
+            (
+                model.is_hybrid or model.is_attention_free or model.has_inner_state,
+                "has layers that are not attention",
+            ),
+            (model.is_encoder_decoder, "has an encoder"),
+            (model.is_diffusion, "denoises whole canvases instead of decoding tokens"),
+            (model.runner_type != "generate", "does not generate"),
+            (
+                model.get_sliding_window() is not None or model.rswa_window is not None or bool(layer_types),
+                "has layers without full attention",
+            ),
+            (model.is_mm_prefix_lm, "attends in both directions inside its prompt"),
+            (not rope or model.uses_alibi, "has no rotary position embedding"),
+        )
+        for unsupported, reason in model_reasons:
+            if unsupported:
+                raise ConfigError(
+                    f"{POLICY_FLAG}: {model.model} {reason}: serve a decoder with full attention and RoPE in every "
+                    f"layer, or start without {POLICY_FLAG}"
+                )
+        if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
+                "axis_scale out"
+            )
+
+    def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
+        """See `Serving.backend`."""
+        from vllm_packcache.worker.attention import retaining_backend
+
+        # What a GPU's backend sets aside for rows is of max_num_seqs, and so are the V2 runner's captured graphs.
+        frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
+        return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
+
+    def model_state(self, state: Any) -> Any:
+        """See `Serving.model_state`."""
+        # It needs Triton, which is there when the V2 runner is.
+        from vllm_packcache.worker.runner_v2 import retaining_model_state
+
+        return retaining_model_state(state)
+
+    def check_request(
+        self, request: EngineCoreRequest, config: ServerConfig, vllm_config: VllmConfig, *, length_given: bool
+    ) -> None:
+        """See `Serving.check_request`."""
+        if request.sampling_params is not None:
+            _check_request(request, config, vllm_config, length_given=length_given)
+
+
+def _check_request(
+    request: EngineCoreRequest, config: ServerConfig, vllm_config: VllmConfig, *, length_given: bool
+) -> None:
+    """Check the options of a request, and hold it to the positions of the model and to the blocks of the KV cache.
+
+    Args:
+        request: its length is set where its frames say it.
+        config: of the server.
+        vllm_config: of the engine.
+        length_given: whether the request's ``max_tokens`` is the client's.
+
+    Raises:
+        ConfigError: an option is wrong, or the request needs more than there is.
+    """
+    params = request.sampling_params
+    assert params is not None
+    prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
+    assert prompt is not None
+    asked = config.asked(params.extra_args, len(prompt))
+    plan = None if asked is None else config.plan_of(asked)
+    whole = None if asked is None else _whole_frames(asked, len(prompt), params, vllm_config, length_given)
+    if plan is None or plan.positions.window is None:
+        _end_within(config.position_limit, "the model has", "positions", len(prompt), params)
+    if plan is None:
+        blocks = pool_blocks(vllm_config)
+        tokens = None if blocks is None else blocks * vllm_config.cache_config.block_size
+        _end_within(tokens, "the KV cache has room for", "tokens", len(prompt), params)
+    if whole is not None and (params.max_tokens or 0) < whole:
+        raise ConfigError(
+            f"this video has {len(prompt) + whole} tokens with its prompt, and keeps them all, but there is room for "
+            f"{len(prompt) + (params.max_tokens or 0)}: ask for fewer frames ({REQUEST_PREFIX}frames), or let the "
+            "policy drop some"
+        )
+    if plan is None:
+        return
+    if request.resumable:
+        raise ConfigError(
+            f"a session with streamed input cannot be a video, because its condition would grow: leave the "
+            f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
+        )
+    if plan.positions.scale is not None and request.mm_features:
+        raise ConfigError(
+            "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
+            f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
+        )
+    total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
+    _check_size(plan, total, config.position_limit, vllm_config)
+
+
+def _whole_frames(
+    asked: Asked, prompt_tokens: int, params: SamplingParams, vllm_config: VllmConfig, length_given: bool
+) -> int | None:
+    """Set the length of a video that ends with a frame.
+
+    Returns:
+        Its tokens after the prompt; None: the client's ``max_tokens`` says where it ends, or nobody knows its frames.
+
+    Raises:
+        ConfigError: the client's ``max_tokens`` says something else, or the video is too long.
+    """
+    frames = asked.frames
+    if frames is None:
+        if length_given or not asked.has_frames:
+            return None
+        frames = 1
+    wanted = asked.layout.tokens_to_end(prompt_tokens, frames)
+    model = vllm_config.model_config
+    for most, option in (
+        (model.max_model_len - prompt_tokens, "--max-model-len"),
+        (model.override_generation_config.get("max_new_tokens"), "max_new_tokens in --override-generation-config"),
+    ):
+        if most is not None and wanted > most:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}frames is {frames}, which takes {wanted} tokens, and the server makes {most} after "
+                f"this prompt: ask for fewer, or start it with a larger {option}"
+            )
+    if length_given and params.max_tokens != wanted:
+        raise ConfigError(
+            f"max_tokens is {params.max_tokens}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: give one "
+            "of the two, or make them agree"
+        )
+    if params.min_tokens > wanted:
+        raise ConfigError(
+            f"min_tokens is {params.min_tokens}, and {REQUEST_PREFIX}frames ({frames}) makes {wanted} tokens: lower it"
+        )
+    params.max_tokens = wanted
+    return wanted
+
+
+def _end_within(limit: int | None, whose: str, what: str, prompt_tokens: int, params: SamplingParams) -> None:
+    """End a request that keeps its whole cache as vLLM does at its own limit, with finish_reason "length".
+
+    Raises:
+        ConfigError: its prompt alone is beyond ``limit``.
+    """
+    if limit is None:
+        return
+    if prompt_tokens >= limit:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, and {whose} {limit} {what}: only videos, of which the policy "
+            f"drops what is old, may be longer (see the {REQUEST_PREFIX}* options)"
+        )
+    params.max_tokens = min(params.max_tokens or 0, limit - prompt_tokens)
+
+
+def _check_size(plan: Plan, total: int, position_limit: int | None, vllm_config: VllmConfig) -> None:
+    """Hold a video of ``total`` tokens to the positions of the model and to the blocks of the KV cache.
+
+    Raises:
+        ConfigError: it needs more.
+    """
+    positions = max(plan.positions.limit(total), plan.positions.window_tokens(total))
+    if position_limit is not None and positions > position_limit:
+        raise ConfigError(
+            f"this video needs {positions} positions, and the model has {position_limit}: lower {REQUEST_PREFIX}window "
+            "or the size of a frame, or shorten the condition"
+        )
+    available = pool_blocks(vllm_config)
+    if available is None:
+        return
+    block_size = vllm_config.cache_config.block_size
+    blocks = -(-total // block_size)
+    most = Retention(plan.layout, plan.policy, block_size).most_blocks(steps_ahead(vllm_config))
+    blocks = blocks if most is None else min(blocks, most)
+    if blocks > available:
+        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.policy)) or "it keeps all"
+        raise ConfigError(
+            f"this video holds {blocks} blocks of {block_size} tokens, and the KV cache has {available}: let the "
+            f"policy keep less ({options}), make frames or the condition smaller, or start the server with a larger "
+            "KV cache"
+        )
+
+
+@cache
+def _spec_maker(
+    config: ServerConfig, steps_ahead: int, frame_by_frame: bool
+) -> Callable[[AttentionSpec], AttentionSpec]:
+    """One function for each configuration: the layers of a model must get the same backend class."""
+    from vllm_packcache.engine.spec import RetentionSpec
+
+    return lambda spec: RetentionSpec.retaining(spec, config, steps_ahead, frame_by_frame)
