@@ -32,6 +32,23 @@ def bench_decode(
         run(json_path, plot_path, quick=quick)
 
 
+@bench.command("overhead")
+def bench_overhead(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Few requests and steps: shows that everything works, times say nothing."),
+    ] = False,
+) -> None:
+    """Count the host's time for a step of many requests, as ratios of runs side by side."""
+    from benchmarks.overhead import run
+
+    with one_sentence():
+        run(json_path, quick=quick)
+
+
 @bench.command("masked")
 def bench_masked(
     json_path: Annotated[

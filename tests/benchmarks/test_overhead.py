@@ -1,0 +1,62 @@
+"""The command works at a small size, and the clock counts what is ours and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import overhead
+from benchmarks.overhead import clock as clocks
+from benchmarks.overhead.clock import HostClock
+from benchmarks.overhead.plan import CASES, STOCK, WITH_PLUGIN
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    path: Path = tmp_path_factory.mktemp("overhead") / "overhead.json"
+    file = io.StringIO()
+    result = overhead.run(path, quick=True, console=Console(file=file, width=120))
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    return result, file.getvalue()
+
+
+def test_every_case_is_compared_with_stock(measured):
+    result, printed = measured
+    assert set(result["ratios"]) == {f"{case} / {STOCK}" for case in CASES if case != STOCK}
+    assert all(len(result["cpu_seconds"][case]) == result["rounds"] for case in CASES)
+    assert [target["met"] for target in result["targets"]] == [None, None], "times of a quick run are not judged"
+    assert all(name in printed for name in CASES.values())
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_time_inside_our_functions_is_found_on_both_runners(measured, runner):
+    for case in WITH_PLUGIN:
+        own = measured[0]["host"][runner][case]
+        assert own["microseconds_per_step"]["median"] > 0
+        assert any(name.startswith("RetentionManager.cache_blocks") for name in own["functions"])
+
+
+def test_the_clock_stands_still_in_what_ours_calls(monkeypatch):
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(clocks.time, "perf_counter_ns", lambda: next(now))
+    clock = HostClock()
+
+    def theirs() -> str:
+        return "done"
+
+    inner = clock.theirs(theirs)
+
+    def own() -> str:
+        return inner()
+
+    outer = clock.ours(own)
+    assert inner() == "done", "called by vLLM, it is none of our business"
+    assert clock.take() == {}
+    assert clock.ours(outer)() == "done"
+    (counted,) = clock.take().values()
+    assert counted == 20, "from the call to theirs, and from there to the end"
