@@ -15,8 +15,8 @@ from benchmarks.model import ModelShape
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.retention import Retention
-from vllm_packcache.families import lumos
-from vllm_packcache.families.lumos import MaskedPlan
+from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.families.lumos import CanvasRequest
 
 SEED = 0
 POLICY = PackCache()
@@ -222,17 +222,19 @@ class Plan:
 
     @cached_property
     def _config(self) -> ServerConfig:
-        return ServerConfig.of_masked_model(self.additional_config)
+        config = ServerConfig.from_additional_config(self.additional_config, LUMOS)
+        assert config is not None, "a family of canvases is always on"
+        return config
 
-    def planned(self, video: Video) -> MaskedPlan:
+    def planned(self, video: Video) -> CanvasRequest:
         """What the engine makes of a request."""
-        return self._config.masked_plan(video.extra_args, video.ids)
+        return LUMOS.request(self._config, video.extra_args, video.ids)
 
     def live(self, video: Video) -> list[int]:
         """Tokens that the frame's own read, in each stream."""
         plan = self.planned(video)
         lengths = []
-        for stream in plan.streams:
+        for stream in (own.plan for own in plan.streams):
             layout = stream.layout
             last = layout.frame_start(video.given + 1) - 1
             lengths.append(Retention(layout, stream.policy, BLOCK_SIZE).live_tokens(last) + 1)
@@ -294,7 +296,7 @@ class Plan:
     def _lengths(self, video: Video) -> Sequence[int]:
         plan = self.planned(video)
         start = plan.conditional.layout.condition_tokens
-        return [video.total_tokens - start + stream.layout.condition_tokens for stream in plan.streams]
+        return [video.total_tokens - start + own.plan.layout.condition_tokens for own in plan.streams]
 
     def cache_bytes(self, blocks: int) -> int:
         """Bytes of blocks of the KV cache of the model that is reported, in bfloat16."""

@@ -126,14 +126,14 @@ class MaskedEngine(Engine):
         super().__init__(settings)
         import torch
 
-        from vllm_packcache.worker.passes import MaskedModelState
-        from vllm_packcache.worker.sampler import MaskedSampler
+        from vllm_packcache.worker.passes import CanvasModelState
+        from vllm_packcache.worker.sampler import CanvasSampler
 
         self._watch = Watch(torch.cuda.synchronize if self._on_gpu else lambda: None)
         self._engine.apply_model(self._watch.install)
         self._engine.step = self._watch.step(self._engine.step)
-        MaskedSampler._choose = self._watch.timed(CHOOSING, MaskedSampler._choose)  # type: ignore[method-assign]
-        MaskedModelState._picture = self._watch.timed(ENTERING, MaskedModelState._picture)  # type: ignore[method-assign]
+        CanvasSampler._choose = self._watch.timed(CHOOSING, CanvasSampler._choose)  # type: ignore[method-assign]
+        CanvasModelState._picture = self._watch.timed(ENTERING, CanvasModelState._picture)  # type: ignore[method-assign]
         for layer in self._engine.vllm_config.compilation_config.static_forward_context.values():
             # Memory that was never written to is one page of zeros, and is read from the processor's cache.
             layer.kv_cache.uniform_(-1, 1)

@@ -91,7 +91,8 @@ def install(clock: HostClock) -> None:
 
 
 def _classes(kind: type, seen: set[int]) -> Iterator[type]:
-    for own in type.__subclasses__(kind):
+    derived: list[type] = type.__subclasses__(kind)
+    for own in derived:
         if id(own) not in seen:
             seen.add(id(own))
             yield own

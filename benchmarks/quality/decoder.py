@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training.llama import KeyValueCache, Llama, LlamaSize, rotary_table, rotate
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
 
 Int64 = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class VideoCache(KeyValueCache):
         frames: T, frames of the video.
     """
 
-    def __init__(self, size: LlamaSize, plan: VideoPlan, block_size: int, frames: int) -> None:
+    def __init__(self, size: LlamaSize, plan: Plan, block_size: int, frames: int) -> None:
         self._plan = plan
         self._retention = Retention(plan.layout, plan.policy, block_size)
         tokens = plan.layout.frame_start(frames)

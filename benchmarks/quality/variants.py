@@ -15,7 +15,7 @@ from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.retention import Retention
 
@@ -95,13 +95,13 @@ class Variant:
         """Its configuration, with the layout of the videos."""
         return ServerConfig.parse(self.policy, {"layout": self.shape.layout, **self.options})
 
-    def plan(self, condition_tokens: int | None = None) -> VideoPlan:
+    def plan(self, condition_tokens: int | None = None) -> Plan:
         """What a video keeps whose condition has so many tokens; None: as many as is usual."""
         server = self.server
         assert server.layout is not None
         condition = self.shape.condition_tokens if condition_tokens is None else condition_tokens
         layout = VideoLayout(server.layout.frame_layout(), condition, server.layout.condition_image_tokens)
-        return VideoPlan(layout, server.policy, server.positions_of(layout, server.policy))
+        return Plan(layout, server.policy, server.positions_of(layout, server.policy))
 
     def live_tokens(self, frame: int) -> int:
         """Tokens of the past that are read when ``frame`` of a usual video begins."""

@@ -37,7 +37,7 @@ from vllm_packcache.demo.masked.tokenizer import GRID_SHAPE, build_text_tokenize
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, summary
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import OBJECT_CELLS, World, make_world, palette
-from vllm_packcache.families import lumos
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import generate_masked
@@ -101,7 +101,9 @@ def generate(
     ids = prompt(video.prompt if text is None else text, frames, build_text_tokenizer())
     if with_image:
         ids += world_frame(video, 0).tolist()
-    plan = ServerConfig.parse("packcache", PRESET).masked_plan(request_options(frames, policy, options), ids)
+    plan = LUMOS.request(
+        ServerConfig.parse("packcache", PRESET, family=LUMOS), request_options(frames, policy, options), ids
+    )
     made = generate_masked(model, ids, frames, plan.conditional, plan.options, BLOCK_SIZE)
     return np.stack([lumos.codes_of_frame(frame, GRID_SHAPE) for frame in made.frames.numpy()])
 

@@ -28,7 +28,7 @@ from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import CONDITION, FrameLayout, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies.packcache import PackCache
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.reference.models import make_random_llama
@@ -151,7 +151,7 @@ def test_measured_share_is_that_of_a_mask(models: Models, policy: PackCache, con
     own = video(2, layout)
     weights, _ = true_weights(models["gqa"], own.token_ids)
     mass = attention.measure(attention.load(models["gqa"]), own, DISTANCES, BLOCK)
-    live = visibility(VideoPlan(layout, policy, Positions(layout)), BLOCK, len(own.token_ids)).numpy()
+    live = visibility(Plan(layout, policy, Positions(layout)), BLOCK, len(own.token_ids)).numpy()
     queries = slice(layout.frame_start(DISTANCES), None)
     expected = (weights * live)[:, :, queries].sum(-1).mean((1, 2))
     np.testing.assert_allclose(measured(policy, [mass], BLOCK), expected, atol=1e-5, rtol=0)

@@ -26,7 +26,7 @@ from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.plan import VideoPlan
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import Full, PackCache
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
@@ -102,7 +102,7 @@ def test_mass_is_that_of_transformers_without_a_cache(folder: Path, images: int)
 
     model = Watched(folder)
     prompt = own.token_ids[: layout.condition_tokens]
-    plan = VideoPlan(layout, Full(), Positions(layout, scale=(4, 8, 8)))
+    plan = Plan(layout, Full(), Positions(layout, scale=(4, 8, 8)))
     brute = BruteForce(model, prompt, plan, options, BLOCK)
     by_segment = {name: np.zeros((2, 4, len(NAMES))) for name in masses}
     by_block: dict[str, list[np.ndarray]] = {name: [] for name in masses}
@@ -230,14 +230,14 @@ def test_kept_is_measured_in_both_streams(done: tuple[dict[str, Any], str, Path]
     kept = []
     for own in (video(0), cut(video(1, 7)), video(2, images=0)):
         for mass in masked_attention.measure(model, own, 3, 16).values():
-            plan = VideoPlan(mass.layout, policy, Positions(mass.layout))
+            plan = Plan(mass.layout, policy, Positions(mass.layout))
             for frame, row in zip(range(3, FRAMES), mass.by_block, strict=True):
                 live = live_blocks(plan, frame, row.shape[1])
                 kept.append(row[:, live].sum(-1))
     np.testing.assert_allclose(result["suggestion"]["kept_measured_by_layer"], np.mean(kept, 0))
 
 
-def live_blocks(plan: VideoPlan, frame: int, blocks: int) -> np.ndarray:
+def live_blocks(plan: Plan, frame: int, blocks: int) -> np.ndarray:
     from vllm_packcache.reference.visibility import frame_visibility
 
     seen = frame_visibility(plan, 16, frame).numpy()

@@ -30,8 +30,8 @@ from benchmarks.quality.run import COPY, TRUTH, Plan, run
 from benchmarks.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
 from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.cli import app
+from vllm_packcache.core import plan as plans
 from vllm_packcache.core.layout import VideoLayout
-from vllm_packcache.core.plan import VideoPlan
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.demo.masked.tokenizer import build_text_tokenizer
@@ -145,10 +145,10 @@ def test_live_tokens_make_the_video_that_the_reference_makes(random_folder: Path
     codes = np.random.default_rng(0).integers(0, 64, (1, *GRID))
     prompt = lumos.text_prompt(list(range(100, 112)), 2, 12) + lumos.frame_of_codes(codes[0]).tolist()
     layout = lumos.video_layout(prompt, GRID, 1)
-    plan = VideoPlan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
+    plan = plans.Plan(layout, policy, Positions(layout, policy.history_window if rebase else None, (4, 8, 8)))
     options = MaskedOptions(seed=3, steps=4, guidance=3.0)
 
-    everything = VideoPlan(layout, Full(), Positions(layout, None, (4, 8, 8)))
+    everything = plans.Plan(layout, Full(), Positions(layout, None, (4, 8, 8)))
     fast, slow = LiveLumos.load(random_folder), LumosReference.load(random_folder)
 
     made = generate_masked(fast, prompt, 7, plan, options, BLOCK).token_ids
@@ -177,7 +177,7 @@ def test_a_masked_video_is_that_of_a_request(masked_model: Masked, tokenizer, nu
     prompt = [0, *words, 8710, 9004, 8804 + 3, 8804 + 4, *lumos.frame_of_codes(world.frame_ids(0)).tolist()]
     layout = VideoLayout(lumos.frame_layout((16, 16)), len(prompt), 276)
     server = variant.server
-    plan = VideoPlan(layout, server.policy, server.positions_of(layout, server.policy))
+    plan = plans.Plan(layout, server.policy, server.positions_of(layout, server.policy))
     assert plan.positions.scale == (4, 8, 8)
     options = replace(masked_model.options, seed=seed)
     frames = generate_masked(LumosReference.load(masked_model.checkpoint), prompt, 3, plan, options, BLOCK_SIZE).frames

@@ -448,7 +448,7 @@ def test_what_cannot_be_right_is_refused_before_the_model_loads(
 
 def test_the_other_runner_is_refused() -> None:
     config = SimpleNamespace(use_v2_model_runner=False, model_config=SimpleNamespace(model="lumos"))
-    with pytest.raises(ConfigError, match=r"vllm_packcache\.interpreted serve"):
+    with pytest.raises(ConfigError, match=r"vllm_packcache\.tools\.interpreted serve"):
         configure(config)
 
 
