@@ -15,6 +15,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core import policies
 from vllm_packcache.core.blocks import BlockMap
 from vllm_packcache.core.policies import SlidingWindow
+from vllm_packcache.hooks import causal
 from vllm_packcache.hooks import requests as plugin_requests
 
 BLOCK, FRAME = 32, 40
@@ -118,7 +119,7 @@ def test_what_no_front_end_has_checked_ends_that_request(
     engine: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, errors: list[str]
 ) -> None:
     llm = engine("breaking", CONFIG, variant=False, num_gpu_blocks_override=40)
-    monkeypatch.setattr(plugin_requests, "_check_request", lambda *args, **kwargs: None)
+    monkeypatch.setattr(causal, "_check_request", lambda *args, **kwargs: None)
     bad = [
         (prompt(30, seed=66), sampling(5, nonsense=1)),
         (prompt(30, seed=67), sampling(5, tokens_per_frame=0)),
