@@ -66,7 +66,7 @@ LOGGING = {
 
 
 @dataclass
-class Video:
+class Generated:
     """One generated video.
 
     Attributes:
@@ -248,7 +248,7 @@ def stream_video(
     frame_tokens: int,
     log: Path,
     progress: Progress,
-) -> Video:
+) -> Generated:
     """Stream one video, and read in the server's log what the engine held while it made it.
 
     Args:
@@ -264,7 +264,7 @@ def stream_video(
         ServerError: the server refused the request, or did not make all frames.
     """
     task = progress.add_task(policy, total=frames * frame_tokens, note="frame 0")
-    video = Video(policy)
+    video = Generated(policy)
     body = {"model": "demo", "stream": True, "return_token_ids": True, "request_id": policy, **body}
     began = time.monotonic()
     with client.stream("POST", "/v1/completions", json=body) as response:
@@ -283,7 +283,7 @@ def stream_video(
 
 def report(
     console: Console,
-    videos: Sequence[Video],
+    videos: Sequence[Generated],
     codes: Mapping[str, npt.NDArray[np.int64]],
     tokenizer: VideoTokenizer,
     condition: int,

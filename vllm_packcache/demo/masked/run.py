@@ -17,7 +17,7 @@ from vllm_packcache.demo.run import (
     BLOCK_SIZE,
     LOGGING,
     POLICIES,
-    Video,
+    Generated,
     claimed,
     one_line,
     progress_bars,
@@ -145,7 +145,7 @@ def _asked(image: Path | None, text: str | None, tokenizer: VideoTokenizer) -> _
     return _Asked(example.prompt if text is None else readable(text), codes, str(image), None)
 
 
-def _codes(video: Video) -> lumos.Int64:
+def _codes(video: Generated) -> lumos.Int64:
     """Codes of a video's frames, int64 [T, 16, 16]."""
     frames = np.array(video.token_ids).reshape(-1, FRAME.tokens_per_frame)
     return np.stack([lumos.codes_of_frame(ids, GRID_SHAPE) for ids in frames])
