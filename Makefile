@@ -84,8 +84,8 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 bench: $(STAMP)  ## time decode steps with and without packcache; samples and a picture go to out/bench/
 	$(BIN)/vllm-packcache bench decode --json out/bench/decode.json --plot out/bench/decode.png
 
-results: $(STAMP)  ## write docs/results/report.md and the README's results anew from docs/results/*.json
-	$(BIN)/vllm-packcache bench report docs/results --readme README.md
+results: $(STAMP)  ## write report.md and README.md of docs/results anew from its *.json
+	$(BIN)/vllm-packcache bench report docs/results --readme docs/results/README.md
 
 clean:  ## remove outputs and caches; .venv stays
 	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

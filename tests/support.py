@@ -1,4 +1,4 @@
-"""Where the plugin has been shown to work. ``python -m tests.support`` prints the README's table."""
+"""Where the plugin has been shown to work. ``python -m tests.support`` prints the table of `docs/operate.md`."""
 
 from __future__ import annotations
 

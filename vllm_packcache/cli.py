@@ -77,9 +77,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo"),
 ) -> None:
     """Turn a picture and a sentence into a video, with and without packcache."""
-    from vllm_packcache.demo.run import run_demo
+    with one_sentence("demo"):
+        from vllm_packcache.demo.run import run_demo
 
-    with one_sentence():
         run_demo(image, prompt, out)
 
 
@@ -124,10 +124,10 @@ def generate(
     guidance: Annotated[float, typer.Option(help="How much the prompt counts; 1: no guidance, half the work.")] = 15,
 ) -> None:
     """Have Lumos-1 make a video of a sentence, of a picture and a sentence, or go on with a video."""
-    from vllm_packcache.families.lumos import MaskedOptions
-    from vllm_packcache.serving.generate import Asked, generate
+    with one_sentence("generate"):
+        from vllm_packcache.families.lumos import MaskedOptions
+        from vllm_packcache.serving.generate import Asked, generate
 
-    with one_sentence():
         try:
             options = MaskedOptions(seed=seed, steps=steps, guidance=guidance)
         except ValueError as error:
@@ -152,9 +152,9 @@ def demo_masked(
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo-masked"),
 ) -> None:
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
-    from vllm_packcache.demo.masked.run import run_masked_demo
+    with one_sentence("demo"):
+        from vllm_packcache.demo.masked.run import run_masked_demo
 
-    with one_sentence():
         run_masked_demo(image, prompt, out)
 
 
@@ -179,7 +179,7 @@ def explain(
     from vllm_packcache.tools import explain as explaining
     from vllm_packcache.tools.figures import check_format
 
-    with one_sentence():
+    with one_sentence("calibrate"):
         check_format("--out", out)
         explanation = explaining.explain(
             config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
@@ -215,9 +215,9 @@ def calibrate(
     ] = None,
 ) -> None:
     """Measure how a model's attention decays over time, and suggest options that keep a share of it."""
-    from vllm_packcache.calibrate.command import run
+    with one_sentence("calibrate"):
+        from vllm_packcache.calibrate.command import run
 
-    with one_sentence():
         run(
             model,
             config,

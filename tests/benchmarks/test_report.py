@@ -21,7 +21,7 @@ from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.tools import files
 
-README = results.ROOT / "README.md"
+README = results.ROOT / "docs" / "results" / "README.md"
 
 
 @pytest.fixture(scope="module")

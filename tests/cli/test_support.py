@@ -1,4 +1,4 @@
-"""The README's support table is what `tests.support` says, and that names tests that there are."""
+"""The support table of `docs/operate.md` is what `tests.support` says, and that names tests that there are."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vllm_packcache.worker.keys.layout import BACKENDS
 TESTS = Path(__file__).parents[1]
 
 
-def test_the_readme_shows_it() -> None:
-    assert table() in (TESTS.parent / "README.md").read_text(encoding="utf-8"), "see python -m tests.support"
+def test_the_guide_shows_it() -> None:
+    assert table() in (TESTS.parent / "docs" / "operate.md").read_text(encoding="utf-8"), "see python -m tests.support"
 
 
 def test_versions_are_those_that_are_tested() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
@@ -372,8 +373,6 @@ def contact_sheet(pictures: dict[str, Pixels], path: Path) -> None:
 
 def draw_resident(packed: Sequence[int], full: Sequence[int], condition: int, path: Path) -> None:
     """Draw resident tokens per frame, packcache beside full."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

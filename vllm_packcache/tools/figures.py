@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,13 @@ def check_format(option: str, path: Path | None) -> None:
 
     Raises:
         ConfigError: it cannot; ``option`` has named it.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    if path is not None and path.suffix.lower() not in FORMATS:
+    if path is None:
+        return
+    if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"{option} must name a file that ends in {' or '.join(FORMATS)}, not {path.name!r}")
+    import_module("matplotlib")
 
 
 def new_figure(width: float, height: float) -> Figure:
