@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 
-from benchmarks.report import calibrate, decode, gpu, long_video, masked, model, quality, serve
+from benchmarks.report import calibrate, decode, gpu, long_video, masked, model, overhead, quality, serve
 from benchmarks.report.markdown import Files, table
 from benchmarks.report.parts import MET, NOT_MEASURED, Goal, Part, Result, Row
 from vllm_packcache.config.errors import ConfigError
@@ -21,7 +21,7 @@ PARTS = (
     quality.MASKED,
     calibrate.PART,
     calibrate.MASKED,
-    *(module.PART for module in (long_video, model, gpu)),
+    *(module.PART for module in (long_video, overhead, model, gpu)),
 )
 """In the order of the report."""
 

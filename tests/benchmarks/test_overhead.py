@@ -11,9 +11,13 @@ import pytest
 from rich.console import Console
 
 from benchmarks import overhead
+from benchmarks.decode.samples import CLOCKS, ratios_of
 from benchmarks.overhead import clock as clocks
 from benchmarks.overhead.clock import HostClock
 from benchmarks.overhead.plan import CASES, STOCK, WITH_PLUGIN
+from benchmarks.overhead.show import targets
+from benchmarks.report import overhead as section
+from benchmarks.report.markdown import Files
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,32 @@ def test_the_clock_stands_still_in_what_ours_calls(monkeypatch):
     assert clock.ours(outer)() == "done"
     (counted,) = clock.take().values()
     assert counted == 20, "from the call to theirs, and from there to the end"
+
+
+def judged(*, room: list[float], packcache: list[float], quick: bool = False) -> list[bool | None]:
+    """Verdicts on samples against stock's of 2, 4 and 8 ms a step: the machine gets slower, both engines alike."""
+    own = {STOCK: [0.002, 0.004, 0.008], "room": room, "packcache": packcache}
+    ratios = ratios_of(
+        dict.fromkeys(CLOCKS, own), {f"{case} / {STOCK}": (case, STOCK) for case in ("room", "packcache")}
+    )
+    return [target["met"] for target in targets({"quick": quick, "ratios": ratios})]
+
+
+def test_the_median_over_rounds_is_judged():
+    assert judged(room=[0.0021, 0.0043, 0.02], packcache=[0.0024, 0.0049, 0.03]) == [True, True]
+    assert judged(room=[0.0021, 0.0045, 0.02], packcache=[0.0024, 0.0051, 0.03]) == [False, False]
+    assert judged(room=[0.9] * 3, packcache=[0.9] * 3, quick=True) == [None, None]
+
+
+def test_the_report_has_a_part_of_it(measured, tmp_path):
+    result = measured[0]
+    files = Files(tmp_path, tmp_path)
+    text = "\n".join(section.PART.long(result, files))
+    assert all(name in text for name in CASES.values())
+    rows = list(section.PART.rows(result))
+    functions = [own["functions"] for cases in result["host"].values() for own in cases.values()]
+    assert sum(row.measure.startswith("in ") and "mean of steps" in row.measure for row in rows) >= sum(
+        map(len, functions)
+    )
+    assert [goal.verdict for goal in section.PART.goals(result)] == ["not judged"] * 2
+    assert "overhead.json" in "\n".join(section.PART.short(result, files))
