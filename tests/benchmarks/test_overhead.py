@@ -20,6 +20,10 @@ from benchmarks.report import overhead as section
 from benchmarks.report.markdown import Files
 
 
+# Six engines are started, each with an import of vLLM: what needs no engine is in the suite.
+engines = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     path: Path = tmp_path_factory.mktemp("overhead") / "overhead.json"
@@ -29,6 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return result, file.getvalue()
 
 
+@engines
 def test_every_case_is_compared_with_stock(measured):
     result, printed = measured
     assert set(result["ratios"]) == {f"{case} / {STOCK}" for case in CASES if case != STOCK}
@@ -37,6 +42,7 @@ def test_every_case_is_compared_with_stock(measured):
     assert all(name in printed for name in CASES.values())
 
 
+@engines
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_time_inside_our_functions_is_found_on_both_runners(measured, runner):
     for case in WITH_PLUGIN:
@@ -81,6 +87,7 @@ def test_the_median_over_rounds_is_judged():
     assert judged(room=[0.9] * 3, packcache=[0.9] * 3, quick=True) == [None, None]
 
 
+@engines
 def test_the_report_has_a_part_of_it(measured, tmp_path):
     result = measured[0]
     files = Files(tmp_path, tmp_path)
