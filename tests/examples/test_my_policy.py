@@ -79,22 +79,24 @@ def test_it_serves_a_video_through_several_processes(installed: Path, tmp_path: 
     environment = {**LOGGING, **on_the_path(installed), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     frames = 5
     log = tmp_path / "log"
-    with serving(MODEL_DIR, arguments, log, lambda line: None, environment=environment) as url:
-        with client_of(url) as client:
-            body = {
-                "model": "demo", "prompt": "a red circle moves right", "temperature": 0, "return_token_ids": True,
-                "vllm_xargs": {"packcache_frames": frames},
-            }  # fmt: skip
-            answer = client.post("/v1/completions", json=body)
-            assert answer.status_code == 200, answer.text
-            assert len(answer.json()["choices"][0]["token_ids"]) == frames * FRAME_TOKENS
-            metrics = client.get("/metrics").text
-            refused = client.post(
-                "/v1/completions",
-                json={**body, "vllm_xargs": {"packcache_window": 65}},
-            )
-            assert refused.status_code == 400
-            assert "window" in refused.text
+    with (
+        serving(MODEL_DIR, arguments, log, lambda line: None, environment=environment) as url,
+        client_of(url) as client,
+    ):
+        body = {
+            "model": "demo", "prompt": "a red circle moves right", "temperature": 0, "return_token_ids": True,
+            "vllm_xargs": {"packcache_frames": frames},
+        }  # fmt: skip
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"][0]["token_ids"]) == frames * FRAME_TOKENS
+        metrics = client.get("/metrics").text
+        refused = client.post(
+            "/v1/completions",
+            json={**body, "vllm_xargs": {"packcache_window": 65}},
+        )
+        assert refused.status_code == 400
+        assert "window" in refused.text
     assert f'policy="{NAME}"' in metrics
     freed = [line for line in metrics.splitlines() if line.startswith("vllm:packcache_freed_blocks_total")]
     assert float(freed[0].rpartition(" ")[2]) > 0
