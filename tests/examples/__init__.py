@@ -1,0 +1,1 @@
+"""What is in `examples/` runs as it stands."""

@@ -1,0 +1,103 @@
+"""The example of a package with a policy: installed into a throw-away place, drawn, and served by several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vllm_packcache.demo.run import LOGGING
+from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR
+from vllm_packcache.serving.server import client_of, serving
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+NAME = "every_other"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What installing the package leaves behind: its module, and metadata with the entry points of pyproject.toml."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    project = tomllib.loads((EXAMPLES / "my_policy" / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+        (folder / name).write_bytes((EXAMPLES / "my_policy" / name).read_bytes())
+    own = project["project"]
+    metadata = folder / f"{own['name'].replace('-', '_')}-{own['version']}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {own['name']}\nVersion: {own['version']}\n")
+    lines = []
+    for group, entries in own["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def on_the_path(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def run(installed: Path, *arguments: str) -> str:
+    environment = {**os.environ, **on_the_path(installed)}
+    answer = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_it_keeps_its_contract_over_many_frames(installed: Path) -> None:
+    code = (
+        "from my_policy import EveryOther\n"
+        "from vllm_packcache import FrameLayout, Retention, VideoLayout\n"
+        "from vllm_packcache.core.retention import check_policy\n"
+        "for tokens, condition, block in ((257, 288, 16), (7, 5, 16), (16, 0, 32)):\n"
+        "    for window in (1, 4, 5):\n"
+        "        layout = VideoLayout(FrameLayout(tokens), condition)\n"
+        "        check_policy(Retention(layout, EveryOther(window=window), block), 40)\n"
+    )
+    assert run(installed, "-c", code) == ""
+
+
+def test_explain_draws_it(installed: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    main = "from vllm_packcache.cli import main; main()"
+    shown = run(installed, "-c", main, "explain", "demo", "--policy", NAME, "--frames", "8", "--out", str(picture))
+    assert "frame 7" in shown
+    assert picture.stat().st_size
+
+
+def test_it_serves_a_video_through_several_processes(installed: Path, tmp_path: Path) -> None:
+    arguments = [
+        *("--kv-cache-policy", NAME, "--kv-cache-policy-config", '{"layout": "demo", "window": 3}'),
+        *("--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "8192", "--block-size", "32", "--max-num-seqs", "4"),
+    ]
+    # The API server and the engine are processes of their own, and both import the package.
+    environment = {**LOGGING, **on_the_path(installed), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    frames = 5
+    log = tmp_path / "log"
+    with (
+        serving(MODEL_DIR, arguments, log, lambda line: None, environment=environment) as url,
+        client_of(url) as client,
+    ):
+        body = {
+            "model": "demo", "prompt": "a red circle moves right", "temperature": 0, "return_token_ids": True,
+            "vllm_xargs": {"packcache_frames": frames},
+        }  # fmt: skip
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"][0]["token_ids"]) == frames * FRAME_TOKENS
+        metrics = client.get("/metrics").text
+        refused = client.post(
+            "/v1/completions",
+            json={**body, "vllm_xargs": {"packcache_window": 65}},
+        )
+        assert refused.status_code == 400
+        assert "window" in refused.text
+    assert f'policy="{NAME}"' in metrics
+    freed = [line for line in metrics.splitlines() if line.startswith("vllm:packcache_freed_blocks_total")]
+    assert float(freed[0].rpartition(" ")[2]) > 0
+    assert f"is on: policy {NAME}" in log.read_text(encoding="utf-8")
