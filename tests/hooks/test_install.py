@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from vllm_packcache.hooks import install as hooks
-from vllm_packcache.hooks.contract import Reliance
-from vllm_packcache.hooks.install import Hook, HookError
+from vllm_packcache.hooks.install import HookError
+from vllm_packcache.hooks.table import Hook
 
 # --------------------------------------------------------------------------- all or none
 
@@ -37,20 +37,14 @@ number = 4
 """
     exec(source, vars(made))
     monkeypatch.setitem(sys.modules, "vllm.stand_in", made)
-    monkeypatch.setattr(
-        hooks,
-        "RELIANCES",
-        (
-            Reliance("", "stand_in.py", "Owner.method", ("self", "one"), exact=True),
-            Reliance("", "stand_in.py", "Owner.static", ("one",)),
-            *(Reliance("", "stand_in.py", name, ("one", "two")) for name in ("function", "number", "gone")),
-        ),
-    )
     return made
 
 
+TAKES = {"Owner.method": "(self, one)", "Owner.static": "(one, ...)"}
+
+
 def hook(symbol: str, wrapper: str = "tests.hooks.test_install:doubled") -> Hook:
-    return Hook("vllm.stand_in", symbol, wrapper, "a test")
+    return Hook("vllm.stand_in", symbol + TAKES.get(symbol, "(one, two, ...)"), "a test", wrapper=wrapper)
 
 
 def doubled(function):

@@ -31,15 +31,18 @@ from vllm_packcache.engine.spec import RetentionSpec
 from vllm_packcache.hooks import contract
 from vllm_packcache.hooks import install as hooks
 from vllm_packcache.hooks import startup as plugin
-from vllm_packcache.hooks.contract import RELIANCES, Reliance, check_hooks
-from vllm_packcache.hooks.install import Hook
+from vllm_packcache.hooks.contract import check_hooks, places
+from vllm_packcache.hooks.table import HOOKS as TABLE
+from vllm_packcache.hooks.table import Hook, Kind, Place
 from vllm_packcache.worker.attention import retaining_backend
 from vllm_packcache.worker.runner_v1 import publish_step
 from vllm_packcache.worker.runner_v2 import retaining_model_state
 
-each_reliance = pytest.mark.parametrize(
-    "reliance", RELIANCES, ids=lambda reliance: f"{reliance.symbol.replace('.', '-')}: {reliance.name}"
-)
+
+def each_place(version: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "place", places(version), ids=lambda place: f"{place.symbol.replace('.', '-')}: {place.why}"
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,21 +53,21 @@ def registered() -> None:
 # --------------------------------------------------------------------------- by reading source
 
 
-@each_reliance
-def test_installed(reliance: Reliance) -> None:
-    check = contract._check(reliance, Path(vllm.__file__).parent)
+@each_place(vllm.__version__)
+def test_installed(place: Place) -> None:
+    check = contract.check(place, Path(vllm.__file__).parent)
     assert check.ok, check.detail
 
 
 @pytest.fixture(scope="module")
 def next_vllm(request: pytest.FixtureRequest) -> Path:
-    files = {reliance.file for reliance in RELIANCES}
-    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT, files)
+    modules = {place.module for place in places(NEXT)}
+    return vllm_sources(request.config.cache.mkdir("vllm-sources"), NEXT, modules)
 
 
-@each_reliance
-def test_next_version(reliance: Reliance, next_vllm: Path) -> None:
-    check = contract._check(reliance, next_vllm)
+@each_place(NEXT)
+def test_next_version(place: Place, next_vllm: Path) -> None:
+    check = contract.check(place, next_vllm)
     assert check.ok, f"vLLM {NEXT}: {check.detail}"
 
 
@@ -75,9 +78,9 @@ def test_both_versions_are_supported() -> None:
     assert hooks.version_error() is None
 
 
-def test_check_hooks_checks_every_reliance() -> None:
-    checks = check_hooks()
-    assert [check.name for check in checks] == [reliance.name for reliance in RELIANCES]
+def test_check_hooks_checks_every_place() -> None:
+    checks = check_hooks(vllm.__version__)
+    assert [check.name for check in checks] == [place.why for place in places(vllm.__version__)]
     assert [check.detail for check in checks if not check.ok] == []
 
 
@@ -103,7 +106,7 @@ async def serve(port, /):
     return port
 """
 
-RUN = Reliance("run", "engine/core.py", "Base.run", ("request", "count"), ("prepare", "work", "finish"))
+RUN = Place("run", "vllm.engine.core", "Base.run", ("request", "count"), reads=("prepare", "work", "finish"))
 
 
 @pytest.fixture
@@ -121,27 +124,27 @@ def tree(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(
-    "reliance",
+    "place",
     [
         RUN,
         replace(RUN, parameters=("self", "request", "count"), exact=True),
-        *(Reliance("symbol", "engine/core.py", name) for name in ("tool", "limit", "names", "Base", "Base.size")),
-        Reliance("coroutine", "engine/core.py", "serve", ("port",), exact=True),
+        *(Place("symbol", "vllm.engine.core", name) for name in ("tool", "limit", "names", "Base", "Base.size")),
+        Place("coroutine", "vllm.engine.core", "serve", ("port",), exact=True),
     ],
-    ids=lambda reliance: reliance.symbol,
+    ids=lambda place: place.symbol,
 )
-def test_what_is_there_passes(tree: Callable[[str], Path], reliance: Reliance) -> None:
-    check = contract._check(reliance, tree(SOURCE))
+def test_what_is_there_passes(tree: Callable[[str], Path], place: Place) -> None:
+    check = contract.check(place, tree(SOURCE))
     assert check.ok
-    assert check.detail == f"vllm/engine/core.py: {reliance.symbol}"
+    assert check.detail == f"vllm/engine/core.py: {place.symbol}"
 
 
 @pytest.mark.parametrize(
-    ("change", "reliance", "moved"),
+    ("change", "place", "moved"),
     [
         pytest.param(
             ("", ""),
-            replace(RUN, file="engine/gone.py"),
+            replace(RUN, module="vllm.engine.gone"),
             "engine/gone.py: Base.run: the file is gone",
             id="file",
         ),
@@ -170,23 +173,26 @@ def test_what_is_there_passes(tree: Callable[[str], Path], reliance: Reliance) -
         ),
     ],
 )
-def test_what_moved_is_named(
-    tree: Callable[[str], Path], change: tuple[str, str], reliance: Reliance, moved: str
-) -> None:
+def test_what_moved_is_named(tree: Callable[[str], Path], change: tuple[str, str], place: Place, moved: str) -> None:
     assert change[0] in SOURCE
-    check = contract._check(reliance, tree(SOURCE.replace(*change)))
+    check = contract.check(place, tree(SOURCE.replace(*change)))
     assert not check.ok
     assert check.detail.startswith("vllm/engine/")
     assert check.detail.endswith(moved)
 
 
 def test_an_empty_folder_fails_every_check(tmp_path: Path) -> None:
-    assert not any(check.ok for check in check_hooks(tmp_path))
+    assert not any(check.ok for check in check_hooks(vllm.__version__, tmp_path))
 
 
-def test_no_reliance_is_stated_twice() -> None:
-    statements = [(reliance.file, reliance.symbol) for reliance in RELIANCES]
+def test_no_place_is_stated_twice() -> None:
+    # A method of vLLM's may be overridden by several classes of ours.
+    statements = [(place.module, place.symbol, hook.subclass) for hook in TABLE for place in hook.places()]
     assert len(set(statements)) == len(statements)
+
+
+def test_what_we_change_says_what_would_end_it() -> None:
+    assert [hook.why for hook in TABLE if hook.kind is not Kind.USED and not hook.ends] == []
 
 
 # --------------------------------------------------------------------------- what the plugin wraps
@@ -207,11 +213,6 @@ def original(symbol: str) -> Any:
     (hook,) = (hook for hook in HOOKS if hook.symbol == symbol)
     value = wrapped(hook)
     return vars(getattr(value, "__func__", value))[hooks.ORIGINAL]
-
-
-@each_hook
-def test_every_hook_has_a_reliance(hook: Hook) -> None:
-    assert (hook.file, hook.symbol) in {(reliance.file, reliance.symbol) for reliance in RELIANCES}
 
 
 def test_every_function_is_wrapped_once() -> None:
@@ -362,8 +363,14 @@ def test_an_override_takes_what_the_method_takes(ours: type, base: type, name: s
         # What it does not look at it passes on.
         shapes[1] = shapes[1][: len(shapes[0])]
     assert shapes[0] == shapes[1]
-    symbols = {reliance.symbol for reliance in RELIANCES if reliance.exact and reliance.symbol.endswith(f".{name}")}
-    assert symbols & {f"{owner.__name__}.{name}" for owner in base.__mro__}, "no reliance with these parameters"
+    stated = {
+        place.symbol.rpartition(".")[2]
+        for hook in TABLE
+        if hook.subclass.endswith(f":{ours.__name__}")
+        for place in hook.places()
+        if place.override or place.exact
+    }
+    assert name in stated, "no row of the table names it"
 
 
 def test_every_field_of_the_metadata_is_known() -> None:

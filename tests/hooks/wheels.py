@@ -13,22 +13,27 @@ import fsspec
 import pytest
 from fsspec.implementations.http import HTTPFile
 
+from vllm_packcache.hooks.contract import files_of
 
-def vllm_sources(cache: Path, version: str, files: Iterable[str]) -> Path:
-    """The folder of the ``vllm`` package of ``version`` with those of ``files`` that it has.
 
-    Files are named relative to the package. Of the wheel, some hundred megabytes, only the parts are read that hold
+def vllm_sources(cache: Path, version: str, modules: Iterable[str]) -> Path:
+    """The folder of the ``vllm`` package of ``version`` with those of ``modules`` that it has.
+
+    Of the wheel, some hundred megabytes, only the parts are read that hold
     what is not in the cache yet. Skips the test where the registry cannot be reached, or sends whole files only.
     """
     package = cache / version / "vllm"
-    missing = sorted({file for file in files if not (package / file).is_file()})
+    candidates = [files_of(module) for module in sorted(set(modules))]
+    missing = [files for files in candidates if not any((package / file).is_file() for file in files)]
     if missing:
         with fsspec.open(_wheel_url(version), block_size=2**20, cache_type="blockcache").open() as remote:
             if not isinstance(remote, HTTPFile):
                 pytest.skip(f"vllm {version} cannot be read in part: the package registry sends whole files only")
             with zipfile.ZipFile(remote) as wheel:
                 there = set(wheel.namelist())
-                wheel.extractall(package.parent, [name for file in missing if (name := f"vllm/{file}") in there])
+                wheel.extractall(
+                    package.parent, [name for files in missing for file in files if (name := f"vllm/{file}") in there]
+                )
     return package
 
 

@@ -304,7 +304,7 @@ def _hook_checks() -> list[HookCheck]:
     # Late, so that a broken installation is a failed check and not a traceback.
     from vllm_packcache.hooks import contract
 
-    return contract.check_hooks()
+    return contract.check_hooks(_version("vllm") or "0")
 
 
 def _not_installed(name: str, found: str) -> Check:
