@@ -12,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written last, so an installation that stopped half-way is taken up again.
 STAMP := $(VENV)/.installed
+# vLLM's next version over the kernels of the installed one.
+NEXT := .venv-next
+NEXT_STAMP := $(NEXT)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 # A photo and a sentence are taken literally ($, quotes, spaces): through the environment, unexpanded, and never
@@ -26,7 +29,7 @@ export DEMO_OUT := $(value OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo demo-masked test test-long lint bench results clean
+.PHONY: help .venv demo demo-masked test test-quick test-long test-next lint bench results clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -69,8 +72,22 @@ demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passe
 # second, of most tests, is made whatever comes of the first.
 ON_BOTH_RUNNERS = V2=0; VLLM_USE_V2_MODEL_RUNNER=1 $(1) || V2=$$?; $(1) && exit $$V2
 
+# Lint, then what needs no engine.
+test-quick: lint
+	@$(BIN)/python -m pytest tests/core tests/config tests/families tests/hooks/test_vllm_contract.py
+
 test: lint  ## lint, then the test suite on both of vLLM's model runners
 	@$(call ON_BOTH_RUNNERS,$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long')
+
+# Tokens on vLLM's next version, a short form: CASES='' runs all of the three suites.
+CASES ?= test_packcache_equals_reference or test_tokens_equal_the_reference or test_alone
+test-next: $(NEXT_STAMP)
+	@$(call ON_BOTH_RUNNERS,$(NEXT)/bin/python -m pytest -m 'not long' -k '$(CASES)' \
+		tests/serving/test_tokens.py tests/serving/test_positions.py tests/serving/test_masked_tokens.py)
+
+$(NEXT_STAMP): $(STAMP) tests/next_vllm.py tests/support.py
+	@$(BIN)/python -m tests.next_vllm $(NEXT)
+	@touch $@
 
 test-long: $(STAMP)  ## soaks and full-size runs
 	@$(call ON_BOTH_RUNNERS,$(BIN)/python -m pytest -m long)
