@@ -19,7 +19,6 @@ from benchmarks.overhead.show import targets
 from benchmarks.report import overhead as section
 from benchmarks.report.markdown import Files
 
-
 # Six engines are started, each with an import of vLLM: what needs no engine is in the suite.
 engines = pytest.mark.long
 

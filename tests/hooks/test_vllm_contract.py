@@ -298,7 +298,7 @@ def test_arguments_that_a_wrapper_does_not_know_reach_the_original(
 
     owner = SimpleNamespace(
         coordinator=SimpleNamespace(single_type_managers=[None]),
-        vllm_config=SimpleNamespace(additional_config={}),
+        vllm_config=SimpleNamespace(additional_config={}, model_config=None),
     )
     wrap(function)(owner, *args, **kwargs)
     assert calls == [(args, kwargs)]

@@ -742,8 +742,8 @@ HOOKS: tuple[Hook, ...] = (
             ends=_CANVAS,
         )
         for base, ours in (
-            ("DiffusionScheduler", "MaskedScheduler"),
-            ("DiffusionAsyncScheduler", "MaskedAsyncScheduler"),
+            ("DiffusionScheduler", "CanvasScheduler"),
+            ("DiffusionAsyncScheduler", "CanvasAsyncScheduler"),
         )
     ),
     Hook(
@@ -755,7 +755,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "allocate_new_blocks; cache_blocks; remove_skipped_blocks; pop_blocks_for_free",
         "masked: blocks of a stream",
-        subclass="vllm_packcache.engine.streams:UnconditionalManager",
+        subclass="vllm_packcache.engine.manager:LaterStreamManager",
         ends=_RETENTION,
     ),
     Hook(
@@ -798,7 +798,7 @@ HOOKS: tuple[Hook, ...] = (
         "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "
         "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
         "masked: a model state of ours",
-        subclass="vllm_packcache.worker.passes:MaskedModelState",
+        subclass="vllm_packcache.worker.passes:CanvasModelState",
         ends=_CANVAS,
     ),
     Hook(
