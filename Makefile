@@ -73,7 +73,7 @@ demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passe
 ON_BOTH_RUNNERS = V2=0; VLLM_USE_V2_MODEL_RUNNER=1 $(1) || V2=$$?; $(1) && exit $$V2
 
 # Lint, then what needs no engine.
-test-quick: lint
+test-quick: lint  ## lint, then the tests that start no engine: core, configuration, families, contract
 	@$(BIN)/python -m pytest tests/core tests/config tests/families tests/hooks/test_vllm_contract.py
 
 test: lint  ## lint, then the test suite on both of vLLM's model runners
@@ -81,7 +81,7 @@ test: lint  ## lint, then the test suite on both of vLLM's model runners
 
 # Tokens on vLLM's next version, a short form: CASES='' runs all of the three suites.
 CASES ?= test_packcache_equals_reference or test_tokens_equal_the_reference or test_alone
-test-next: $(NEXT_STAMP)
+test-next: $(NEXT_STAMP)  ## tokens on vLLM's next version over the installed kernels; CASES= for all of them
 	@$(call ON_BOTH_RUNNERS,$(NEXT)/bin/python -m pytest -m 'not long' -k '$(CASES)' \
 		tests/serving/test_tokens.py tests/serving/test_positions.py tests/serving/test_masked_tokens.py)
 

@@ -12,7 +12,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = {".venv", "demo", "demo-masked", "test", "test-long", "lint", "bench", "results", "clean", "help"}
+TARGETS = {
+    ".venv",
+    "demo",
+    "demo-masked",
+    "test",
+    "test-quick",
+    "test-next",
+    "test-long",
+    "lint",
+    "bench",
+    "results",
+    "clean",
+    "help",
+}
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
