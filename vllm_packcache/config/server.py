@@ -514,13 +514,17 @@ def _deeper(value: object, levels: int) -> bool:
 def family_of(model_config: Any) -> Family:
     """The family of the model that a configuration of vLLM's is of; there may be none.
 
-    Raises:
-        ConfigError: a package's family cannot be loaded.
+    Where a package's family cannot be loaded the model is any decoder, as it is to vLLM: that has been logged, and who
+    switches a policy on is told by `read_config`.
     """
     try:
-        return families.of(getattr(getattr(model_config, "hf_config", None), "architectures", None))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        return families.of(_architectures(model_config))
+    except ValueError:
+        return DECODER
+
+
+def _architectures(model_config: Any) -> list[str] | None:
+    return getattr(getattr(model_config, "hf_config", None), "architectures", None)
 
 
 def config_of(owner: Any) -> ServerConfig | None:
@@ -540,9 +544,15 @@ def read_config(vllm_config: Any) -> ServerConfig | None:
     """The configuration of an engine; None: not switched on.
 
     Raises:
-        ConfigError: it is switched on and wrong.
+        ConfigError: it is switched on and wrong, or the model's family cannot be loaded.
     """
-    return ServerConfig.from_additional_config(vllm_config.additional_config, family_of(vllm_config.model_config))
+    config = ServerConfig.from_additional_config(vllm_config.additional_config, family_of(vllm_config.model_config))
+    if config is not None:
+        try:
+            families.of(_architectures(vllm_config.model_config))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return config
 
 
 def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
