@@ -83,12 +83,12 @@ def bench_serve(
     rounds: Annotated[int, typer.Option(min=1, help="How often both servers get the load.")] = 2,
 ) -> None:
     """Count the videos that a server holds at once with and without packcache, and load it with them over HTTP."""
-    from benchmarks.serve import Plan, run
+    from benchmarks.serve import ServePlan, run
 
     with one_sentence():
         run(
             json_path,
-            plan=Plan(
+            plan=ServePlan(
                 condition_tokens=condition_tokens,
                 tokens_per_frame=tokens_per_frame,
                 frames=frames,
@@ -112,10 +112,10 @@ def bench_quality(
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
     from benchmarks.quality.generators import Causal, Masked
-    from benchmarks.quality.run import Plan, run
+    from benchmarks.quality.run import QualityPlan, run
 
     with one_sentence():
-        run(out, plan=Plan(generator=Masked() if masked else Causal(), videos=videos or 0))
+        run(out, plan=QualityPlan(generator=Masked() if masked else Causal(), videos=videos or 0))
 
 
 @bench.command("long-video")

@@ -27,13 +27,13 @@ from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.tools import files
 from vllm_packcache.tools.figures import FORMATS
 
-SERVE = serve.Plan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
-SERVE_QUICK = serve.Plan(
+SERVE = serve.ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
+SERVE_QUICK = serve.ServePlan(
     model=decode_plan.QUICK.model, condition_tokens=40, tokens_per_frame=40, frames=13, pool_videos=2, rounds=1
 )
 
 QUALITY_QUICK = {"videos": 4, "frontier_videos": 2, "trained_frames": 2}
-"""Sizes of `quality.Plan` that are not the usual ones."""
+"""Sizes of `quality.QualityPlan` that are not the usual ones."""
 
 CALIBRATE_VIDEOS, CALIBRATE_VIDEOS_QUICK = calibrate.DEMO_VIDEOS, 2
 CALIBRATE_TARGET = 0.8
@@ -103,7 +103,7 @@ def benchmarks(*, quick: bool = False, videos: int | None = None) -> list[Benchm
     """
     served = SERVE_QUICK if quick else SERVE
     sizes: dict[str, Any] = (QUALITY_QUICK if quick else {}) | ({} if videos is None else {"videos": videos})
-    judged = quality.Plan(**sizes)
+    judged = quality.QualityPlan(**sizes)
     calibrated = CALIBRATE_VIDEOS_QUICK if quick else CALIBRATE_VIDEOS
 
     def measure_decode(folder: Path, console: Console) -> None:
@@ -173,7 +173,7 @@ def _says(result: Result, **sizes: object) -> bool:
     return all(result.get(name) == size for name, size in sizes.items())
 
 
-def _video(plan: serve.Plan) -> dict[str, int]:
+def _video(plan: serve.ServePlan) -> dict[str, int]:
     return {name: getattr(plan, name) for name in ("condition_tokens", "tokens_per_frame", "frames")}
 
 

@@ -101,7 +101,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class KernelPlan:
     """Sizes of everything that is run.
 
     Args:
@@ -149,7 +149,7 @@ class Plan:
         return decode | {FRAME_STEP: (1, start, self.tokens_per_frame)}
 
 
-LUMOS = Plan(
+LUMOS = KernelPlan(
     # The attention of Llama 3.2 3B, which has the size and the 28 layers of Lumos-1 3B.
     geometry=Geometry(layers=28, heads=24, kv_heads=8, head_size=128, block_size=16, dtype=torch.bfloat16),
     condition_tokens=272,
@@ -158,7 +158,7 @@ LUMOS = Plan(
     batches=(1, 16),
     rounds=30,
 )
-EXACT = Plan(
+EXACT = KernelPlan(
     geometry=Geometry(layers=2, heads=4, kv_heads=2, head_size=16, block_size=16, dtype=torch.float32),
     condition_tokens=21,
     tokens_per_frame=27,
@@ -179,7 +179,7 @@ class Reads(NamedTuple):
     length: int
 
 
-def reads(plan: Plan, computed: int, scheduled: int, blocks: Int32) -> dict[str, Reads]:
+def reads(plan: KernelPlan, computed: int, scheduled: int, blocks: Int32) -> dict[str, Reads]:
     """What every case reads.
 
     Args:
@@ -213,7 +213,7 @@ class Check(NamedTuple):
         return self.error <= self.bound
 
 
-def check(device: torch.device, plans: Sequence[Plan] = (EXACT, AS_TIMED)) -> dict[str, Check]:
+def check(device: torch.device, plans: Sequence[KernelPlan] = (EXACT, AS_TIMED)) -> dict[str, Check]:
     """Compare everything that is timed with PyTorch in float64, at the sizes of ``plans``."""
     torch.manual_seed(SEED)
     checks = {}
@@ -233,7 +233,7 @@ def check(device: torch.device, plans: Sequence[Plan] = (EXACT, AS_TIMED)) -> di
     return checks
 
 
-def _attention_error(make: MakeAttention, plan: Plan, step: str, device: torch.device) -> float:
+def _attention_error(make: MakeAttention, plan: KernelPlan, step: str, device: torch.device) -> float:
     """Largest error as a part of the largest number.
 
     The reference is dense attention with a mask that is made of the policy's blocks and not of the compacted table.
@@ -291,7 +291,7 @@ def _rotation_error(shape: Geometry, interleaved: bool, device: torch.device) ->
     )
 
 
-def _compaction_error(plan: Plan, device: torch.device) -> float:
+def _compaction_error(plan: KernelPlan, device: torch.device) -> float:
     """How many numbers of compacted rows are not those that the host's compaction makes."""
     wrong = 0
     for frame in range(plan.frames):
@@ -317,7 +317,7 @@ class Compaction(NamedTuple):
     reads: list[Reads]
 
 
-def _compaction(plan: Plan, sequences: int, computed: int, device: torch.device) -> Compaction:
+def _compaction(plan: KernelPlan, sequences: int, computed: int, device: torch.device) -> Compaction:
     """The compaction of a decode step of packcache."""
     from vllm_packcache.worker.blocks.kernel import CompactedRows, compact_rows
 
@@ -389,7 +389,7 @@ class Clock:
         return samples
 
 
-def measure(plan: Plan, device: torch.device, clock: Clock) -> dict[str, Any]:
+def measure(plan: KernelPlan, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Time everything."""
     torch.manual_seed(SEED)
     attention = {step: _time_attention(plan, step, device, clock) for step in plan.steps()}
@@ -418,7 +418,7 @@ def _median(attention: Mapping[str, Any], step: str) -> float:
     return float(np.median(attention[step]["kernels"][OWN_KERNEL]["seconds"]["packcache"]))
 
 
-def _time_attention(plan: Plan, step: str, device: torch.device, clock: Clock) -> dict[str, Any]:
+def _time_attention(plan: KernelPlan, step: str, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Time a step's attention in all layers, with every kernel."""
     shape = plan.geometry
     sequences, computed, scheduled = plan.steps()[step]
@@ -448,7 +448,7 @@ def _time_attention(plan: Plan, step: str, device: torch.device, clock: Clock) -
     }
 
 
-def _time_gathered(plan: Plan, lengths: Mapping[str, int], query: Tensor, clock: Clock) -> dict[str, Any]:
+def _time_gathered(plan: KernelPlan, lengths: Mapping[str, int], query: Tensor, clock: Clock) -> dict[str, Any]:
     """The same step with torch's attention on keys that lie side by side: what a kernel tuned for the GPU takes."""
     shape = plan.geometry
     works = {}
@@ -463,7 +463,7 @@ def _time_gathered(plan: Plan, lengths: Mapping[str, int], query: Tensor, clock:
     return _with_ratios(clock.seconds(works, plan.rounds))
 
 
-def _time_rotation(plan: Plan, device: torch.device, clock: Clock) -> dict[str, Any]:
+def _time_rotation(plan: KernelPlan, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Time the slide before the last frame, beside a copy of as many bytes as it turns."""
     from vllm_packcache.worker.keys.kernel import RotationKernel
 
@@ -493,7 +493,9 @@ def _time_rotation(plan: Plan, device: torch.device, clock: Clock) -> dict[str, 
     }
 
 
-def _time_compaction(plan: Plan, sequences: int, computed: int, device: torch.device, clock: Clock) -> dict[str, Any]:
+def _time_compaction(
+    plan: KernelPlan, sequences: int, computed: int, device: torch.device, clock: Clock
+) -> dict[str, Any]:
     """Time the compaction of a decode step, which all layers share."""
     step = _compaction(plan, sequences, computed, device)
     samples = clock.seconds({"compaction": clock.captured(step.run)}, plan.rounds)["compaction"]
@@ -502,7 +504,7 @@ def _time_compaction(plan: Plan, sequences: int, computed: int, device: torch.de
     return {"blocks": blocks, "bytes": 3 * 4 * blocks, "seconds": samples, "median": float(np.median(samples))}
 
 
-def _angles(plan: Plan) -> Float64:
+def _angles(plan: KernelPlan) -> Float64:
     pairs = np.arange(plan.geometry.head_size // 2)
     frequencies = 10_000.0 ** (-pairs / len(pairs))
     axis_of: Int64 = np.zeros_like(pairs)
@@ -657,7 +659,7 @@ def run(json_path: Path | None) -> int:
     return status
 
 
-def _measure_if_right(result: dict[str, Any], plan: Plan, device: torch.device) -> int:
+def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.device) -> int:
     start = time.monotonic()
     checks = check(device)
     result["checks"] = {name: own._asdict() | {"passed": own.passed} for name, own in checks.items()}

@@ -62,7 +62,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EnginePlan:
     """Sizes of everything that is run.
 
     Args:
@@ -76,7 +76,7 @@ class Plan:
         device: where.
     """
 
-    video: gpu.Plan
+    video: gpu.KernelPlan
     model: ModelShape
     positions: int
     chunk: int
@@ -141,7 +141,7 @@ class Plan:
 
 
 _GEOMETRY = gpu.LUMOS.geometry
-LUMOS = Plan(
+LUMOS = EnginePlan(
     video=gpu.LUMOS,
     # Llama 3.2 3B, but for an output matrix of its own: as many weights are read in a step.
     model=ModelShape(
@@ -170,7 +170,7 @@ LUMOS = Plan(
 )
 
 
-def measure(plan: Plan, copy_bandwidth: float, free_bytes: int) -> dict[str, Any]:
+def measure(plan: EnginePlan, copy_bandwidth: float, free_bytes: int) -> dict[str, Any]:
     """Run everything that fits.
 
     Args:
@@ -207,7 +207,7 @@ def measure(plan: Plan, copy_bandwidth: float, free_bytes: int) -> dict[str, Any
     }
 
 
-def _measure_run(plan: Plan, run: Run, model: Path, copy_bandwidth: float) -> dict[str, Any]:
+def _measure_run(plan: EnginePlan, run: Run, model: Path, copy_bandwidth: float) -> dict[str, Any]:
     with ExitStack() as stack:
         engines: dict[str, EngineProcess] = {}
         for name in run.engines:
@@ -228,7 +228,7 @@ def _measure_run(plan: Plan, run: Run, model: Path, copy_bandwidth: float) -> di
     }
 
 
-def video_seconds(frames: tuple[int, ...], step_seconds: list[float], plan: Plan) -> float | None:
+def video_seconds(frames: tuple[int, ...], step_seconds: list[float], plan: EnginePlan) -> float | None:
     """Time to decode all frames up to the last one, those between the timed ones interpolated; None: one was timed."""
     if len(frames) == 1:
         return None
@@ -237,7 +237,7 @@ def video_seconds(frames: tuple[int, ...], step_seconds: list[float], plan: Plan
 
 
 def _measure_frame(
-    plan: Plan, run: Run, frame: int, engines: Mapping[str, EngineProcess], copy_bandwidth: float
+    plan: EnginePlan, run: Run, frame: int, engines: Mapping[str, EngineProcess], copy_bandwidth: float
 ) -> dict[str, Any]:
     """Time the engines in the middle of ``frame``."""
     retention, prompt, room = plan.retention, plan.prompt(frame), plan.room

@@ -120,7 +120,7 @@ VARIANTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LongVideoPlan:
     """Sizes of everything that is run.
 
     Args:
@@ -157,7 +157,7 @@ class Plan:
         }
 
 
-FULL = Plan(videos=10, frames=10 * TRAINED_FRAMES, trained_frames=TRAINED_FRAMES, variants=VARIANTS)
+FULL = LongVideoPlan(videos=10, frames=10 * TRAINED_FRAMES, trained_frames=TRAINED_FRAMES, variants=VARIANTS)
 
 
 class Answers(NamedTuple):
@@ -173,7 +173,7 @@ class Answers(NamedTuple):
 
 
 def run(
-    json_path: Path | None, plot_path: Path | None, *, plan: Plan = FULL, console: Console | None = None
+    json_path: Path | None, plot_path: Path | None, *, plan: LongVideoPlan = FULL, console: Console | None = None
 ) -> dict[str, Any]:
     """Measure, print a table and write what was measured.
 
@@ -221,7 +221,7 @@ def run(
     return result
 
 
-def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
+def _described(variant: Variant, plan: LongVideoPlan) -> dict[str, Any]:
     """Its configuration, and what it needs while the last frame is made: tokens it reads, positions the model has."""
     server = ServerConfig.parse(variant.policy, variant.config)
     video = server.plan(OPTIONS, plan.tokens)
@@ -238,7 +238,7 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
 # Engines
 
 
-def _ask_all(plan: Plan, console: Console) -> dict[str, Answers]:
+def _ask_all(plan: LongVideoPlan, console: Console) -> dict[str, Answers]:
     """The answers of all variants, by name: each from an engine in a process of its own."""
     context = multiprocessing.get_context("spawn")
     counters: _Counters = {measurement: context.Array("l", len(plan.variants)) for measurement in MEASUREMENTS}
@@ -300,7 +300,7 @@ def _begin_process(counters: _Counters) -> None:
         os.dup2(descriptor, stream.fileno())
 
 
-def _ask(plan: Plan, number: int) -> Answers:
+def _ask(plan: LongVideoPlan, number: int) -> Answers:
     """Body of a process: measure variant ``number``."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -422,7 +422,7 @@ def _run(
 # Scores
 
 
-def _score(plan: Plan, answers: Mapping[str, Answers]) -> dict[str, Any]:
+def _score(plan: LongVideoPlan, answers: Mapping[str, Answers]) -> dict[str, Any]:
     """The scores of both measurements, by measurement, variant and measure. References show what is easy."""
     tokenizer = VideoTokenizer()
     worlds = [make_world(seed) for seed in plan.seeds]

@@ -92,7 +92,7 @@ MODEL = ModelShape(layers=2, heads=8, head_size=128, hidden=256, vocab=512, dtyp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ServePlan:
     """Sizes of everything that is run.
 
     Args:
@@ -152,7 +152,7 @@ class Plan:
 
 
 @dataclass
-class Video:
+class ServedVideo:
     """One request as its client saw it, in seconds after it was sent.
 
     Attributes:
@@ -237,7 +237,7 @@ def largest(guess: int, holds: Callable[[int], bool], most: int) -> int:
     return number - 1
 
 
-def run(json_path: Path | None, *, plan: Plan, console: Console | None = None) -> dict[str, Any]:
+def run(json_path: Path | None, *, plan: ServePlan, console: Console | None = None) -> dict[str, Any]:
     """Measure, print a table and write what was measured.
 
     Args:
@@ -305,7 +305,7 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 @contextmanager
-def _servers(plan: Plan, console: Console) -> Iterator[dict[str, _Server]]:
+def _servers(plan: ServePlan, console: Console) -> Iterator[dict[str, _Server]]:
     """Both servers, up, on a model in a temporary folder."""
     with (
         tempfile.TemporaryDirectory(prefix="packcache-bench-") as folder,
@@ -339,7 +339,7 @@ def _servers(plan: Plan, console: Console) -> Iterator[dict[str, _Server]]:
 class _Bench:
     """The runs, in order. Each sends its videos at once and waits for all of them."""
 
-    def __init__(self, plan: Plan, servers: Mapping[str, _Server], progress: Progress) -> None:
+    def __init__(self, plan: ServePlan, servers: Mapping[str, _Server], progress: Progress) -> None:
         self._plan = plan
         self._servers = servers
         self._progress = progress
@@ -405,14 +405,14 @@ async def _load(
     other: _Server,
     prompts: list[list[int]],
     ahead: Sequence[list[int]],
-    plan: Plan,
+    plan: ServePlan,
     tell: Callable[[int], None],
 ) -> Load:
     """Send videos, after the prompts that go ``ahead``; with those, only until one is preempted."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits, trust_env=False) as client:
         before = await _metrics(client)
-        videos = [Video() for _ in prompts]
+        videos = [ServedVideo() for _ in prompts]
         engine_cpu, other_cpu = server.engine_cpu_seconds(), other.cpu_seconds()
         start = time.monotonic()
         bodies = [{"model": MODEL_NAME, "prompt": prompt, "max_tokens": 1} for prompt in ahead]
@@ -454,7 +454,7 @@ async def _load(
 
 
 async def _generate(
-    client: httpx.AsyncClient, prompt: list[int], plan: Plan, video: Video, tell: Callable[[int], None]
+    client: httpx.AsyncClient, prompt: list[int], plan: ServePlan, video: ServedVideo, tell: Callable[[int], None]
 ) -> None:
     """Stream one video into ``video``.
 

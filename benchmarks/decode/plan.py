@@ -79,7 +79,7 @@ STAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class DecodePlan:
     """Sizes of everything that is run.
 
     Args:
@@ -199,7 +199,7 @@ def _additional_config(policy: Policy, **options: str) -> dict[str, Any]:
     return {"kv_cache_policy": policy.name, "kv_cache_policy_config": dataclasses.asdict(policy) | options}
 
 
-FULL = Plan(
+FULL = DecodePlan(
     model=ModelShape(layers=2, heads=8, head_size=128, hidden=256, vocab=512, dtype="bfloat16", bytes_per_element=2),
     chunk=2048,
     condition_tokens=272,
@@ -212,7 +212,7 @@ FULL = Plan(
     early=10,
     late=100,
 )
-QUICK = Plan(
+QUICK = DecodePlan(
     model=ModelShape(layers=2, heads=2, head_size=32, hidden=64, vocab=256, dtype="float32", bytes_per_element=4),
     chunk=512,
     condition_tokens=70,

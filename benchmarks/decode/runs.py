@@ -24,7 +24,7 @@ from benchmarks.decode.plan import (
     STOCK,
     THREADS,
     WITH_PLUGIN,
-    Plan,
+    DecodePlan,
     described,
 )
 from benchmarks.decode.samples import CLOCKS, joined, ratios_of, step_times, summed
@@ -97,7 +97,7 @@ class Bench:
         progress: is told which stage of `STAGES` runs.
     """
 
-    def __init__(self, plan: Plan, folder: Path, progress: Progress) -> None:
+    def __init__(self, plan: DecodePlan, folder: Path, progress: Progress) -> None:
         self._plan = plan
         self._folder = folder
         self._engines: dict[str, EngineProcess] = {}
@@ -109,14 +109,14 @@ class Bench:
 
     @classmethod
     @contextmanager
-    def in_temporary_folder(cls, plan: Plan, progress: Progress) -> Iterator[Bench]:
+    def in_temporary_folder(cls, plan: DecodePlan, progress: Progress) -> Iterator[Bench]:
         """One that leaves nothing behind."""
         with tempfile.TemporaryDirectory(prefix="packcache-bench-") as folder:
             yield cls(plan, Path(folder), progress)
 
     @contextmanager
     def engines(self, purpose: str, names: Sequence[str]) -> Iterator[None]:
-        """Engines of `Plan.engines`, beside those that live already."""
+        """Engines of `DecodePlan.engines`, beside those that live already."""
         with ExitStack() as stack:
             with self._stage(f"starting engines {purpose}"):
                 for name in names:
@@ -168,7 +168,7 @@ class Bench:
         }
 
     def frames(self) -> dict[str, Any]:
-        """Time each policy of `Plan.policies` in the middle of every frame.
+        """Time each policy of `DecodePlan.policies` in the middle of every frame.
 
         A step's time is linear in the number of tokens it reads, so the middle of a frame stands for its mean.
         What all frames take, end to end, is `END_TO_END`.

@@ -75,7 +75,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Video:
+class MeasuredVideo:
     """A request that makes one frame.
 
     Args:
@@ -120,7 +120,7 @@ class Video:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MaskedPlan:
     """Sizes of everything that is run.
 
     Args:
@@ -179,13 +179,13 @@ class Plan:
             "the commit, which are timed"
         )
 
-    def last_frame(self, given: int | None = None, *, image: bool = True, **options: Any) -> Video:
+    def last_frame(self, given: int | None = None, *, image: bool = True, **options: Any) -> MeasuredVideo:
         """The video of which the last frame is to be made; ``given``: another number of frames before it."""
         given = self.frames - 1 if given is None else given
-        return Video(self.grid, self.text, given, image, self.options | options)
+        return MeasuredVideo(self.grid, self.text, given, image, self.options | options)
 
     @cached_property
-    def cases(self) -> dict[str, Video]:
+    def cases(self) -> dict[str, MeasuredVideo]:
         """Videos of which a frame is timed."""
         return {
             "full": self.last_frame(policy="full"),
@@ -195,7 +195,7 @@ class Plan:
         }
 
     @property
-    def short(self) -> Video:
+    def short(self) -> MeasuredVideo:
         """One that keeps all it has, and has as many tokens in its streams together as packcache reads.
 
         Text makes up for what is not a whole frame. It is in the conditional stream alone: what packcache keeps beyond
@@ -205,12 +205,12 @@ class Plan:
         # In both streams: the start of the video, the conditioning image, the frame that is made.
         least = SPECIAL_TOKENS + lumos.VIDEO_START_TOKENS + 4 * frame
         given, text = divmod(read - least, 2 * frame)
-        return Video(self.grid, text, given, options=self.options | {"policy": "full"})
+        return MeasuredVideo(self.grid, text, given, options=self.options | {"policy": "full"})
 
     @property
-    def batch(self) -> Video:
+    def batch(self) -> MeasuredVideo:
         """Each of the videos that are made together."""
-        return Video(self.batch_grid, self.text, self.batch_given, options=self.options)
+        return MeasuredVideo(self.batch_grid, self.text, self.batch_given, options=self.options)
 
     @property
     def additional_config(self) -> dict[str, Any]:
@@ -226,11 +226,11 @@ class Plan:
         assert config is not None, "a family of canvases is always on"
         return config
 
-    def planned(self, video: Video) -> CanvasRequest:
+    def planned(self, video: MeasuredVideo) -> CanvasRequest:
         """What the engine makes of a request."""
         return LUMOS.request(self._config, video.extra_args, video.ids)
 
-    def live(self, video: Video) -> list[int]:
+    def live(self, video: MeasuredVideo) -> list[int]:
         """Tokens that the frame's own read, in each stream."""
         plan = self.planned(video)
         lengths = []
@@ -240,7 +240,7 @@ class Plan:
             lengths.append(Retention(layout, stream.policy, BLOCK_SIZE).live_tokens(last) + 1)
         return lengths
 
-    def unknown(self, video: Video, steps: int) -> list[int]:
+    def unknown(self, video: MeasuredVideo, steps: int) -> list[int]:
         """Tokens of the frame that are unknown before each step."""
         rows, columns = video.grid
         tokens = unknown = rows * columns
@@ -250,7 +250,7 @@ class Plan:
             unknown = lumos.still_masked(step, steps, tokens, unknown)
         return counts
 
-    def work(self, video: Video, *, layers: int, steps: int) -> Work:
+    def work(self, video: MeasuredVideo, *, layers: int, steps: int) -> Work:
         """Of making a frame in both streams: all steps and the commit, which needs no output layer."""
         live, model = self.live(video), self.model
         passes, frame = (steps + 1) * layers, video.tokens_per_frame
@@ -261,7 +261,7 @@ class Plan:
             sum(self.unknown(video, steps)) * len(live) * 2 * model.hidden * codes,
         )
 
-    def floor(self, above: Video, below: Video, *, layers: int, steps: int) -> float:
+    def floor(self, above: MeasuredVideo, below: MeasuredVideo, *, layers: int, steps: int) -> float:
         """The ratio of their work."""
         return self.work(above, layers=layers, steps=steps).total / self.work(below, layers=layers, steps=steps).total
 
@@ -270,7 +270,7 @@ class Plan:
         """Other videos that have 13 pictures: with how many frames given, beside an image or without one."""
         return {"the image is the first of them": self.frames - 2, "no image": self.frames - 1}
 
-    def reading(self, name: str, **options: Any) -> Video:
+    def reading(self, name: str, **options: Any) -> MeasuredVideo:
         """The video of a reading."""
         return self.last_frame(self.readings[name], image=name != "no image", **options)
 
@@ -293,7 +293,7 @@ class Plan:
         # Where steps are scheduled ahead of the ones in flight, a frame more; and vLLM keeps one for itself.
         return max(longest, together) + 2 * _blocks(self.max_num_batched_tokens) + 1
 
-    def _lengths(self, video: Video) -> Sequence[int]:
+    def _lengths(self, video: MeasuredVideo) -> Sequence[int]:
         plan = self.planned(video)
         start = plan.conditional.layout.condition_tokens
         return [video.total_tokens - start + own.plan.layout.condition_tokens for own in plan.streams]
@@ -331,7 +331,7 @@ LUMOS_3B = ModelShape(
 
 OF_3B = "of the size of a model of 3 billion parameters"
 
-QUICK = Plan(
+QUICK = MaskedPlan(
     model=ModelShape(
         layers=1,
         heads=2,
@@ -355,7 +355,7 @@ QUICK = Plan(
     batch_given=3,
     batch_rounds=2,
 )
-ON_CPU = Plan(
+ON_CPU = MaskedPlan(
     model=dataclasses.replace(LUMOS_3B, layers=1),
     of=OF_3B,
     layers=LAYERS,
@@ -369,7 +369,7 @@ ON_CPU = Plan(
     batch_given=3,
     batch_rounds=2,
 )
-ON_GPU = Plan(
+ON_GPU = MaskedPlan(
     model=LUMOS_3B,
     of=OF_3B,
     layers=LAYERS,

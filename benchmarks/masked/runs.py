@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.decode.samples import CLOCKS, CPU, ratios_of
 from benchmarks.engine_process import EngineFailed, EngineProcess
-from benchmarks.masked.plan import APART, BATCH, BATCH_RATIOS, BLOCK_SIZE, RATIOS, TOGETHER, Plan, Video
+from benchmarks.masked.plan import APART, BATCH, BATCH_RATIOS, BLOCK_SIZE, RATIOS, TOGETHER, MaskedPlan, MeasuredVideo
 from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS, PARTS, Made, MaskedEngine, MaskedSettings
 from benchmarks.model import write_config
 
@@ -45,7 +45,7 @@ def summed(frames: Sequence[Frame]) -> Frame:
     }
 
 
-def reckoned(own: Mapping[str, list[float]], plan: Plan, video: Video) -> float:
+def reckoned(own: Mapping[str, list[float]], plan: MaskedPlan, video: MeasuredVideo) -> float:
     """Seconds of a frame of the model that is reported, ``enter + steps x step + commit``.
 
     All layers are alike: what they take, and what entering a frame takes, is multiplied. The output layer is there
@@ -75,7 +75,7 @@ class Bench:
         advance: is called after each frame.
     """
 
-    def __init__(self, plan: Plan, engine: EngineProcess, advance: Callable[[], None]) -> None:
+    def __init__(self, plan: MaskedPlan, engine: EngineProcess, advance: Callable[[], None]) -> None:
         self._plan = plan
         self._engine = engine
         self._advance = advance
@@ -83,7 +83,7 @@ class Bench:
 
     @classmethod
     @contextmanager
-    def in_temporary_folder(cls, plan: Plan, advance: Callable[[], None]) -> Iterator[Bench]:
+    def in_temporary_folder(cls, plan: MaskedPlan, advance: Callable[[], None]) -> Iterator[Bench]:
         """One that leaves nothing behind."""
         with tempfile.TemporaryDirectory(prefix="packcache-bench-") as name:
             folder = Path(name)
@@ -113,7 +113,7 @@ class Bench:
         return {**self._engine.call("about"), "peak_bytes": self._engine.call("peak_memory")}
 
     def last_frame(self) -> dict[str, Any]:
-        """Time the last frame of every video of `Plan.cases`."""
+        """Time the last frame of every video of `MaskedPlan.cases`."""
         plan, cases = self._plan, self._plan.cases
         frames: dict[str, list[Frame]] = {name: [] for name in cases}
         peaks: dict[str, int] = dict.fromkeys(cases, 0)
@@ -177,7 +177,7 @@ class Bench:
     def _times(
         self,
         frames: Mapping[str, Sequence[Frame]],
-        videos: Mapping[str, Video],
+        videos: Mapping[str, MeasuredVideo],
         ratios: Mapping[str, tuple[str, str]],
     ) -> dict[str, Any]:
         """Seconds of every pass; of all passes together; of the frame that is reported; and ratios of these."""
@@ -190,7 +190,7 @@ class Bench:
             "whole_frame": whole | {"ratios": ratios_of(whole, ratios)},
         }
 
-    def _made(self, video: Video, videos: int = 1) -> Made:
+    def _made(self, video: MeasuredVideo, videos: int = 1) -> Made:
         made = self._engine.call("make", [video.ids] * videos, video.extra_args)
         self._engine.end()
         self._advance()
@@ -218,7 +218,7 @@ def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from (*names[turn:], *names[:turn])
 
 
-def readings(last_frame: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def readings(last_frame: Mapping[str, Any], plan: MaskedPlan) -> dict[str, Any]:
     """What full / packcache is of the other videos of 13 pictures, reckoned from the times of the one that was made.
 
     The time of a pass is linear in the number of tokens that its frame reads.
@@ -241,7 +241,7 @@ def readings(last_frame: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return found
 
 
-def rates(last_frame: Mapping[str, Any], plan: Plan) -> dict[str, float]:
+def rates(last_frame: Mapping[str, Any], plan: MaskedPlan) -> dict[str, float]:
     """Floating-point operations a second of processor time: attention, the layers' matrices, the output layer.
 
     The layers' share of a pass is linear in the tokens that are read: the slope is that of attention.

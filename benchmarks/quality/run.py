@@ -49,7 +49,7 @@ STRIP_FRAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class QualityPlan:
     """Sizes of everything that is run.
 
     Args:
@@ -129,7 +129,7 @@ class Videos(NamedTuple):
     scores: dict[str, Count]
 
 
-def run(folder: Path, *, plan: Plan | None = None, console: Console | None = None) -> dict[str, Any]:
+def run(folder: Path, *, plan: QualityPlan | None = None, console: Console | None = None) -> dict[str, Any]:
     """Measure, print tables and write everything into a folder.
 
     Args:
@@ -146,7 +146,7 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
         KeyboardInterrupt: it was interrupted; what is done is kept.
     """
     console = console or Console()
-    plan = plan or Plan()
+    plan = plan or QualityPlan()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     processes = os.cpu_count() or 1
@@ -177,7 +177,7 @@ def run(folder: Path, *, plan: Plan | None = None, console: Console | None = Non
     return result
 
 
-def _generate_all(plan: Plan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
+def _generate_all(plan: QualityPlan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
     """The videos of every variant by key, as far as they are not in ``folder`` already from new processes."""
     missing = [
         _Part(plan.generator, work.variant, work.frames, seeds, path)
@@ -269,7 +269,7 @@ def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path
 # What came out
 
 
-def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
+def summary(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     """Scores of every variant, paired differences, the frontier, and whether the goals are met."""
     spans = plan.spans
     variants = plan.generator.variants
@@ -291,7 +291,7 @@ def summary(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     }
 
 
-def described(plan: Plan) -> dict[str, Any]:
+def described(plan: QualityPlan) -> dict[str, Any]:
     """What is compared."""
     return {
         variant.name: {
@@ -322,7 +322,7 @@ def _differences(a: Mapping[str, Count], b: Mapping[str, Count], spans: Mapping[
     }
 
 
-def _references(plan: Plan) -> dict[str, dict[str, Count]]:
+def _references(plan: QualityPlan) -> dict[str, dict[str, Count]]:
     """The scores of videos that no model has made."""
     tokenizer = VideoTokenizer()
     made: dict[str, list[Videos]] = {name: [] for name in REFERENCES}
@@ -334,7 +334,7 @@ def _references(plan: Plan) -> dict[str, dict[str, Count]]:
     return {name: _joined(videos).scores for name, videos in made.items()}
 
 
-def _point(variant: Variant, plan: Plan, counts: Mapping[str, Count]) -> dict[str, Any]:
+def _point(variant: Variant, plan: QualityPlan, counts: Mapping[str, Count]) -> dict[str, Any]:
     """A point of the frontier: quality within the trained length, against the tokens read there."""
     span = slice(0, plan.trained_frames)
     own = {name: Count(*(array[: plan.frontier_videos] for array in count)) for name, count in counts.items()}
@@ -363,7 +363,7 @@ def _targets(differences: Mapping[str, Any], spans: Sequence[str]) -> list[dict[
     return targets
 
 
-def _strips(plan: Plan, videos: Mapping[str, Videos]) -> dict[str, Any]:
+def _strips(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     """One world under every variant, as pictures: see `show.draw_videos`."""
     tokenizer = VideoTokenizer()
     worlds = [make_world(FIRST_HELD_OUT_SEED + number) for number in range(plan.videos)]

@@ -15,7 +15,7 @@ from benchmarks.decode.samples import ratios_of, step_times, summed
 from benchmarks.engine_process import Burst
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
-from benchmarks.quality.run import Plan, Videos, summary
+from benchmarks.quality.run import QualityPlan, Videos, summary
 from benchmarks.statistics import Count
 from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
 from vllm_packcache.calibrate.mass import NEAREST, Mass
@@ -81,7 +81,7 @@ def _frames() -> dict[str, Any]:
 
 @cache
 def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, Any]:
-    plan = Plan(generator=model, videos=videos, trained_frames=trained_frames, frontier_videos=2)
+    plan = QualityPlan(generator=model, videos=videos, trained_frames=trained_frames, frontier_videos=2)
     generator = np.random.default_rng(0)
 
     def made(frames: int, count: int) -> Videos:

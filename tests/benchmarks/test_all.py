@@ -66,11 +66,11 @@ class Fakes:
     def masked(self, json_path: Path, *, quick: bool, console: Console) -> None:
         self.write(json_path, results.read("masked.json") | {"quick": quick})
 
-    def serve(self, json_path: Path, *, plan: everything.serve.Plan, console: Console) -> None:
+    def serve(self, json_path: Path, *, plan: everything.serve.ServePlan, console: Console) -> None:
         video = {name: getattr(plan, name) for name in ("condition_tokens", "tokens_per_frame", "frames")}
         self.write(json_path, results.read("serve.json") | {"video": video, "pool_blocks": plan.pool_blocks})
 
-    def quality(self, folder: Path, *, plan: everything.quality.Plan, console: Console) -> None:
+    def quality(self, folder: Path, *, plan: everything.quality.QualityPlan, console: Console) -> None:
         sizes = {"videos": plan.videos, "spans": list(plan.spans)}
         # Other spans than those of its scores would not go together.
         result = results.quality(3, plan.trained_frames)

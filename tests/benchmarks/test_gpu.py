@@ -77,7 +77,7 @@ def test_the_papers_lengths() -> None:
 
 @pytest.mark.parametrize("plan", [gpu.LUMOS, gpu.EXACT], ids=["paper", "small"])
 @pytest.mark.parametrize("step", ["decode, batch 1", "frame"])
-def test_what_is_read_is_what_the_policies_keep(plan: gpu.Plan, step: str) -> None:
+def test_what_is_read_is_what_the_policies_keep(plan: gpu.KernelPlan, step: str) -> None:
     _, computed, scheduled = plan.steps()[step]
     blocks = np.random.default_rng(0).permutation(plan.blocks).astype(np.int32)
     logical = np.argsort(blocks)

@@ -17,7 +17,7 @@ from benchmarks.gpu_engine import FLOOR, LUMOS, Run
 from benchmarks.model import ModelShape
 
 THREE = ("full", "packcache", "as_if_short")
-VIDEO = gpu.Plan(
+VIDEO = gpu.KernelPlan(
     geometry=gpu.Geometry(layers=2, heads=4, kv_heads=2, head_size=32, block_size=32, dtype=torch.float32),
     condition_tokens=40,
     tokens_per_frame=131,
@@ -25,7 +25,7 @@ VIDEO = gpu.Plan(
     batches=(),
     rounds=2,
 )
-TINY = gpu_engine.Plan(
+TINY = gpu_engine.EnginePlan(
     video=VIDEO,
     model=ModelShape(
         layers=2,
@@ -145,7 +145,7 @@ def test_what_was_measured_is_judged_and_printed(measured):
 
 
 def test_a_run_whose_engine_fails_is_told_and_the_others_are_kept(monkeypatch):
-    def fails(plan: gpu_engine.Plan, run: Run, *rest: Any) -> dict[str, Any]:
+    def fails(plan: gpu_engine.EnginePlan, run: Run, *rest: Any) -> dict[str, Any]:
         if run.batch == 1:
             return {}
         raise EngineFailed("engine 'full' died: out of memory")

@@ -140,7 +140,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch, "device", lambda *_: DEVICE)
     # Engines have a test of their own: none fits.
-    monkeypatch.setattr(gpu_engine.Plan, "bytes_needed", lambda *_: 2**60)
+    monkeypatch.setattr(gpu_engine.EnginePlan, "bytes_needed", lambda *_: 2**60)
     path = tmp_path / "new" / "gpu.json"
     assert gpu.main(["--json", str(path)]) == 0
     printed = capsys.readouterr().out

@@ -15,14 +15,14 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import long_video
-from benchmarks.long_video import COPY, FORCED, FULL, GENERATED, REFERENCES, TRUTH, Answers, Plan
+from benchmarks.long_video import COPY, FORCED, FULL, GENERATED, REFERENCES, TRUTH, Answers, LongVideoPlan
 from benchmarks.statistics import Count
 from vllm_packcache.demo.scores import true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
 
 REBASE, ABSOLUTE = "packcache, rebase", "packcache, absolute"
-SHORT = Plan(
+SHORT = LongVideoPlan(
     videos=2,
     frames=6,
     trained_frames=3,
@@ -34,7 +34,7 @@ SHORT = Plan(
 )
 
 
-def ask_here(plan: Plan, console: Console | None = None) -> dict[str, Answers]:
+def ask_here(plan: LongVideoPlan, console: Console | None = None) -> dict[str, Answers]:
     """`_ask_all` without processes, each of which would import vLLM anew."""
     long_video._counters = {name: [0] * len(plan.variants) for name in long_video.MEASUREMENTS}
     return {variant.name: long_video._ask(plan, number) for number, variant in enumerate(plan.variants)}

@@ -16,7 +16,7 @@ from benchmarks import masked as bench
 from benchmarks.decode.samples import CLOCKS
 from benchmarks.engine_process import Burst, EngineFailed
 from benchmarks.masked import plot, report
-from benchmarks.masked.plan import ON_CPU, ON_GPU, QUICK, RATIOS, Plan, Work
+from benchmarks.masked.plan import ON_CPU, ON_GPU, QUICK, RATIOS, MaskedPlan, Work
 from benchmarks.masked.process import Made, Watch
 from benchmarks.masked.runs import frame_of, rates, readings, reckoned, summed
 from benchmarks.report.markdown import Files
@@ -208,7 +208,7 @@ def test_the_floor_is_the_ratio_of_work():
 
 
 @pytest.mark.parametrize("plan", [QUICK, ON_CPU, ON_GPU])
-def test_short_reads_as_many_tokens_as_packcache(plan: Plan):
+def test_short_reads_as_many_tokens_as_packcache(plan: MaskedPlan):
     short, packcache = plan.cases["short"], plan.cases["packcache"]
     assert sum(plan.live(short)) == sum(plan.live(packcache))
     assert plan.live(short)[0] == short.total_tokens < packcache.total_tokens
@@ -216,7 +216,7 @@ def test_short_reads_as_many_tokens_as_packcache(plan: Plan):
 
 
 @pytest.mark.parametrize("plan", [QUICK, ON_CPU, ON_GPU])
-def test_prompts_are_those_of_videos(plan: Plan):
+def test_prompts_are_those_of_videos(plan: MaskedPlan):
     assert lumos.latent_frames(4, 12) == 13
     for name, video in plan.cases.items():
         made = plan.planned(video)

@@ -26,7 +26,7 @@ from benchmarks.quality.decoder import VideoCache, generate
 from benchmarks.quality.generators import Causal, Masked
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
-from benchmarks.quality.run import COPY, TRUTH, Plan, run
+from benchmarks.quality.run import COPY, TRUTH, QualityPlan, run
 from benchmarks.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
 from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.cli import app
@@ -43,7 +43,7 @@ from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.reference import LlamaReference, LumosReference, generate_masked, make_random_lumos
 from vllm_packcache.tools.figures import FORMATS
 
-TINY = Plan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
+TINY = QualityPlan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
 CAUSAL = Causal().variants
 VARIANTS = CAUSAL.named
 
@@ -357,7 +357,7 @@ def test_what_is_done_is_not_done_again(done):
 
 
 def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path):
-    plan = Plan(generator=masked_model, videos=2, trained_frames=1, lengths=2)
+    plan = QualityPlan(generator=masked_model, videos=2, trained_frames=1, lengths=2)
     console = Console(file=io.StringIO(), width=100)
     result = run(tmp_path, plan=plan, console=console)
 
@@ -407,12 +407,12 @@ SCRIPT = """
 import signal
 import sys
 from pathlib import Path
-from benchmarks.quality.run import Plan, run
+from benchmarks.quality.run import QualityPlan, run
 
 if __name__ == "__main__":
     # Where tests run in the background it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run(Path(sys.argv[1]), plan=Plan(videos=24, trained_frames=2, lengths=2))
+    run(Path(sys.argv[1]), plan=QualityPlan(videos=24, trained_frames=2, lengths=2))
 """
 
 

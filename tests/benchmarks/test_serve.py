@@ -17,12 +17,12 @@ from rich.console import Console
 
 from benchmarks import serve
 from benchmarks.model import ModelShape
-from benchmarks.serve import PACKCACHE, SERVERS, STOCK, Plan, Video
+from benchmarks.serve import PACKCACHE, SERVERS, STOCK, ServedVideo, ServePlan
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.serving.server import ServerError
 
-SMALL = Plan(
+SMALL = ServePlan(
     model=ModelShape(layers=1, heads=2, head_size=32, hidden=64, vocab=256, dtype="bfloat16", bytes_per_element=2),
     condition_tokens=40,
     tokens_per_frame=40,
@@ -30,7 +30,7 @@ SMALL = Plan(
     pool_videos=2,
     rounds=2,
 )
-PAPER_LIKE = Plan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
+PAPER_LIKE = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,13 @@ def test_percentiles():
 
 
 def test_tokens_of_a_chunk_share_its_time():
-    assert Video(arrivals=[5.0], sizes=[3]).gaps == []
-    assert Video(arrivals=[1.0, 2.0, 5.0], sizes=[4, 1, 3]).gaps == [1, 1, 1, 1]
+    assert ServedVideo(arrivals=[5.0], sizes=[3]).gaps == []
+    assert ServedVideo(arrivals=[1.0, 2.0, 5.0], sizes=[4, 1, 3]).gaps == [1, 1, 1, 1]
 
 
-def generate(respond: Callable[[httpx.Request], httpx.Response]) -> Video:
+def generate(respond: Callable[[httpx.Request], httpx.Response]) -> ServedVideo:
     """A video from a server that answers with ``respond``."""
-    video = Video()
+    video = ServedVideo()
 
     async def ask() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://server") as client:
