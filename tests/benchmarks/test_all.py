@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks import cli as bench_cli
 from benchmarks import everything
 from benchmarks.decode import plot as decode_plot
 from benchmarks.engine_process import EngineFailed
@@ -306,7 +307,7 @@ def test_a_folder_that_cannot_be_is_a_sentence(fakes: Fakes, tmp_path: Path):
 
 
 def test_sizes_are_those_of_the_commands():
-    defaults = {name: own.default for name, own in inspect.signature(cli.bench_serve).parameters.items()}
+    defaults = {name: own.default for name, own in inspect.signature(bench_cli.bench_serve).parameters.items()}
     for name in ("frames", "tokens_per_frame", "condition_tokens", "pool_videos", "rounds"):
         assert getattr(everything.SERVE, name) == defaults[name]
     assert inspect.signature(cli.calibrate).parameters["target"].default == everything.CALIBRATE_TARGET

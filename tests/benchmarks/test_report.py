@@ -103,7 +103,9 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
     text = texts_of(folder)[CSV]
     for part in PARTS:
         result = part.read(folder)
-        assert result is not None
+        if result is None:
+            assert not part.required
+            continue
         rows = rows_of(text, part.benchmark)
         found = {(row["value"], row["low"], row["high"]) for row in rows}
         values = {row["value"] for row in rows}
@@ -147,7 +149,9 @@ def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
     written = texts_of(folder)
     for part in PARTS:
         result = part.read(folder)
-        assert result is not None
+        if result is None:
+            assert not part.required
+            continue
         rows = rows_of(written[CSV], part.benchmark)
         for target in result.get("targets", []):
             if "goal" in target:
@@ -173,7 +177,8 @@ def test_losses_are_as_plain_as_wins(folder: Path):
     text = texts_of(folder)["README.md"]
     assert "| decode, ours: full / packcache | 2.50 | >= 4 | **MISSED** |" in text
     assert "| throughput by the engines' processor time, packcache / stock | 2.65" in text
-    goals = [goal for part in PARTS for goal in part.goals(part.read(folder) or {})]
+    results = [(part, result) for part in PARTS if (result := part.read(folder)) is not None]
+    goals = [goal for part, result in results for goal in part.goals(result)]
     goals = [goal for goal in goals if goal.verdict != "not judged"]
     met = [goal for goal in goals if goal.verdict.startswith("met")]
     assert len(goals) > len(met) > 0

@@ -34,6 +34,15 @@ def function(one, **others):
     return one
 
 number = 4
+builtin = min
+
+class Immutable(type):
+    def __setattr__(self, name, value):
+        raise TypeError("immutable")
+
+class Frozen(metaclass=Immutable):
+    def method(self, one, two):
+        return one
 """
     exec(source, vars(made))
     monkeypatch.setitem(sys.modules, "vllm.stand_in", made)
@@ -77,6 +86,8 @@ def test_all_are_put_in_place_once(module: ModuleType) -> None:
             "no.such cannot be imported (ModuleNotFoundError: No module named",
         ),
         (hook("Owner.method", "tests.hooks.test_install:none"), "", "tests.hooks.test_install cannot be imported"),
+        (hook("Owner.method", "builtins:int"), "", "Owner.method cannot be wrapped (TypeError"),
+        (hook("builtin"), "", "builtin does not say what it takes (ValueError"),
     ],
     ids=lambda value: value.symbol if isinstance(value, Hook) else "",
 )
@@ -104,6 +115,13 @@ def test_where_registering_fails_none_is(module: ModuleType) -> None:
     assert module.Owner().method(1) == 1
 
 
+def test_where_a_class_refuses_to_be_changed_the_others_are_as_before(module: ModuleType) -> None:
+    before = dict(vars(module.Owner)), dict(vars(module))
+    with pytest.raises(HookError, match=r"method cannot be replaced \(TypeError: immutable\)"):
+        hooks.install([*GOOD, hook("Frozen.method")])
+    assert (dict(vars(module.Owner)), dict(vars(module))) == before
+
+
 @pytest.mark.parametrize("gone", range(2))
 def test_the_command_line_refuses_with_what_is_left(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, gone: int
@@ -122,6 +140,28 @@ def test_the_command_line_refuses_with_what_is_left(
     assert sentence is not None
     assert sentence.startswith("vllm-packcache does not fit this build of vLLM (vllm.stand_in: gone is gone")
     assert logged == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("version", "metadata", "sentence"),
+    [
+        ("dev", ["vllm>=0.32"], "vllm-packcache does not support vLLM dev: install vllm>=0.32"),
+        ("0.32.0", [], "vllm-packcache is not installed properly, its metadata names no vllm: install it again"),
+    ],
+)
+def test_a_version_that_cannot_be_read_takes_no_server_down(
+    monkeypatch: pytest.MonkeyPatch, version: str, metadata: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setattr(hooks, "requires", lambda name: metadata)
+    monkeypatch.setattr(hooks, "COMMAND_LINE", [])
+    monkeypatch.setattr(hooks, "ENGINE", [hook("gone")])
+    hooks.version_error.cache_clear()
+    try:
+        hooks.install_all(lambda: None)
+        assert (hooks.fault() or "").startswith(sentence)
+    finally:
+        hooks.version_error.cache_clear()
 
 
 # --------------------------------------------------------------------------- vLLM itself

@@ -191,6 +191,20 @@ def test_no_place_is_stated_twice() -> None:
     assert len(set(statements)) == len(statements)
 
 
+@pytest.mark.parametrize(
+    ("override", "gone"),
+    [
+        ("manager:RetentionManager.evict", "RetentionManager has no evict"),
+        ("manager:Gone.free", "has no class Gone"),
+        ("gone:Gone.free", "there is no module vllm_packcache.engine.gone"),
+    ],
+)
+def test_an_override_that_is_gone_is_named(tree: Callable[[str], Path], override: str, gone: str) -> None:
+    """Otherwise nothing would be compared with vLLM's method."""
+    with pytest.raises(LookupError, match=gone):
+        contract.check(replace(RUN, override=f"vllm_packcache.engine.{override}"), tree(SOURCE))
+
+
 def test_what_we_change_says_what_would_end_it() -> None:
     assert [hook.why for hook in TABLE if hook.kind is not Kind.USED and not hook.ends] == []
 

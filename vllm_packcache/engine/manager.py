@@ -217,7 +217,9 @@ class RetentionManager(FullAttentionManager):
         would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
         video = self._videos.get(request.request_id)
-        if video is not None and num_tokens <= video.quiet_until:
+        # A canvas holds blocks for tokens that are not counted yet.
+        held = self.req_to_blocks[request.request_id]
+        if video is not None and num_tokens <= video.quiet_until and len(held) == video.blocks:
             if self.stream == 0:
                 video.record.computed = num_tokens
             return

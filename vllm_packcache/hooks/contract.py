@@ -95,16 +95,25 @@ def _difference(place: Place, node: ast.AST) -> str | None:
 
 
 def _override(path: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """The method ``module:Class.method`` of ours; None: the name is no method of that class."""
+    """The method ``module:Class.method`` of ours; None: it is an attribute of that class.
+
+    Raises:
+        LookupError: the module or class is gone, or has no such name: nothing of ours would be compared with vLLM's.
+    """
     module, _, symbol = path.partition(":")
     owner, _, method = symbol.partition(".")
-    tree = _module(_OURS.parent / f"{module.replace('.', '/')}.py")
+    file = _OURS.parent / f"{module.replace('.', '/')}.py"
+    if not file.is_file():
+        raise LookupError(f"there is no module {module}")
+    tree = _module(file)
     # Some of our classes are made by a function.
     kind = next((node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == owner), None)
     if kind is None:
         raise LookupError(f"{module} has no class {owner}")
-    methods = (node for node in kind.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    return next((node for node in methods if node.name == method), None)
+    member = _child(kind, method)
+    if member is None:
+        raise LookupError(f"{module}: {owner} has no {method}")
+    return member if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) else None
 
 
 @cache

@@ -7,13 +7,13 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from vllm_packcache.config.server import POLICY_FLAG
 from vllm_packcache.hooks.table import HOOKS, Hook, Kind
@@ -87,10 +87,20 @@ def version_error() -> str | None:
     """Why the installed vLLM is not supported, in one sentence; None: it is."""
     import vllm
 
-    supported = supported_vllm()
-    installed = Version(vllm.__version__)
-    if supported.contains(installed.public, prereleases=True):
-        return None
+    try:
+        supported = supported_vllm()
+    except (PackageNotFoundError, RuntimeError):
+        return (
+            "vllm-packcache is not installed properly, its metadata names no vllm: install it again, or start without "
+            f"{POLICY_FLAG}"
+        )
+    installed = vllm.__version__
+    try:
+        if supported.contains(Version(installed).public, prereleases=True):
+            return None
+    except InvalidVersion:
+        # A checkout that does not know its version calls itself "dev".
+        pass
     return f"vllm-packcache does not support vLLM {installed}: install vllm{supported}, or start without {POLICY_FLAG}"
 
 
@@ -118,8 +128,16 @@ def install(hooks: Sequence[Hook], register: Callable[[], None] = lambda: None) 
         register()
     except Exception as error:  # It imports and calls what it needs of vLLM.
         raise HookError(_in_a_line(error)) from error
-    for owner, name, replacement in places:
-        setattr(owner, name, replacement)
+    replaced: list[_Replacement] = []
+    try:
+        for owner, name, replacement in places:
+            value = vars(owner)[name]
+            setattr(owner, name, replacement)
+            replaced.append(_Replacement(owner, name, value))
+    except Exception as error:  # A class may refuse to be changed.
+        for owner, name, value in reversed(replaced):
+            setattr(owner, name, value)
+        raise HookError(f"{places[len(replaced)].name} cannot be replaced ({_in_a_line(error)})") from error
 
 
 def installed() -> list[str]:
@@ -145,8 +163,11 @@ def _prepare(hook: Hook) -> _Replacement | None:
         wrapper: Callable[[Any], Any] = resolve_name(hook.wrapper)
     except Exception as error:  # It imports what it needs of vLLM.
         raise HookError(f"{hook.wrapper.partition(':')[0]} cannot be imported ({_in_a_line(error)})") from error
-    replacement = wrapper(function)
-    setattr(replacement, ORIGINAL, function)
+    try:
+        replacement = wrapper(function)
+        setattr(replacement, ORIGINAL, function)
+    except Exception as error:
+        raise HookError(f"{hook.module}: {hook.symbol} cannot be wrapped ({_in_a_line(error)})") from error
     value = vars(owner)[name]
     return _Replacement(
         owner, name, type(value)(replacement) if isinstance(value, staticmethod | classmethod) else replacement
@@ -170,7 +191,10 @@ def _locate(hook: Hook) -> tuple[Any, str, Any]:
 def _check_parameters(hook: Hook, function: Callable[..., Any]) -> None:
     """The parameters must be those that the table states."""
     (place,) = hook.places()
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:  # Compiled code may not say what it takes.
+        raise HookError(f"{hook.module}: {hook.symbol} does not say what it takes ({_in_a_line(error)})") from error
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         # Another plugin's wrapper, which passes on what it is given.
         return

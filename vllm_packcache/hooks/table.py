@@ -119,7 +119,7 @@ class Hook:
                     tuple(parameter for parameter in parameters if parameter != "..."),
                     match["call"] is not None and "..." not in parameters,
                     tuple((match["reads"] or "").split(", ")) if match["reads"] else (),
-                    f"{self.subclass}.{name}" if self.subclass and match["call"] is None else "",
+                    f"{self.subclass}.{name}" if self.subclass and owner and match["call"] is None else "",
                 )
 
 
@@ -753,7 +753,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
-        "allocate_new_blocks; cache_blocks; remove_skipped_blocks; pop_blocks_for_free",
+        "allocate_new_blocks; get_num_blocks_to_allocate",
         "masked: blocks of a stream",
         subclass="vllm_packcache.engine.manager:LaterStreamManager",
         ends=_RETENTION,
