@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.margins import DRAWING, numbers, refuse_masked_ties
+from tests.runner import needs_v2
 from tests.serving.conftest import schedule_asynchronously
 from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.errors import ConfigError
@@ -26,6 +27,8 @@ from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.hooks.canvas import configure
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
+
+pytestmark = needs_v2
 
 CODES = 64
 BLOCK = 32
