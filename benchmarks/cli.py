@@ -9,21 +9,21 @@ import typer
 
 from vllm_packcache.tools.console import one_sentence
 
+Samples = Annotated[Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing.")
+]
+
 bench = typer.Typer(help="Measure what the policies cost and save.", no_args_is_help=True)
 
 
 @bench.command("decode")
 def bench_decode(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
+    json_path: Samples = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", help="Draw the time of a step by frame and policy, as a PNG or SVG.")
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
-    ] = False,
+    quick: Quick = False,
 ) -> None:
     """Time decode steps with and without packcache and with other policies, as ratios of runs side by side."""
     from benchmarks.decode import run
@@ -34,9 +34,7 @@ def bench_decode(
 
 @bench.command("overhead")
 def bench_overhead(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
+    json_path: Samples = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Few requests and steps: shows that everything works, times say nothing."),
@@ -51,16 +49,11 @@ def bench_overhead(
 
 @bench.command("masked")
 def bench_masked(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
+    json_path: Samples = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", help="Draw ratios, goals and memory, as a PNG or SVG.")
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A small geometry: shows that everything works, times say nothing."),
-    ] = False,
+    quick: Quick = False,
 ) -> None:
     """Time a frame of a masked model (Lumos-1), all its passes, with and without packcache."""
     from benchmarks.masked import run
@@ -71,9 +64,7 @@ def bench_masked(
 
 @bench.command("serve")
 def bench_serve(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all samples and what is needed to repeat them.")
-    ] = None,
+    json_path: Samples = None,
     frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 13,
     tokens_per_frame: Annotated[int, typer.Option(min=1, help="Tokens of a frame.")] = 257,
     condition_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a video's prompt.")] = 17,

@@ -41,6 +41,8 @@ class OverheadPlan:
         condition_tokens: C, the prompt of each request.
         tokens_per_frame: F.
         given_frames: frames in the prompt on Model Runner V2, where steps are too slow to generate them.
+        interpreted_requests: of a step of Model Runner V2, whose kernels are interpreted row by row.
+        interpreted_steps: of Model Runner V2, in which the time inside our own functions is measured.
     """
 
     model: ModelShape = dataclasses.field(
@@ -49,6 +51,8 @@ class OverheadPlan:
         )
     )
     requests: int
+    interpreted_requests: int
+    interpreted_steps: int
     steps: int
     rounds: int
     watched_steps: int
@@ -90,5 +94,7 @@ class OverheadPlan:
         return {"kv_cache_policy": POLICY.name, "kv_cache_policy_config": dataclasses.asdict(POLICY)}
 
 
-FULL = OverheadPlan(requests=64, steps=500, rounds=20, watched_steps=130)
-QUICK = OverheadPlan(requests=4, steps=8, rounds=2, watched_steps=4, tokens_per_frame=8)
+FULL = OverheadPlan(requests=64, interpreted_requests=16, interpreted_steps=65, steps=500, rounds=20, watched_steps=130)
+QUICK = OverheadPlan(
+    requests=4, interpreted_requests=4, interpreted_steps=4, steps=8, rounds=2, watched_steps=4, tokens_per_frame=8
+)

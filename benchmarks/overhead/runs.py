@@ -64,7 +64,7 @@ class Bench:
         plan = self._plan
         with self._engines("V1", tuple(CASES)) as engines, counting(self._console, "rounds") as progress:
             task = progress.add_task("decoding", total=plan.rounds)
-            prompts = self._prompts(plan.condition_tokens)
+            prompts = self._prompts(plan.requests, plan.condition_tokens)
             for name, engine in engines.items():
                 engine.call("begin", prompts, plan.max_model_len - len(prompts[0]) - 1, plan.options(name))
             bursts: dict[str, list[Burst]] = {name: [] for name in engines}
@@ -76,7 +76,7 @@ class Bench:
                 for name, own in interleave(turned, 1, plan.burst).items():
                     bursts[name] += own
                 progress.advance(task)
-            watched = {name: self._watched(engines[name]) for name in WITH_PLUGIN}
+            watched = {name: _watched(engines[name], plan.watched_steps, plan.requests) for name in WITH_PLUGIN}
             for engine in engines.values():
                 engine.end()
         seconds = {
@@ -89,21 +89,18 @@ class Bench:
     def v2(self) -> dict[str, Any]:
         """Look into one engine on Model Runner V2, case by case: nothing is compared with its slow kernels."""
         plan = self._plan
-        prompts = self._prompts(plan.condition_tokens + plan.given_frames * plan.tokens_per_frame)
+        given = plan.condition_tokens + plan.given_frames * plan.tokens_per_frame
+        prompts = self._prompts(plan.interpreted_requests, given)
         found: dict[str, Any] = {}
         with self._engines("V2", (PACKCACHE,)) as engines, counting(self._console, "cases") as progress:
             task = progress.add_task("looking into Model Runner V2", total=len(WITH_PLUGIN))
             engine = engines[PACKCACHE]
             for name in WITH_PLUGIN:
                 engine.call("begin", prompts, plan.max_model_len - len(prompts[0]) - 1, plan.options(name))
-                found[name] = self._watched(engine)
+                found[name] = _watched(engine, plan.interpreted_steps, plan.interpreted_requests)
                 engine.end()
                 progress.advance(task)
         return found
-
-    def _watched(self, engine: EngineProcess) -> dict[str, Any]:
-        burst, counted = engine.call("watch", self._plan.watched_steps)
-        return host_part(burst, counted, self._plan.requests)
 
     @contextmanager
     def _engines(self, runner: str, names: Sequence[str]) -> Iterator[dict[str, EngineProcess]]:
@@ -133,9 +130,13 @@ class Bench:
             runner=runner,
         )
 
-    def _prompts(self, length: int) -> list[list[int]]:
-        plan = self._plan
-        return self._generator.integers(plan.model.vocab, size=(plan.requests, length)).tolist()
+    def _prompts(self, requests: int, length: int) -> list[list[int]]:
+        return self._generator.integers(self._plan.model.vocab, size=(requests, length)).tolist()
+
+
+def _watched(engine: EngineProcess, steps: int, requests: int) -> dict[str, Any]:
+    burst, counted = engine.call("watch", steps)
+    return host_part(burst, counted, requests)
 
 
 def host_part(burst: Burst, counted: Sequence[dict[str, int]], requests: int) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def host_part(burst: Burst, counted: Sequence[dict[str, int]], requests: int) ->
     by_function = {name: fmean(own.get(name, 0) / 1e3 for own in counted) for name in names}
     return {
         "steps": len(steps),
+        "requests": requests,
         "microseconds_per_step": {"median": median(steps), "mean": fmean(steps), "max": max(steps)},
         "microseconds_per_step_and_request": median(steps) / requests,
         "share_of_step": sum(steps) / (1e6 * sum(burst.cpu_seconds)),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import packages
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,13 +85,9 @@ class NoPolicy:
 
 
 def install(folder: Path, *entry_points: str, package: str = "other-policies") -> Path:
-    """What an installed wheel leaves behind: a module and its metadata with entry points."""
-    (folder / "other_policies.py").write_text(POLICY_OF_ANOTHER_PACKAGE)
-    metadata = folder / f"{package.replace('-', '_')}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("\n".join(["[vllm_packcache.policies]", *entry_points, ""]))
-    return folder
+    entries = dict(entry.split(" = ") for entry in entry_points)
+    modules = {"other_policies.py": POLICY_OF_ANOTHER_PACKAGE}
+    return packages.install(folder, package, modules, {"vllm_packcache.policies": entries})
 
 
 def test_a_policy_of_another_package_is_found_and_configured(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 from tests.engine.harness import BLOCK, MAX_MODEL_LEN, stock_spec, video_options
 from vllm_packcache import families
-from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.server import POLICY_KEY, ServerConfig, read_config
+from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import Plan, Stream, VideoRequest
 from vllm_packcache.core.policies import SlidingWindow
@@ -24,6 +26,7 @@ from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.manager import retention_managers
 from vllm_packcache.engine.spec import STREAM_SPECS, as_json, fields_of
 from vllm_packcache.families.base import Family, Prompt, Server
+from vllm_packcache.hooks.startup import choose_backend
 
 TEXT = 21
 """Tokens of the prompt that the second stream does not have."""
@@ -37,11 +40,14 @@ class TwoStreams(Family):
     streams = 2
 
     def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
-        plan = server.video(extra_args, prompt if isinstance(prompt, int) else len(prompt))
-        if plan is None:
+        made = server.video(extra_args, prompt if isinstance(prompt, int) else len(prompt))
+        if made is None:
             return None
+        (stream,) = made.streams
+        plan = stream.plan
         layout = VideoLayout(plan.layout.frame, plan.layout.condition_tokens - TEXT)
-        return VideoRequest((Stream(plan), Stream(Plan(layout, SlidingWindow(window=1), Positions(layout)), TEXT)))
+        second = Plan(layout, SlidingWindow(window=1), Positions(layout))
+        return VideoRequest((stream, Stream(second, TEXT)), made.frames)
 
 
 @pytest.fixture
@@ -135,3 +141,26 @@ def test_a_text_has_blocks_in_the_first_stream_alone(server: ServerConfig) -> No
         manager.decide(request, 30)
     assert kv.allocate_slots(request, 30) is not None
     assert [len(manager.req_to_blocks["a"]) for manager in retention_managers(kv)] == [8, 0]
+
+
+def test_the_scheduler_is_told_the_family(server: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides must ask the same family what a request makes."""
+
+    class Backend:
+        @staticmethod
+        def get_name() -> str:
+            return "CPU_ATTN"
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            return spec
+
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["TwoStreams"])),
+        additional_config={POLICY_KEY: "packcache", CONFIG_KEY: {"history_frames": 2, "window": 3}},
+        use_v2_model_runner=False,
+        max_concurrent_batches=1,
+    )
+    monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: engine)
+    backend = choose_backend(lambda: Backend)()
+    assert backend.customize_spec(stock_spec()).server_config == read_config(engine) == server

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import packages
 from vllm_packcache.demo.run import LOGGING
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR
 from vllm_packcache.serving.server import client_of, serving
@@ -24,17 +25,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What installing the package leaves behind: its module, and metadata with the entry points of pyproject.toml."""
     folder = tmp_path_factory.mktemp("site-packages")
     project = tomllib.loads((EXAMPLES / "my_policy" / "pyproject.toml").read_text(encoding="utf-8"))
-    for name in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]:
-        (folder / name).write_bytes((EXAMPLES / "my_policy" / name).read_bytes())
+    files = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    modules = {name: (EXAMPLES / "my_policy" / name).read_text(encoding="utf-8") for name in files}
     own = project["project"]
-    metadata = folder / f"{own['name'].replace('-', '_')}-{own['version']}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {own['name']}\nVersion: {own['version']}\n")
-    lines = []
-    for group, entries in own["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    return packages.install(folder, own["name"], modules, own["entry-points"], own["version"])
 
 
 def on_the_path(folder: Path) -> dict[str, str]:

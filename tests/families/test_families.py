@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import packages
 from vllm_packcache import families
 from vllm_packcache.families import DECODER, LUMOS
 from vllm_packcache.families.lumos import ARCHITECTURES
@@ -70,14 +71,8 @@ def python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """What an installed wheel leaves behind: a module, and metadata with entry points."""
-    (tmp_path / "other_families.py").write_text(ANOTHER_PACKAGE)
-    metadata = tmp_path / "other_families-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-families\nVersion: 1.0\n")
-    entries = [f"{name} = {value}" for name, value in ENTRIES.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(["[vllm_packcache.families]", *entries, ""]))
-    return tmp_path
+    modules = {"other_families.py": ANOTHER_PACKAGE}
+    return packages.install(tmp_path, "other-families", modules, {"vllm_packcache.families": ENTRIES})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -107,11 +107,11 @@ def test_a_config_of_earlier_transformers_reads_the_same(folder, reference, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type must be 'llama', not 'qwen3'"),
-        ({"attention_bias": True}, "attention_bias must be False, not True"),
-        ({"mlp_bias": True}, "mlp_bias must be False, not True"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', not 'yarn'"),
+        ({"model_type": "qwen3"}, "supports model_type = 'llama' only, not 'qwen3'"),
+        ({"attention_bias": True}, "supports attention_bias = False only, not True"),
+        ({"mlp_bias": True}, "supports mlp_bias = False only, not True"),
+        ({"hidden_act": "gelu"}, "supports hidden_act = 'silu' only, not 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "supports rope_type = 'default' only, not 'yarn'"),
     ],
 )
 def test_a_checkpoint_that_is_no_plain_llama_is_refused(folder, tmp_path, change, message):

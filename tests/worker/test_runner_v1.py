@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_packcache.config.server import POLICY_KEY
+from vllm_packcache.config.server import POLICY_KEY, ServerConfig
 from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.core.plan import VideoRequest
+from vllm_packcache.families.base import Prompt, Server
+from vllm_packcache.families.decoder import Decoder
 from vllm_packcache.worker.runner_v1 import position_tokens, publish_step
 from vllm_packcache.worker.step import Step, current_compaction
 
@@ -218,3 +222,18 @@ def test_a_dummy_run_between_two_steps_leaves_no_positions() -> None:
     one.positions = torch.tensor([34])
     position_tokens(lambda runner: (None, None, runner.positions))(one)
     assert one.positions.tolist() == [34]
+
+
+def test_a_family_is_given_the_ids_of_the_prompt() -> None:
+    """As the scheduler gives them: both sides must get the same answer."""
+    asked = []
+
+    class Asking(Decoder):
+        def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
+            asked.append(prompt)
+            return super().request(server, extra_args, prompt)
+
+    one = runner(ON, state("a", VIDEO))
+    one._packcache_config = ServerConfig.parse(ON[POLICY_KEY], ON[CONFIG_KEY], family=Asking())
+    assert published(one, {"a": 1}) is not None
+    assert asked == [list(range(12))]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -32,7 +32,7 @@ from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.core import policies
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.core.plan import REQUEST_PREFIX as REQUEST_PREFIX
-from vllm_packcache.core.plan import Asked, Plan, VideoRequest
+from vllm_packcache.core.plan import Plan, Stream, VideoRequest
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
@@ -271,39 +271,13 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        asked = self.asked(extra_args, num_prompt_tokens)
-        return None if asked is None else self.plan_of(asked)
+        made = self.video(extra_args, num_prompt_tokens)
+        return None if made is None or made.as_stock else made.streams[0].plan
 
-    def plan_of(self, asked: Asked) -> Plan | None:
-        """What the video of a request keeps; see `plan`.
+    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoRequest | None:
+        """What a causal video makes and keeps, see `plan`, one that opts out included.
 
-        Raises:
-            ConfigError: its layout does not go with the positions of the model.
-        """
-        plan = self._video_of(asked)
-        return None if plan.as_stock else plan
-
-    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
-        """The same as `plan`, but of a video that opts out, too; None: it is none, or nobody says where its frames are.
-
-        Raises:
-            ConfigError: an option is wrong; the message names it.
-        """
-        asked = self.asked(extra_args, num_prompt_tokens)
-        if asked is None:
-            return None
-        plan = self._video_of(asked)
-        return plan if asked.has_frames or not plan.as_stock else None
-
-    def _video_of(self, asked: Asked) -> Plan:
-        try:
-            positions = self.positions_of(asked.layout, asked.policy)
-        except ValueError as error:
-            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        return Plan(asked.layout, asked.policy, positions)
-
-    def asked(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Asked | None:
-        """What a request says of its video, see `plan`; None: it is none.
+        None: it is no video, or one that keeps all and nobody says where its frames are.
 
         Raises:
             ConfigError: an option is wrong; the message names it.
@@ -313,13 +287,32 @@ class ServerConfig:
         policy, (options,) = self.read(extra_args, _RequestOptions)
         layout = self._request_layout(options, num_prompt_tokens)
         self.check_policy(policy, layout.frame)
-        has_frames = self.layout is not None or options.grid is not None or options.tokens_per_frame is not None
-        if options.frames is not None and not has_frames:
-            raise ConfigError(
-                f"{REQUEST_PREFIX}frames needs {REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame: this server "
-                "was started without a layout"
-            )
-        return Asked(policy, layout, options.frames, has_frames)
+        if self.layout is None and options.grid is None and options.tokens_per_frame is None:
+            if options.frames is not None:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}frames needs {REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame: this "
+                    "server was started without a layout"
+                )
+            return None
+        try:
+            positions = self.positions_of(layout, policy)
+        except ValueError as error:
+            raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
+        return VideoRequest((Stream(Plan(layout, policy, positions)),), options.frames)
+
+    def request_of(self, params: Any, token_ids: Sequence[int] | None, num_prompt_tokens: int) -> VideoRequest | None:
+        """The same as `request`, of what vLLM knows of a request.
+
+        Args:
+            params: its ``SamplingParams``; None: it generates nothing.
+            token_ids: of its prompt; None: embeddings are sent.
+            num_prompt_tokens: length of its prompt.
+
+        Raises:
+            ConfigError: an option or the prompt is wrong; the message names it.
+        """
+        extra_args = None if params is None else params.extra_args
+        return self.request(extra_args, num_prompt_tokens if token_ids is None else token_ids)
 
     def request(self, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
         """What a request makes and keeps, one that opts out included; None: it is no video.
@@ -348,17 +341,15 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong or unknown; the message names it.
         """
-        given = _video_options(extra_args)
-        names = self._policy_options
-        changed = {name: value for name, value in given.items() if name in names}
-        own = {name: value for name, value in given.items() if name not in names}
+        own, of_policy = _video_options(extra_args), self._policy_options
+        changed = {name: own.pop(name) for name in of_policy if name in own}
         fields = [_fields_of(model) for model in options]
         others = [{name: own.pop(name) for name in names if name in own} for names in fields[1:]]
         try:
             parts = zip(options, [own, *others], strict=True)
             read: list[Any] = [_validate(model, _with_flags(model, part)) for model, part in parts]
         except ValidationError as error:
-            known = [*chain.from_iterable(fields), *sorted(self._policy_options)]
+            known = [*chain.from_iterable(fields), *sorted(of_policy)]
             raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
         return self._request_policy(read[0].policy, changed), read
 
@@ -494,11 +485,9 @@ def _video_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _with_flags(model: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """``given`` with flags of a dataclass as such: JSON over HTTP turns true and false into 1 and 0."""
-    flags = (
-        [field.name for field in dataclasses.fields(model) if field.type in ("bool", bool)]
-        if (dataclasses.is_dataclass(model))
-        else []
-    )
+    if not dataclasses.is_dataclass(model):
+        return given
+    flags = [field.name for field in dataclasses.fields(model) if field.type in ("bool", bool)]
     return {**given, **{name: bool(given[name]) for name in flags if given.get(name) in (0, 1)}}
 
 

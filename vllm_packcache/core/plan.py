@@ -9,7 +9,7 @@ This module is pure: it knows neither vLLM nor torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Full, Policy
@@ -56,22 +56,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What a request makes: stream i is in KV cache group i of those that its family has."""
+    """What a request makes: stream i is in KV cache group i of those that its family has.
 
-    streams: tuple[Stream, ...]
-
-
-class Asked(NamedTuple):
-    """What a request says of its video.
-
-    Attributes:
-        policy: what to keep, and of it what the request changes.
-        layout: the video.
-        frames: how many frames to make, the one that the prompt ends in included; None: it does not say.
-        has_frames: whether anybody has said how large a frame is; without that, ``policy`` is `Full`.
+    Args:
+        streams: one or more.
+        frames: how many to make, one that the prompt ends in included; None: it does not say.
     """
 
-    policy: Policy
-    layout: VideoLayout
+    streams: tuple[Stream, ...]
     frames: int | None
-    has_frames: bool
+
+    @property
+    def as_stock(self) -> bool:
+        """Whether it is served as without a policy. Beside another stream one is ours, whatever it keeps."""
+        return len(self.streams) == 1 and self.streams[0].plan.as_stock

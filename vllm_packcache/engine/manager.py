@@ -158,9 +158,6 @@ class RetentionManager(FullAttentionManager):
         self._announce(kv_cache_spec)
 
     def _announce(self, kv_cache_spec: RetentionSpec) -> None:
-        if self.stream > 0:
-            # The manager of the first one says it.
-            return
         blocks, streams = self.block_pool.num_gpu_blocks - 1, self._config.family.streams
         tokens = blocks * self.block_size
         logger.info(
@@ -218,8 +215,11 @@ class RetentionManager(FullAttentionManager):
         """
         video = self._videos.get(request.request_id)
         # A canvas holds blocks for tokens that are not counted yet.
-        held = self.req_to_blocks[request.request_id]
-        if video is not None and num_tokens <= video.quiet_until and len(held) == video.blocks:
+        if (
+            video is not None
+            and num_tokens <= video.quiet_until
+            and len(self.req_to_blocks[request.request_id]) == video.blocks
+        ):
             if self.stream == 0:
                 video.record.computed = num_tokens
             return
@@ -411,8 +411,7 @@ class RetentionManager(FullAttentionManager):
         record = record_of(request) or VideoRecord(plan.layout, self.block_size, request.num_prompt_tokens)
         setattr(request, _RECORD, record)
         self._records[request.request_id] = record
-        # Beside another one a stream is known by its start, whatever it keeps.
-        if plan.as_stock and len(made.streams) == 1:
+        if made.as_stock:
             return None
         retention = Retention(plan.layout, plan.policy, self.block_size)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
@@ -426,16 +425,17 @@ class RetentionManager(FullAttentionManager):
             ConfigError: where no front end has checked it.
         """
         if not hasattr(request, _REQUEST):
-            params = request.sampling_params
-            prompt = request.prompt_token_ids
-            extra_args = params.extra_args if params else None
-            made = self._config.request(extra_args, request.num_prompt_tokens if prompt is None else prompt)
+            token_ids = request.prompt_token_ids
+            made = self._config.request_of(request.sampling_params, token_ids, request.num_prompt_tokens)
             setattr(request, _REQUEST, made)
         return getattr(request, _REQUEST)
 
 
 class LaterStreamManager(RetentionManager):
     """Of a stream that begins later than the request, in whose tokens vLLM counts. Many requests have none."""
+
+    def _announce(self, kv_cache_spec: RetentionSpec) -> None:
+        """The manager of the first stream says it."""
 
     def own_tokens(self, request_id: str, tokens: int) -> int:
         """See `RetentionManager.own_tokens`; none, where the request has no such stream."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from vllm_packcache.core import plugins
 from vllm_packcache.families.base import Family
 from vllm_packcache.families.decoder import Decoder
 from vllm_packcache.families.lumos import Lumos
@@ -67,24 +68,14 @@ def with_models() -> Iterator[tuple[str, Family]]:
 
 
 def _load(entry: EntryPoint) -> Family:
-    package = f"package {entry.dist.name}" if entry.dist is not None else f"entry point {entry.value}"
-    remedy = "mend or uninstall the package"
-    try:
-        family = entry.load()
-    except Exception as error:  # A package's code may raise anything.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the family of {entry.name!r} of {package} cannot be loaded ({reason}): {remedy}") from error
-    if not (isinstance(family, type) and issubclass(family, Family)):
-        raise ValueError(
-            f"the family of {entry.name!r} of {package} must be a class that derives from "
-            f"vllm_packcache.families.Family, and {entry.value} is none: {remedy}"
-        )
+    what, remedy = f"the family of {entry.name!r}", "mend or uninstall the package"
+    family: type[Family] = plugins.load(entry, Family, what, "vllm_packcache.families.Family", remedy)
     if entry.name not in family.architectures:
-        raise ValueError(f"the family of {entry.name!r} of {package} does not name it in architectures: {remedy}")
+        raise ValueError(f"{what} of {plugins.package_of(entry)} does not name it in architectures: {remedy}")
     try:
         return family()
     except TypeError as error:
-        raise ValueError(f"the family of {entry.name!r} of {package} is not complete ({error}): {remedy}") from error
+        raise ValueError(f"{what} of {plugins.package_of(entry)} is not complete ({error}): {remedy}") from error
 
 
 def _class_of(family: Family) -> str:

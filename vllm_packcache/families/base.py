@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from vllm_packcache.core.layout import FrameLayout
-from vllm_packcache.core.plan import Plan, Role, VideoRequest
+from vllm_packcache.core.plan import Role, VideoRequest
 from vllm_packcache.core.policies import Policy
 
 Prompt = Sequence[int] | int
@@ -37,8 +37,8 @@ class Server(Protocol):
     def check_policy(self, policy: Policy, frame: FrameLayout) -> None:
         """Check a request's policy against the shape of its frames."""
 
-    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
-        """What a causal video keeps, one that opts out included; None: it is none."""
+    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoRequest | None:
+        """What a causal video makes and keeps in one stream, one that opts out included; None: it is none."""
 
 
 class Family(ABC):

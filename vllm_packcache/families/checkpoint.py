@@ -63,4 +63,4 @@ def require(options: Mapping[str, tuple[object, object]]) -> None:
     """
     for name, (value, supported) in options.items():
         if value != supported:
-            raise ValueError(f"{name} must be {supported!r}, not {value!r}: no other is supported")
+            raise ValueError(f"vllm-packcache supports {name} = {supported!r} only, not {value!r}")

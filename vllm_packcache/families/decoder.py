@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_packcache.core.plan import Stream, VideoRequest
+from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.families.base import Family, Prompt, Server
 
 
@@ -16,5 +16,4 @@ class Decoder(Family):
 
     def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
         """See `Family.request`."""
-        plan = server.video(extra_args, prompt if isinstance(prompt, int) else len(prompt))
-        return None if plan is None else VideoRequest((Stream(plan),))
+        return server.video(extra_args, prompt if isinstance(prompt, int) else len(prompt))

@@ -116,7 +116,9 @@ class LumosConfig(DecoderConfig):
         """
         architectures = config.get("architectures") or [ARCHITECTURES[0]]
         if architectures[0] not in ARCHITECTURES:
-            raise ValueError(f"architectures must be one of {', '.join(ARCHITECTURES)}, not {architectures[0]}")
+            raise ValueError(
+                f"vllm-packcache supports architectures {', '.join(ARCHITECTURES)}, not {architectures[0]}"
+            )
         require(
             {
                 "model_type": (config.get("model_type"), "chameleon"),
@@ -224,12 +226,10 @@ class CanvasRequest(VideoRequest):
     Args:
         options: how frames are made.
         first_frame: number of the first frame that is made; those before it are given.
-        frames: how many are made; None: as many as the request's ``max_tokens`` says.
     """
 
     options: MaskedOptions
     first_frame: int
-    frames: int | None
 
     @property
     def conditional(self) -> Plan:
@@ -629,7 +629,7 @@ class Lumos(Family):
             )
             for own in layouts
         )
-        return CanvasRequest(streams, made, first_frame, options.frames)
+        return CanvasRequest(streams, options.frames, made, first_frame)
 
 
 def _layout_of(prompt_ids: Sequence[int], grid: Grid, condition_frames: int | None) -> VideoLayout:

@@ -11,24 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named
 from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
-from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
-from vllm_packcache.hooks.roles import Serving, pool_blocks
+from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
     from vllm.v1.engine import EngineCoreRequest
 
 LARGEST_GRID = (60, 96)
@@ -95,31 +95,17 @@ def knowing(engine_args: EngineArgs) -> Iterator[None]:
         _given.reset(token)
 
 
-def install() -> None:
-    """Register the model, its KV cache specs and its configuration. Idempotent."""
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-    from vllm_packcache.engine.manager import LaterStreamManager, RetentionManager
-    from vllm_packcache.engine.spec import STREAM_SPECS
+@cache
+def model_config() -> type[VerifyAndUpdateConfig]:
+    """What vLLM asks when the configuration of an engine with such a model is made."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class CanvasConfig(VerifyAndUpdateConfig):
-        """What vLLM asks when the configuration of an engine with such a model is made."""
-
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             configure(vllm_config)
 
-    for spec in STREAM_SPECS:
-        KVCacheSpecRegistry.register(spec, LaterStreamManager if spec.stream > 0 else RetentionManager)
-    supported = ModelRegistry.get_supported_archs()
-    for architecture, family in families.with_models():
-        if family.role == "canvas":
-            MODELS_CONFIG_MAP.setdefault(architecture, CanvasConfig)
-        # Last, because by this such a model can be served.
-        if architecture not in supported:
-            ModelRegistry.register_model(architecture, family.model)
+    return CanvasConfig
 
 
 def largest_frame(config: ServerConfig) -> int:
@@ -261,7 +247,6 @@ DIFFUSION_PREFIX = "diffusion_"
 class CanvasServing(Serving):
     """Frames made in passes by vLLM's discrete diffusion."""
 
-    always_on = True
     every_request = True
 
     def longest(self, max_model_len: int | None) -> int:
@@ -386,13 +371,8 @@ def _check_blocks(plan: CanvasRequest, total: int, vllm_config: VllmConfig, avai
     if available is None:
         return
     block_size = vllm_config.cache_config.block_size
-    ahead = (vllm_config.max_concurrent_batches - 1) * vllm_config.diffusion_config.canvas_length
-    blocks = 0
-    for stream in plan.streams:
-        kept = stream.plan
-        most = Retention(kept.layout, kept.policy, block_size).most_blocks(ahead)
-        length = -(-stream.own_tokens(total) // block_size)
-        blocks += length if most is None else min(length, most)
+    ahead = steps_ahead(vllm_config) * vllm_config.diffusion_config.canvas_length
+    blocks = held_blocks(plan.streams, total, block_size, ahead)
     if blocks > available:
         options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.conditional.policy))
         raise ConfigError(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
-from vllm_packcache.core.plan import Asked, Plan
-from vllm_packcache.core.retention import Retention
-from vllm_packcache.hooks.roles import Serving, pool_blocks, steps_ahead
+from vllm_packcache.core.plan import VideoRequest
+from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -100,9 +99,9 @@ def _check_request(
     assert params is not None
     prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
     assert prompt is not None
-    asked = config.asked(params.extra_args, len(prompt))
-    plan = None if asked is None else config.plan_of(asked)
-    whole = None if asked is None else _whole_frames(asked, len(prompt), params, vllm_config, length_given)
+    made = config.request_of(params, request.prompt_token_ids, len(prompt))
+    plan = None if made is None or made.as_stock else made.streams[0].plan
+    whole = None if made is None else _whole_frames(made, len(prompt), params, vllm_config, length_given)
     if plan is None or plan.positions.window is None:
         _end_within(config.position_limit, "the model has", "positions", len(prompt), params)
     if plan is None:
@@ -115,7 +114,7 @@ def _check_request(
             f"{len(prompt) + (params.max_tokens or 0)}: ask for fewer frames ({REQUEST_PREFIX}frames), or let the "
             "policy drop some"
         )
-    if plan is None:
+    if made is None or plan is None:
         return
     if request.resumable:
         raise ConfigError(
@@ -128,26 +127,26 @@ def _check_request(
             f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
         )
     total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
-    _check_size(plan, total, config.position_limit, vllm_config)
+    _check_size(made, total, config.position_limit, vllm_config)
 
 
 def _whole_frames(
-    asked: Asked, prompt_tokens: int, params: SamplingParams, vllm_config: VllmConfig, length_given: bool
+    made: VideoRequest, prompt_tokens: int, params: SamplingParams, vllm_config: VllmConfig, length_given: bool
 ) -> int | None:
     """Set the length of a video that ends with a frame.
 
     Returns:
-        Its tokens after the prompt; None: the client's ``max_tokens`` says where it ends, or nobody knows its frames.
+        Its tokens after the prompt; None: the client's ``max_tokens`` says where it ends.
 
     Raises:
         ConfigError: the client's ``max_tokens`` says something else, or the video is too long.
     """
-    frames = asked.frames
+    frames = made.frames
     if frames is None:
-        if length_given or not asked.has_frames:
+        if length_given:
             return None
         frames = 1
-    wanted = asked.layout.tokens_to_end(prompt_tokens, frames)
+    wanted = made.streams[0].plan.layout.tokens_to_end(prompt_tokens, frames)
     model = vllm_config.model_config
     for most, option in (
         (model.max_model_len - prompt_tokens, "--max-model-len"),
@@ -187,13 +186,16 @@ def _end_within(limit: int | None, whose: str, what: str, prompt_tokens: int, pa
     params.max_tokens = min(params.max_tokens or 0, limit - prompt_tokens)
 
 
-def _check_size(plan: Plan, total: int, position_limit: int | None, vllm_config: VllmConfig) -> None:
+def _check_size(made: VideoRequest, total: int, position_limit: int | None, vllm_config: VllmConfig) -> None:
     """Hold a video of ``total`` tokens to the positions of the model and to the blocks of the KV cache.
 
     Raises:
         ConfigError: it needs more.
     """
-    positions = max(plan.positions.limit(total), plan.positions.window_tokens(total))
+    positions = 0
+    for stream in made.streams:
+        own, of_stream = stream.own_tokens(total), stream.plan.positions
+        positions = max(positions, of_stream.limit(own), of_stream.window_tokens(own))
     if position_limit is not None and positions > position_limit:
         raise ConfigError(
             f"this video needs {positions} positions, and the model has {position_limit}: lower {REQUEST_PREFIX}window "
@@ -203,11 +205,10 @@ def _check_size(plan: Plan, total: int, position_limit: int | None, vllm_config:
     if available is None:
         return
     block_size = vllm_config.cache_config.block_size
-    blocks = -(-total // block_size)
-    most = Retention(plan.layout, plan.policy, block_size).most_blocks(steps_ahead(vllm_config))
-    blocks = blocks if most is None else min(blocks, most)
+    blocks = held_blocks(made.streams, total, block_size, steps_ahead(vllm_config))
     if blocks > available:
-        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.policy)) or "it keeps all"
+        policy = made.streams[0].plan.policy
+        options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(policy)) or "it keeps all"
         raise ConfigError(
             f"this video holds {blocks} blocks of {block_size} tokens, and the KV cache has {available}: let the "
             f"policy keep less ({options}), make frames or the condition smaller, or start the server with a larger "

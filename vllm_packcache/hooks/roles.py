@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.server import ServerConfig, family_of
-from vllm_packcache.core.plan import Role
+from vllm_packcache.core.plan import Role, Stream
+from vllm_packcache.core.retention import Retention
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 class Serving(ABC):
     """What of a server differs from role to role."""
 
-    always_on: bool = False
-    """Whether vLLM cannot serve such a model by itself: it is looked after without a policy, too."""
     every_request: bool = False
     """Whether every request is a video, also one without any of our options."""
 
@@ -96,6 +96,23 @@ def serving_of(model_config: ModelConfig | None) -> Serving:
 def steps_ahead(vllm_config: VllmConfig) -> int:
     """Steps that may be scheduled before the one in flight has been processed."""
     return vllm_config.max_concurrent_batches - 1
+
+
+def held_blocks(streams: Sequence[Stream], total: int, block_size: int, ahead: int) -> int:
+    """Blocks that a request of ``total`` tokens holds at most, in all its streams.
+
+    Args:
+        streams: of the request.
+        total: tokens of the request.
+        block_size: tokens of a KV-cache block.
+        ahead: tokens that may be scheduled before a step has been processed.
+    """
+    blocks = 0
+    for stream in streams:
+        most = Retention(stream.plan.layout, stream.plan.policy, block_size).most_blocks(ahead)
+        length = -(-stream.own_tokens(total) // block_size)
+        blocks += length if most is None else min(length, most)
+    return blocks
 
 
 def pool_blocks(vllm_config: VllmConfig) -> int | None:

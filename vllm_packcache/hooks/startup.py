@@ -17,6 +17,7 @@ from functools import cache, wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import (
     CONFIG_FLAG,
@@ -29,7 +30,6 @@ from vllm_packcache.config.server import (
     read_config,
 )
 from vllm_packcache.config.sources import CONFIG_KEY, load_mapping
-from vllm_packcache.families import lumos
 from vllm_packcache.hooks import canvas
 from vllm_packcache.hooks import install as hooks
 from vllm_packcache.hooks.flags import CommandLine
@@ -73,16 +73,26 @@ def register() -> None:
 
 def _register_with_vllm() -> None:
     """What vLLM has registries for. None of its own looks these up, so they may be there without the hooks."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_packcache.engine.manager import RetentionManager
-    from vllm_packcache.engine.spec import RetentionSpec
+    from vllm_packcache.engine.manager import LaterStreamManager, RetentionManager
+    from vllm_packcache.engine.spec import STREAM_SPECS, RetentionSpec
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
-    canvas.install()
+    for spec in STREAM_SPECS:
+        KVCacheSpecRegistry.register(spec, LaterStreamManager if spec.stream > 0 else RetentionManager)
+    supported = ModelRegistry.get_supported_archs()
+    for architecture, family in families.with_models():
+        if family.role == "canvas":
+            MODELS_CONFIG_MAP.setdefault(architecture, canvas.model_config())
+        # Last, because by this such a model can be served.
+        if architecture not in supported:
+            ModelRegistry.register_model(architecture, family.model)
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -229,7 +239,7 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
         try:
             return create_engine_config(engine_args, *args, **kwargs)
         except Exception as refusal:
-            if any(architecture in str(refusal) for architecture in lumos.ARCHITECTURES):
+            if any(architecture in str(refusal) for architecture, _ in families.with_models()):
                 raise ConfigError(error) from refusal
             raise
     if config is not None:
@@ -254,11 +264,12 @@ def _engine_config(create_engine_config: Callable[..., Any], engine_args: Any, *
         }
         check_engine(vllm_config)
         _check_tables(vllm_config)
-    elif serving.always_on:
+    elif read_config(vllm_config) is not None:
         _check_options(vllm_config, f"the model {vllm_config.model_config.model}")
         _check_backends(vllm_config, "absolute")
-    if lengths is not None or serving.always_on:
-        _announce(engine_args, config, family_of(vllm_config.model_config).name)
+    else:
+        return vllm_config
+    _announce(engine_args, config, family_of(vllm_config.model_config).name)
     return vllm_config
 
 
@@ -316,7 +327,7 @@ def choose_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = get_current_vllm_config()
         serving = serving_of(vllm_config.model_config)
         serving.check_backend(backend.get_name())
-        config = ServerConfig.from_additional_config(vllm_config.additional_config)
+        config = read_config(vllm_config)
         if config is None:
             return backend
         if config.positions == "rebase":
@@ -349,7 +360,7 @@ def choose_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[
     @wraps(resolve_model_state_cls)
     def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         state = resolve_model_state_cls(vllm_config, *args, **kwargs)
-        if ServerConfig.from_additional_config(vllm_config.additional_config) is None:
+        if read_config(vllm_config) is None:
             return state
         return serving_of(vllm_config.model_config).model_state(state)
 

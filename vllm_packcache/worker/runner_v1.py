@@ -148,7 +148,6 @@ def _begin(runner: GPUModelRunner, config: ServerConfig, num_scheduled_tokens: d
 def _kept(request: CachedRequestState, config: ServerConfig, block_size: int) -> Kept | None:
     # Kept on the runner's own record of the request, so that it lives exactly as long.
     if not hasattr(request, _VIDEO):
-        params = request.sampling_params
-        made = config.request(params.extra_args if params else None, request.num_prompt_tokens)
+        made = config.request_of(request.sampling_params, request.prompt_token_ids, request.num_prompt_tokens)
         setattr(request, _VIDEO, Kept.of(made, block_size))
     return getattr(request, _VIDEO)

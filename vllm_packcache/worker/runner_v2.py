@@ -177,8 +177,8 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
 
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
             super().add_request(req_index, new_req_data)
-            params = new_req_data.sampling_params
-            made = self._config.request(params.extra_args if params else None, new_req_data.prompt_len)
+            params, token_ids = new_req_data.sampling_params, new_req_data.prompt_token_ids
+            made = self._config.request_of(params, token_ids, new_req_data.prompt_len)
             self._videos[new_req_data.req_id] = Kept.of(made, self._kept.block_size)
             self._kept.forget(req_index)
 

@@ -35,11 +35,11 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, request: VideoRequest | None, block_size: int) -> Kept | None:
         """Of the one stream of a causal request; None: it keeps its whole cache, and positions are as without us."""
-        if request is None:
+        if request is None or request.as_stock:
             return None
         (stream,) = request.streams
         plan = stream.plan
-        return None if plan.as_stock else cls(Retention(plan.layout, plan.policy, block_size), plan.positions)
+        return cls(Retention(plan.layout, plan.policy, block_size), plan.positions)
 
 
 class Row(NamedTuple):

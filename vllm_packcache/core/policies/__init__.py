@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from vllm_packcache.core import plugins
 from vllm_packcache.core.policies.attention_sink import AttentionSink
 from vllm_packcache.core.policies.base import Policy
 from vllm_packcache.core.policies.full import Full
@@ -36,7 +37,7 @@ def find(name: str) -> type[Policy]:
     """
     # A package that is installed in two places has the same entry twice.
     entries = {entry.value: entry for entry in _entries() if entry.name == name}
-    offers = [_package_of(entry) for entry in entries.values()]
+    offers = [plugins.package_of(entry) for entry in entries.values()]
     if len(offers) + (name in _BUILT_IN) > 1:
         raise ValueError(
             f"policy {name!r} is offered by {' and by '.join(['vllm-packcache'] * (name in _BUILT_IN) + offers)}: "
@@ -46,27 +47,12 @@ def find(name: str) -> type[Policy]:
         return _BUILT_IN[name]
     if not entries:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(names())}")
-    ((value, entry),) = entries.items()
-    try:
-        policy = entry.load()
-    except Exception as error:  # A package's code may raise anything.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"policy {name!r} of {offers[0]} cannot be loaded ({reason}): mend or uninstall the package, or choose "
-            "another policy"
-        ) from error
-    if not (isinstance(policy, type) and issubclass(policy, Policy)):
-        raise ValueError(
-            f"policy {name!r} of {offers[0]} must be a class that derives from vllm_packcache.Policy, and "
-            f"{value} is none: mend or uninstall the package, or choose another policy"
-        )
+    (entry,) = entries.values()
+    remedy = "mend or uninstall the package, or choose another policy"
+    policy: type[Policy] = plugins.load(entry, Policy, f"policy {name!r}", "vllm_packcache.Policy", remedy)
     return policy
 
 
 @cache
 def _entries() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=ENTRY_POINT_GROUP))
-
-
-def _package_of(entry: EntryPoint) -> str:
-    return f"package {entry.dist.name}" if entry.dist is not None else f"entry point {entry.value}"

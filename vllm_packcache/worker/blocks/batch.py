@@ -41,7 +41,7 @@ class BatchReads:
         self._dropped_tokens = np.zeros(count, dtype=np.int64)
         self._shifts = np.zeros(count, dtype=np.int64)
         self._past: list[tuple[BlockIndices, int]] = [(_NOTHING, 0)] * count
-        self._index = np.zeros((count, 0), dtype=np.int64)
+        self._index, self._columns = np.zeros((count, 0), dtype=np.int64), 0
         self._one_axis = all(own is None or own.positions.scale is None for own in self.kept)
         self.has_videos = any(own is not None for own in self.kept)
 
@@ -53,8 +53,8 @@ class BatchReads:
             scheduled: tokens of each that are run in this step, [n].
             block_table: the manager's blocks, [at least n, blocks]; read until the next step begins.
         """
-        if block_table.shape != getattr(self, "block_table", block_table).shape:
-            self._index = self._index[:, :0]
+        if block_table.shape[1] != self._columns:
+            self._columns, self._index = block_table.shape[1], self._index[:, :0]
         self.computed, self.scheduled, self.block_table = computed, scheduled, block_table
         self._stops = computed + scheduled
         self.__dict__.pop("step", None)
@@ -120,14 +120,14 @@ class BatchReads:
         self._list(row)
 
     def _widen(self, blocks: int) -> None:
-        self._index = np.empty((len(self.kept), min(blocks, self.block_table.shape[1])), dtype=np.int64)
+        self._index = np.empty((len(self.kept), min(blocks, self._columns)), dtype=np.int64)
         for row in range(len(self.kept)):
             self._list(row)
 
     def _list(self, row: int) -> None:
         """Where in the block table the blocks of a request are that it reads, as far as there may be any."""
         past, first = self._past[row]
-        index, columns = self._index[row], self.block_table.shape[1]
+        index, columns = self._index[row], self._columns
         listed = min(len(past), len(index))
         index[:listed] = past[:listed]
         index[listed:] = np.arange(first, first + len(index) - listed)
