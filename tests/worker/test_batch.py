@@ -46,6 +46,32 @@ def assert_equal(reads: BatchReads, kernel_block_size: int) -> None:
     assert not made.block_table[:, width:].any()
 
 
+def assert_everything(reads: BatchReads) -> None:
+    stops = reads.computed + reads.scheduled
+    expected = compact(reads.step, BLOCK)
+    assert expected.seq_lens.tolist() == stops.tolist()
+    for row, stop, blocks in zip(expected.block_table, stops, reads.block_table, strict=False):
+        used = -(-stop // BLOCK)
+        assert np.array_equal(row[:used], blocks[:used])
+
+
+def test_a_batch_is_read_as_it_is_until_something_is_dropped() -> None:
+    layout = VideoLayout(FrameLayout(16), 8)
+    video = Kept(Retention(layout, SlidingWindow(window=1), BLOCK), Positions(layout, None))
+    reads = BatchReads([video, None], BLOCK)
+    table = np.arange(1, 1 + 2 * COLUMNS, dtype=np.int32).reshape(2, COLUMNS)
+
+    def everything(computed: int, scheduled: int = 1) -> bool:
+        reads.begin(np.array([computed, computed]), np.array([scheduled, scheduled]), table)
+        return reads.reads_everything
+
+    assert everything(0)
+    assert everything(layout.frame_start(1) + 15)
+    assert not everything(layout.frame_start(2))
+    assert everything(layout.frame_start(1)), "it was preempted, and comes back"
+    assert not everything(layout.frame_start(0), scheduled=40), "what its tokens read is not the same for all of them"
+
+
 @pytest.mark.parametrize("kernel_block_size", [BLOCK, BLOCK // 4])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_step_reads_what_it_reads_worked_out_anew(seed: int, kernel_block_size: int) -> None:
@@ -67,6 +93,8 @@ def test_every_step_reads_what_it_reads_worked_out_anew(seed: int, kernel_block_
             break
         reads.begin(computed.copy(), scheduled, table)
         assert_equal(reads, kernel_block_size)
+        if reads.reads_everything:
+            assert_everything(reads)
         slides = [
             row
             for row, (own, at) in enumerate(zip(videos, computed.tolist(), strict=True))

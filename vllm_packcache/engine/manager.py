@@ -7,6 +7,7 @@ are allocated, caps prefix caching to the condition, and frees what the policy n
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +25,10 @@ from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import PolicyError, Retention
-from vllm_packcache.engine.record import VideoRecord
+from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 
 logger = logging.getLogger("vllm.packcache")
-
-PHASES = ("fill", "pack", "slide")
-"""Of a video: nothing has been dropped; frames shrink; more frames have been made than the window holds."""
 
 
 @dataclass(slots=True)
@@ -77,7 +75,6 @@ class Held:
         frame: up to which blocks have been freed.
         frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
         quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
-        phase: one of `PHASES`.
         decided: tokens, from the start, of which the policy has said what they read.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
@@ -90,7 +87,6 @@ class Held:
     frame: int = CONDITION
     frame_ends: int = 0
     quiet_until: int = 0
-    phase: str = PHASES[0]
     decided: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
@@ -105,14 +101,15 @@ class Held:
         """Blocks that it holds."""
         return self.blocks - self.dropped_blocks
 
+    @property
+    def phase(self) -> str:
+        """One of `PHASES`."""
+        return PHASES[2 if self._window_starts(self.frame) else 1 if self.dropped_blocks else 0]
+
     def enter(self, frame: int) -> None:
         """Blocks have been freed up to ``frame``."""
         self.frame = frame
         self.frame_ends = self.stream.start + self.retention.layout.frame_start(frame + 1)
-        if self._window_starts(frame):
-            self.phase = "slide"
-        elif self.dropped_blocks:
-            self.phase = "pack"
 
     def slides(self, frame: int) -> int:
         """By how many frames the window moves on until ``frame`` is made."""
@@ -127,6 +124,7 @@ _RECORD = "_packcache_record"
 _REQUEST = "_packcache_request"
 _MANAGERS = "_packcache_managers"
 _UNKNOWN = object()
+_FOR_EVER = sys.maxsize
 
 
 def record_of(request: Request) -> VideoRecord | None:
@@ -152,6 +150,8 @@ class RetentionManager(FullAttentionManager):
         self.enable_caching = True
         self._videos: dict[str, Held | None] = {}
         self._records: dict[str, VideoRecord] = {}
+        self.settled: dict[str, int] = {}
+        """Requests that decode, and the token of each up to which a step may go without asking anything."""
         self.failures: dict[str, str] = {}
         """Requests that cannot go on, and why: the scheduler ends them."""
         self.totals = Totals()
@@ -213,24 +213,23 @@ class RetentionManager(FullAttentionManager):
         What a frame's keys and values are depends on what its tokens could see, and a later frame's eviction
         would leave a hole: frames are no prefix to share. Nor are tokens that another layout would position otherwise.
         """
-        video = self._videos.get(request.request_id)
-        # A canvas holds blocks for tokens that are not counted yet.
-        if (
-            video is not None
-            and num_tokens <= video.quiet_until
-            and len(self.req_to_blocks[request.request_id]) == video.blocks
-        ):
-            if self.stream == 0:
-                video.record.computed = num_tokens
-            return
-        video = self.video(request)
-        num_tokens = self.own_tokens(request.request_id, num_tokens)
-        self._record(request, video, num_tokens)
+        name = request.request_id
+        video: Any = self._videos.get(name, _UNKNOWN)
+        if video is _UNKNOWN:
+            video = self.video(request)
+        if video is not None or name in self._records:
+            # A canvas holds blocks for tokens that are not counted yet.
+            if video and num_tokens <= video.quiet_until and len(self.req_to_blocks[name]) == video.blocks:
+                if self.stream == 0:
+                    video.record.computed = num_tokens
+                return
+            num_tokens = self.own_tokens(name, num_tokens)
+            self._record(request, video, num_tokens)
+            if video is not None:
+                num_tokens = min(num_tokens, video.positions.shared_tokens)
         # Blocks are known by hashes of the request's tokens, which are those of its first stream.
-        if not self._prefix_caching or self.stream > 0:
-            return
-        shared = num_tokens if video is None else min(num_tokens, video.positions.shared_tokens)
-        super().cache_blocks(request, shared, retention_interval, replay_boundaries=replay_boundaries)
+        if self._prefix_caching and self.stream == 0:
+            super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -262,14 +261,14 @@ class RetentionManager(FullAttentionManager):
             blocks[index] = self._null_block
         self._count(video, frame, len(dropped))
         video.enter(frame)
+        if self.stream == 0:
+            video.record.phase = video.phase
         self.block_pool.free_blocks(reversed(dropped))
 
-    def has_decided(self, request_id: str, stop: int) -> bool:
-        """Whether nothing is left to be asked about a request that decodes up to token ``stop``."""
-        video: Any = self._videos.get(request_id, _UNKNOWN)
-        if video is _UNKNOWN or self.failures:
-            return False
-        return video is None or stop - video.stream.start <= video.decided
+    def settle(self, request_id: str) -> None:
+        """A request decodes, and what it reads has been decided: see `settled`."""
+        video = self._videos[request_id]
+        self.settled[request_id] = _FOR_EVER if video is None else video.stream.start + video.decided
 
     def decide(self, request: Request, stop: int) -> None:
         """Ask the policy what the tokens before ``stop`` read, before a worker does: there it would not fail alone.
@@ -302,6 +301,7 @@ class RetentionManager(FullAttentionManager):
         if request_id in self.failures:
             return
         _log_end(request_id, why)
+        self.settled.pop(request_id, None)
         self.failures[request_id] = why
 
     def chunk_ends(self, request: Request, computed: int) -> int | None:
@@ -366,6 +366,7 @@ class RetentionManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
+        self.settled.pop(request_id, None)
         self.failures.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
@@ -381,14 +382,9 @@ class RetentionManager(FullAttentionManager):
         """Videos that hold blocks or are about to."""
         return [video for video in self._videos.values() if video is not None]
 
-    def running(self) -> list[tuple[VideoRecord, str]]:
-        """Videos that hold blocks, those that keep their whole cache included, and the phase of each."""
-        videos = self._videos
-        return [
-            (record, PHASES[0] if (video := videos[request_id]) is None else video.phase)
-            for request_id, record in self._records.items()
-            if record.held
-        ]
+    def running(self) -> list[VideoRecord]:
+        """Of videos that hold blocks, those that keep their whole cache included."""
+        return [record for record in self._records.values() if record.held]
 
     def video(self, request: Request) -> Held | None:
         """What is known of ``request``; None: it keeps its whole cache, or cannot go on (see `failures`)."""
@@ -416,6 +412,7 @@ class RetentionManager(FullAttentionManager):
         retention = Retention(plan.layout, plan.policy, self.block_size)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
+        record.phase = held.phase
         return held
 
     def request(self, request: Request) -> VideoRequest | None:
@@ -485,18 +482,19 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
     @wraps(reserve_prefill_lookahead)
     def wrapper(scheduler: Scheduler, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
-        managers = retention_managers(scheduler.kv_cache_manager)
+        managers = getattr(scheduler.kv_cache_manager, _MANAGERS, None) or retention_managers(
+            scheduler.kv_cache_manager
+        )
         if not managers:
             return 0 if _end_if_misdirected(scheduler, request) else num_new_tokens
+        name, stop = request.request_id, num_computed_tokens + num_new_tokens
+        for manager in managers:
+            if stop > manager.settled.get(name, 0):
+                break
+        else:
+            return num_new_tokens
         # While it decodes there is no more than one token, and nothing to end.
         decodes = request.num_tokens - num_computed_tokens <= 1
-        stop = num_computed_tokens + num_new_tokens
-        if decodes:
-            for manager in managers:
-                if not manager.has_decided(request.request_id, stop):
-                    break
-            else:
-                return num_new_tokens
         try:
             if not decodes:
                 _check_room(managers, request)
@@ -506,12 +504,14 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
             for manager in managers:
                 manager.decide(request, num_computed_tokens + num_new_tokens)
         except PolicyError as error:
-            managers[0].fail(request.request_id, str(error))
-        for manager in managers:
-            if manager.failures and request.request_id in manager.failures:
-                # Nothing of it is scheduled, and when the step has run vLLM ends these with an error.
-                scheduler.grammar_compile_error_reqs.add(request.request_id)
-                return 0
+            managers[0].fail(name, str(error))
+        if any(name in manager.failures for manager in managers):
+            # Nothing of it is scheduled, and when the step has run vLLM ends these with an error.
+            scheduler.grammar_compile_error_reqs.add(name)
+            return 0
+        if decodes:
+            for manager in managers:
+                manager.settle(name)
         return num_new_tokens
 
     return wrapper

@@ -22,13 +22,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.engine.manager import (
-    PHASES,
-    RetentionManager,
-    record_of,
-    retention_manager,
-    retention_managers,
-)
+from vllm_packcache.engine.manager import RetentionManager, record_of, retention_manager, retention_managers
+from vllm_packcache.engine.record import PHASES
 
 # vLLM removes what is called so when it starts anew in a process.
 PREFIX = "vllm:packcache_"
@@ -55,6 +50,7 @@ BUCKETS = tuple(round(base * 10.0**power, 3) for power in range(-2, 4) for base 
 
 # The one mapping among the statistics that arrives as it was sent and is read by the names of its own entries only.
 _CARRIER = "num_kv_fetch_reqs_by_stage"
+_BLOCK_BYTES = "_packcache_block_bytes"
 
 logger = logging.getLogger("vllm.packcache")
 
@@ -78,8 +74,13 @@ def send_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable[..
 
 def block_bytes(scheduler: Scheduler) -> int:
     """Bytes of a KV-cache block in all layers of a KV cache group: all groups share one pool of such blocks."""
-    group = scheduler.kv_cache_config.kv_cache_groups[0]
-    return group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+    known: int | None = getattr(scheduler, _BLOCK_BYTES, None)
+    if known is None:
+        group = scheduler.kv_cache_config.kv_cache_groups[0]
+        known = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+        # It stays, and is asked for in every step.
+        setattr(scheduler, _BLOCK_BYTES, known)
+    return known
 
 
 def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, int]:
@@ -95,12 +96,12 @@ def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, 
         block_bytes: of `block_bytes`.
     """
     running = managers[0].running()
-    blocks = sum([record.held for record, _ in running])
-    phases = [phase for _, phase in running]
+    blocks = sum([record.held for record in running])
+    phases = [record.phase for record in running]
     gauges = {
         "resident_tokens": blocks * managers[0].block_size,
         "resident_bytes": blocks * block_bytes,
-        "logical_tokens": sum([record.computed for record, _ in running]),
+        "logical_tokens": sum([record.computed for record in running]),
         **{f"{VIDEOS}_{phase}": phases.count(phase) for phase in PHASES},
     }
     if not any(manager.totals for manager in managers):

@@ -11,6 +11,9 @@ from typing import Any
 
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 
+PHASES = ("fill", "pack", "slide")
+"""Of a video: nothing has been dropped; frames shrink; more frames have been made than the window holds."""
+
 MOST_PEAKS = 64
 """Numbers that a record keeps of how much was held; of a longer video each stands for several frames."""
 
@@ -24,6 +27,7 @@ class VideoRecord:
         block_size: tokens of a KV-cache block.
         prompt_tokens: of the request: what lies behind them is made.
         computed: tokens, those of steps in flight included.
+        phase: one of `PHASES`.
         held_blocks: what it holds, by KV cache group.
         held: the same in all of them.
         peak_blocks: that it has held at once, in all KV cache groups.
@@ -38,6 +42,7 @@ class VideoRecord:
     block_size: int
     prompt_tokens: int
     computed: int = 0
+    phase: str = PHASES[0]
     held_blocks: dict[int, int] = field(default_factory=dict)
     held: int = 0
     peak_blocks: int = 0

@@ -91,6 +91,8 @@ class HostCompaction:
         self, common: CommonAttentionMetadata, builder: AttentionMetadataBuilder[Any]
     ) -> CommonAttentionMetadata:
         """See `vllm_packcache.worker.step.Compaction`."""
+        if self.batch.reads_everything:
+            return common
         return compact_metadata(common, self.batch.compact(builder.kv_cache_spec.block_size))
 
 

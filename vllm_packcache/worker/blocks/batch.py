@@ -65,6 +65,11 @@ class BatchReads:
         for row in self.entered:
             self._enter(row)
 
+    @property
+    def reads_everything(self) -> bool:
+        """Whether no request has dropped anything: the batch is read as it is."""
+        return not self._spans and not self._dropped_tokens.any()
+
     @cached_property
     def step(self) -> Step:
         """The same request by request."""
