@@ -1,7 +1,8 @@
 """Which KV-cache blocks of a request live: the one truth, shared by scheduler and worker.
 
-Retention is a pure function of (layout, policy, number of computed tokens). Scheduler and worker evaluate it
-each for itself and exchange no messages; a preempted request that is recomputed replays the same decisions.
+Retention is a pure function of (layout, policy, number of computed tokens), and of the ids of finished frames, where
+the policy reads them. Scheduler and worker evaluate it each for itself and exchange no messages; a preempted request
+that is recomputed replays the same decisions.
 
 What a query may read is constant inside a frame: the blocks its policy kept of everything before the frame
 (`Retention.past`), and everything from the first block of the frame on (`BlockMap.tail_start`).
@@ -19,7 +20,7 @@ import numpy as np
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.policies.base import Policy
+from vllm_packcache.core.policies.base import Policy, Tokens
 
 
 class PolicyError(ValueError):
@@ -54,14 +55,18 @@ class Retention:
         layout: the video.
         policy: what to keep.
         block_size: tokens of a KV-cache block.
+        tokens: ids of the request's tokens; only a policy that reads them needs any. Then the decision about a frame
+            follows from that about the frame before: what is asked about later costs time for the frames between, what
+            is asked about again for all of them.
     """
 
-    __slots__ = ("_decided", "_most_past", "_window", "blocks", "layout", "policy")
+    __slots__ = ("_decided", "_most_past", "_tokens", "_window", "blocks", "layout", "policy")
 
-    def __init__(self, layout: VideoLayout, policy: Policy, block_size: int) -> None:
+    def __init__(self, layout: VideoLayout, policy: Policy, block_size: int, tokens: Tokens | None = None) -> None:
         self.layout = layout
         self.policy = policy
         self.blocks = BlockMap(layout, block_size)
+        self._tokens = tokens
         # A request works on one frame for many steps, and where it enters the next one both are asked about.
         self._decided: dict[int, BlockIndices] = {}
         self._window = _promised(policy, "history_window", lambda: policy.history_window, 1)
@@ -81,16 +86,26 @@ class Retention:
         if frame == CONDITION:
             return _NOTHING
         past = self._decided.get(frame)
-        if past is None:
-            past = self._decide(frame)
-            if len(self._decided) == 2:
-                del self._decided[next(iter(self._decided))]
-            self._decided[frame] = past
+        if past is not None:
+            return past
+        if self.policy.reads_tokens:
+            for other in range(max((known + 1 for known in self._decided if known < frame), default=0), frame):
+                self._keep_in_mind(other)
+        return self._keep_in_mind(frame)
+
+    def _keep_in_mind(self, frame: int) -> BlockIndices:
+        past = self._decide(frame)
+        if len(self._decided) == 2:
+            del self._decided[next(iter(self._decided))]
+        self._decided[frame] = past
         return past
 
     def _decide(self, frame: int) -> BlockIndices:
         try:
-            decision = self.policy.past_blocks(self.blocks, frame)
+            if self.policy.reads_tokens:
+                decision = self._decide_by_tokens(frame)
+            else:
+                decision = self.policy.past_blocks(self.blocks, frame)
         except Exception as error:
             raise self._error(frame, f"past_blocks {_raised(error)}") from error
         if not isinstance(decision, np.ndarray) or decision.ndim != 1 or decision.dtype.kind not in "iu":
@@ -105,6 +120,12 @@ class Retention:
         for other, kept in list(self._decided.items())[-1:]:
             self._check_shrinks(*((other, kept, frame, past) if other < frame else (frame, past, other, kept)))
         return past
+
+    def _decide_by_tokens(self, frame: int) -> BlockIndices:
+        if self._tokens is None:
+            raise ValueError("reads tokens, and there are none")
+        before = self._decided[frame - 1] if frame > 0 else _NOTHING
+        return self.policy.past_blocks_of(self.blocks, frame, before, self._tokens)
 
     def _check_blocks(self, frame: int, past: BlockIndices) -> None:
         if not len(past):

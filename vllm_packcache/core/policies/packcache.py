@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
-from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout
-from vllm_packcache.core.policies.base import Policy, check_range
+from vllm_packcache.core.layout import MAX_FRAMES, MAX_TOKENS_PER_FRAME, FrameLayout
+from vllm_packcache.core.policies.base import Int64, Policy, Tokens, check_range
+from vllm_packcache.core.policies.change import keep_changed
 from vllm_packcache.core.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
 
-Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
 MAX_WINDOW = 256
@@ -35,6 +35,8 @@ class PackCache(Policy):
         gamma_text: fraction of the text's blocks kept once the history no longer fits.
         gamma_condition: the same for the conditioning image.
         selection: which blocks of a frame are kept, when not all are; see `Selection`.
+        changed_tokens: of ``selection: changed``: in so many tokens a block must differ from the same place of the next
+            frame to count as changed.
 
     Raises:
         ValueError: a number is impossible; the message names it.
@@ -48,6 +50,7 @@ class PackCache(Policy):
     gamma_text: float = 1.0
     gamma_condition: float = 1.0
     selection: Selection = "spatial"
+    changed_tokens: int = 1
 
     def __post_init__(self) -> None:
         check_range("history_frames", self.history_frames, 0, MAX_FRAMES, open_low=True)
@@ -55,12 +58,19 @@ class PackCache(Policy):
         check_range("decay", self.decay, 0, 1, open_low=True)
         check_range("gamma_text", self.gamma_text, 0, 1)
         check_range("gamma_condition", self.gamma_condition, 0, 1)
+        check_range("changed_tokens", self.changed_tokens, 1, MAX_TOKENS_PER_FRAME)
+        if self.changed_tokens != 1 and self.selection != "changed":
+            raise ValueError(f"changed_tokens is for selection = changed, not for {self.selection}")
+        if self.selection == "changed":
+            # The newest frame is kept whole.
+            check_range("history_frames of selection = changed", self.history_frames, 1)
 
     def check(self, frame: FrameLayout) -> None:
         """Refuse a budget that leaves the oldest frame of the window nothing, and rows without a grid."""
         if self.selection in NEEDS_GRID and frame.grid is None:
             raise ValueError(f"selection = {self.selection} needs grid in the layout, not tokens_per_frame alone")
-        if allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
+        # What is given to the frames evenly is what unchanged blocks get: of an old frame that may be nothing.
+        if self.selection != "changed" and allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
             raise ValueError(
                 f"history_frames = {self.history_frames:g} leaves nothing for the oldest of window = {self.window} "
                 "frames: raise history_frames or lower window"
@@ -88,20 +98,52 @@ class PackCache(Policy):
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks, and of each of the last W frames its share of blocks, as ``selection`` says."""
         end = blocks.tail_start(frame)
-        tokens_per_frame = blocks.layout.tokens_per_frame
-        if frame <= min(self.window, self.history_frames):
+        if self._keeps_everything(frame):
             return np.arange(end)
-        parts = [
-            keep_fraction(blocks.text_blocks, self.gamma_text),
-            keep_fraction(blocks.image_blocks, self.gamma_condition),
-        ]
-        kept = self.kept_tokens(tokens_per_frame, frame)
-        for distance in range(len(kept), 0, -1):
-            keep = -(-kept[distance - 1] // blocks.block_size)
-            parts.append(select(self.selection, blocks, frame - distance, keep))
-        past = np.concatenate(parts)
+        past = np.concatenate([self._condition_blocks(blocks), self._history_blocks(blocks, frame)])
         # A block that the condition shares with the frame being made belongs to the tail.
         return past[past < end]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``selection`` is ``changed``."""
+        return self.selection == "changed"
+
+    def past_blocks_of(self, blocks: BlockMap, frame: int, before: BlockIndices, tokens: Tokens) -> BlockIndices:
+        """The same, with what changed first: see `vllm_packcache.core.policies.change`."""
+        if self._keeps_everything(frame) or self.changed_tokens > blocks.block_size:
+            return self.past_blocks(blocks, frame)
+        condition, evenly = self._condition_blocks(blocks), self._history_blocks(blocks, frame)
+        newest = blocks.frame_blocks(frame - 1)
+        had = before[before >= blocks.condition_blocks.stop]
+        held, keep = had, len(evenly)
+        if frame > self.window:
+            leaving = blocks.frame_blocks(frame - 1 - self.window)
+            held = had[had >= leaving.stop]
+            # As many as there are whatever is left of the frame that leaves the window.
+            keep = min(keep, max(0, len(had) - len(leaving) + len(newest)))
+        held = np.concatenate([held, np.arange(newest.start, newest.stop)])
+        past = np.concatenate(
+            [condition, keep_changed(blocks, frame, held, evenly, keep, tokens, self.changed_tokens)]
+        )
+        return past[past < blocks.tail_start(frame)]
+
+    def _keeps_everything(self, frame: int) -> bool:
+        return frame <= min(self.window, self.history_frames)
+
+    def _condition_blocks(self, blocks: BlockMap) -> BlockIndices:
+        text = keep_fraction(blocks.text_blocks, self.gamma_text)
+        return np.concatenate([text, keep_fraction(blocks.image_blocks, self.gamma_condition)])
+
+    def _history_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Of each of the last W frames its share of blocks, ascending."""
+        kept = self.kept_tokens(blocks.layout.tokens_per_frame, frame)
+        return np.concatenate(
+            [
+                select(self.selection, blocks, frame - distance, -(-kept[distance - 1] // blocks.block_size))
+                for distance in range(len(kept), 0, -1)
+            ]
+        )
 
 
 def shares(decay: float, frames: int) -> tuple[float, ...]:

@@ -1,0 +1,182 @@
+"""``selection: changed``: the rule in words, block by block, against what is computed; and what it promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import block_sizes, quick, small_layouts
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies.selection import spread_order
+from vllm_packcache.core.retention import Retention
+
+policies = st.builds(
+    PackCache,
+    history_frames=st.floats(1, 6),
+    window=st.integers(1, 8),
+    decay=st.floats(0.05, 1),
+    selection=st.just("changed"),
+    changed_tokens=st.integers(1, 4),
+)
+
+
+def video(layout: VideoLayout, frames: int, seed: int, share: float = 0.1) -> np.ndarray:
+    """Ids of a video in which a share of the places changes from frame to frame."""
+    random = np.random.default_rng(seed)
+    frame = random.integers(0, 9, layout.tokens_per_frame)
+    ids = [random.integers(0, 9, layout.condition_tokens)]
+    for _ in range(frames):
+        frame = np.where(random.random(len(frame)) < share, random.integers(0, 9, len(frame)), frame)
+        ids.append(frame)
+    return np.concatenate(ids)
+
+
+def retention(layout: VideoLayout, policy: PackCache, block_size: int, ids: np.ndarray) -> Retention:
+    def tokens(start: int, stop: int) -> np.ndarray:
+        assert 0 <= start <= stop <= len(ids)
+        return ids[start:stop]
+
+    return Retention(layout, policy, block_size, tokens)
+
+
+def tag(layout: VideoLayout, block_size: int, block: int) -> int:
+    """A block has the tag of its newest token; one with a token of the condition is of the condition."""
+    if block * block_size < layout.condition_tokens:
+        return -1
+    return (block * block_size + block_size - 1 - layout.condition_tokens) // layout.tokens_per_frame
+
+
+def literally(layout: VideoLayout, policy: PackCache, size: int, ids: list[int], frames: int) -> list[set[int]]:
+    """Blocks of the history that live while each frame is made, as the rule is told."""
+    lives: list[set[int]] = []
+    length = layout.tokens_per_frame
+    for frame in range(frames):
+        end = layout.frame_start(frame) // size
+        tags = {block: tag(layout, size, block) for block in range(end)}
+        of = {k: [block for block in tags if tags[block] == k] for k in range(frame)}
+        if frame <= min(policy.window, policy.history_frames):
+            lives.append({block for block in tags if tags[block] >= 0})
+            continue
+        # As many as the even rule keeps, unless the frame that leaves the window may take too many with it.
+        shares = policy.kept_tokens(length, frame)
+        evenly: set[int] = set()
+        for distance, share in enumerate(shares, 1):
+            own = of[frame - distance]
+            evenly |= {own[i] for i in spread_order(len(own))[: -(-share // size)]}
+        may_live = {block for block in lives[-1] if frame - tags[block] <= policy.window} | set(of[frame - 1])
+        keep = len(evenly)
+        if frame > policy.window:
+            keep = min(keep, max(0, len(lives[-1]) - len(of[frame - 1 - policy.window]) + len(of[frame - 1])))
+
+        def order(block: int) -> tuple[Any, ...]:
+            own = of[tags[block]]
+            places = range(block * size, (block + 1) * size)
+            changed = size if tags[block] == frame - 1 else sum(ids[place] != ids[place + length] for place in places)
+            if changed < policy.changed_tokens:
+                changed = 0
+            age = frame - tags[block]
+            return -changed, changed == 0 and block not in evenly, age, spread_order(len(own)).tolist().index(
+                own.index(block)
+            )
+
+        lives.append(set(sorted(may_live, key=order)[:keep]))
+    return lives
+
+
+@quick
+@given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_it_keeps_what_the_rule_says(layout, policy, block_size, seed):
+    frames = 20
+    ids = video(layout, frames, seed)
+    expected = literally(layout, policy, block_size, ids.tolist(), frames)
+    computed = retention(layout, policy, block_size, ids)
+    condition = computed.blocks.condition_blocks.stop
+    for frame in range(frames):
+        past = computed.past(frame)
+        assert set(past[past >= condition].tolist()) == expected[frame]
+        assert past[past < condition].tolist() == list(range(min(condition, computed.blocks.tail_start(frame))))
+
+
+@quick
+@given(layout=small_layouts(), policy=policies, block_size=block_sizes, seeds=st.tuples(*[st.integers(0, 99)] * 2))
+def test_how_much_is_kept_does_not_depend_on_what_is_seen(layout, policy, block_size, seeds):
+    frames = 24
+    found = [retention(layout, policy, block_size, video(layout, frames, seed, share)) for seed, share in
+             zip(seeds, (0.02, 0.6), strict=True)]
+    for frame in range(frames):
+        one, other = (len(each.past(frame)) for each in found)
+        assert one == other
+        evenly = Retention(layout, PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1}), block_size)
+        assert len(evenly.past(frame)) - 1 <= one <= len(evenly.past(frame))
+
+
+@quick
+@given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 3), seed=st.integers(0, 99))
+def test_a_threshold_above_the_block_is_the_even_selection(layout, policy, block_size, seed):
+    spatial = PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1})
+    changed = PackCache(**{**vars(policy), "changed_tokens": block_size + 1})
+    ids = video(layout, 20, seed)
+    computed, evenly = retention(layout, changed, block_size, ids), Retention(layout, spatial, block_size)
+    for frame in range(20):
+        assert computed.past(frame).tolist() == evenly.past(frame).tolist()
+
+
+@quick
+@given(
+    layout=small_layouts(),
+    policy=policies,
+    block_size=st.integers(1, 9),
+    asked=st.lists(st.integers(0, 19), min_size=1, max_size=12),
+)
+def test_it_says_the_same_in_whatever_order_it_is_asked(layout, policy, block_size, asked):
+    ids = video(layout, 20, 0)
+    one, all_at_once = (retention(layout, policy, block_size, ids) for _ in range(2))
+    decided = [all_at_once.past(frame).tolist() for frame in range(20)]
+    for frame in asked:
+        assert one.past(frame).tolist() == decided[frame]
+
+
+def test_what_is_not_finished_is_not_looked_at():
+    layout = VideoLayout(FrameLayout(10), 5)
+    ids = video(layout, 12, 0)
+    for frame in range(12):
+        known = retention(layout, PackCache(selection="changed", window=6), 4, ids[: layout.frame_start(frame)])
+        whole = retention(layout, PackCache(selection="changed", window=6), 4, ids)
+        assert known.past(frame).tolist() == whole.past(frame).tolist()
+
+
+def test_what_moves_is_kept_longer_than_what_stands():
+    # Nine frames of eight blocks. In the first frames block 3 changes and then stands still like the rest.
+    layout, size = VideoLayout(FrameLayout(32), 16), 4
+    frames = np.zeros((12, 32), dtype=np.int64)
+    for number in range(3):
+        frames[number, 12:16] = number + 1
+    frames[5:, 20] = 9  # one token of block 5, once
+    ids = np.concatenate([np.zeros(16, dtype=np.int64), frames.ravel()])
+    policy = PackCache(selection="changed", history_frames=2, window=10)
+    past = retention(layout, policy, size, ids).past(9)
+    blocks = [(block - 4) // 8 for block in past.tolist() if block >= 4 and (block - 4) % 8 == 3]
+    assert set(range(3)) <= set(blocks)
+    assert 4 + 4 * 8 + 5 in past, "frame 4 is the last without"
+    threshold = PackCache(selection="changed", history_frames=2, window=10, changed_tokens=2)
+    assert 4 + 4 * 8 + 5 not in retention(layout, threshold, size, ids).past(9)
+
+
+def test_options_that_cannot_work_together_are_refused_by_name():
+    def refused(options: dict[str, Any]) -> str:
+        with pytest.raises(ConfigError) as error:
+            ServerConfig.parse("packcache", options)
+        return str(error.value)
+
+    assert "changed_tokens is for selection = changed, not for spatial" in refused({"changed_tokens": 3})
+    assert "history_frames of selection = changed must be 1 or more, not 0.5" in refused(
+        {"selection": "changed", "history_frames": 0.5}
+    )
+    assert "changed_tokens must be 1 or more" in refused({"selection": "changed", "changed_tokens": 0})
