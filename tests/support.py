@@ -68,7 +68,7 @@ SUPPORT = (
         "V1, V2",
         "FLASHINFER",
         "not run: wrapped like the others; keys lie as Triton's, says its source",
-        ("hooks/test_vllm_contract.py", "worker/test_key_layout.py"),
+        ("hooks/test_vllm_contract.py", "worker/test_key_layout_triton.py"),
     ),
     Support(
         INSTALLED,
