@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.margins import CarefulReference, call_without_ties
 from tests.runner import V2, is_for_this_runner
@@ -34,6 +35,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if V2:
     interpreted.prepare()
+
+# For `make test-quick`: the suite has more of them.
+settings.register_profile("few", max_examples=15)
 
 LONGEST = (
     "test_masked_tokens.py",

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from tests.margins import DRAWING, numbers, refuse_masked_ties
 from tests.runner import needs_v2
 from tests.serving.conftest import schedule_asynchronously
 from tests.serving.two_ranks import run_on_two_ranks
+from tests.support import INSTALLED, NEXT
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import Full
@@ -307,9 +309,25 @@ def test_what_can_never_fit_is_refused(masked_engine: Any) -> None:
         llm.generate([{"prompt_token_ids": Case(5).ids}], cut, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="this server makes them of 32 at most"):
         generate(llm, Case(5, (5, 6)).having(frames=1))
+
+
+def test_ids_beyond_the_models_are_refused_and_harm_nobody(masked_engine: Any, oracle: Any) -> None:
+    """By us; by vLLM itself as of the next version, which looks at ids also where it has no tokenizer."""
+    import vllm
+    from vllm.exceptions import VLLMValidationError
+
     beyond = [*Case(5).ids, *lumos.frame_of_codes(np.full((4, 6), CODES)).tolist()]
-    with pytest.raises(VLLMValidationError, match="ids beyond the model's"):
+    vocabulary = lumos.VISUAL_BEGIN + CODES
+    assert max(beyond) == vocabulary
+    sentence = {
+        INSTALLED: f"the prompt has ids beyond the model's {vocabulary}: its visual codes are too large",
+        NEXT: f"Token id {vocabulary} is out of vocabulary",
+    }[Version(vllm.__version__).public]
+    llm = masked_engine()
+    with pytest.raises(VLLMValidationError) as refused:
         llm.generate([{"prompt_token_ids": beyond}], params(Case(5).having(frames=1)), use_tqdm=False)
+    assert refused.value.args == (sentence,)
+    assert generate(llm, IMAGE_TO_VIDEO) == [oracle(IMAGE_TO_VIDEO)]
 
 
 @pytest.fixture(scope="module")
