@@ -53,6 +53,24 @@ LONGEST = (
     "test_serve.py",
 )
 
+ONE_SERVER = frozenset({"test_faults.py", "test_malformed.py", "test_soak.py"})
+"""Files whose tests use the server of `tests.serving.server`."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` files that use one server go to one worker, which starts it once."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one server" if Path(file).name in ONE_SERVER else file
+
+    return ByServer(config, log)
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Files that have nothing to show on this runner; one that is named by hand is collected nevertheless."""
