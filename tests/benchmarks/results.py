@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.quality.run import QualityPlan, Videos, summary
 
 from benchmarks.decode import report as decode_report
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
@@ -15,7 +16,6 @@ from benchmarks.decode.samples import ratios_of, step_times, summed
 from benchmarks.engine_process import Burst
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
-from benchmarks.quality.run import QualityPlan, Videos, summary
 from benchmarks.statistics import Count
 from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
 from vllm_packcache.calibrate.mass import NEAREST, Mass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.report.masked import PART
 from rich.console import Console
 
 from benchmarks import masked as bench
@@ -20,7 +21,6 @@ from benchmarks.masked.plan import ON_CPU, ON_GPU, QUICK, RATIOS, MaskedPlan, Wo
 from benchmarks.masked.process import Made, Watch
 from benchmarks.masked.runs import frame_of, rates, readings, reckoned, summed
 from benchmarks.report.markdown import Files
-from benchmarks.report.masked import PART
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.families import lumos
 

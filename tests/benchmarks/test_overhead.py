@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.overhead.show import targets
 from rich.console import Console
 
 from benchmarks import overhead
@@ -15,7 +16,6 @@ from benchmarks.decode.samples import CLOCKS, ratios_of
 from benchmarks.overhead import clock as clocks
 from benchmarks.overhead.clock import HostClock
 from benchmarks.overhead.plan import CASES, STOCK, WITH_PLUGIN
-from benchmarks.overhead.show import targets
 from benchmarks.report import overhead as section
 from benchmarks.report.markdown import Files
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.quality.run import COPY, TRUTH, QualityPlan, run
 from PIL import Image
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -26,7 +27,6 @@ from benchmarks.quality.decoder import VideoCache, generate
 from benchmarks.quality.generators import Causal, Masked
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
-from benchmarks.quality.run import COPY, TRUTH, QualityPlan, run
 from benchmarks.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
 from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.cli import app

@@ -7,10 +7,9 @@ from statistics import fmean
 
 from benchmarks.decode.samples import CPU, WALL
 from benchmarks.overhead.plan import CASES, STOCK
-from benchmarks.report.markdown import Files, number, percent, ratio, table, with_quartiles
+from benchmarks.report.markdown import Files, number, percent, ratio, with_quartiles
 from benchmarks.report.parts import (
     Goal,
-    Part,
     Result,
     Row,
     goals_of_ratios,
@@ -18,6 +17,7 @@ from benchmarks.report.parts import (
     row_of_ratio,
     rows_of_goals,
 )
+from benchmarks.report.table import Paragraph, Table
 
 CLOCKS = {CPU: "processor time", WALL: "the clock"}
 NAMES = {
@@ -59,17 +59,17 @@ def _measured(result: Result) -> str:
     )
 
 
-def _ratio_table(result: Result) -> str:
+def _ratio_table(result: Result) -> Table:
     rows = []
     for case, name in CASES.items():
         own = result["ratios"].get(f"{case} / {STOCK}")
         ratios = ("", "") if own is None else (with_quartiles(own[CPU]), ratio(own[WALL]["median"]))
         rows.append((name, number(1e3 * fmean(result[CPU][case]), 2), *ratios))
-    return table(("", "ms a step", "times stock", "times stock, by the clock"), rows)
+    return Table(("", "ms a step", "times stock", "times stock, by the clock"), rows)
 
 
-def _host_table(result: Result) -> str:
-    return table(
+def _host_table(result: Result) -> Table:
+    return Table(
         ("", "runner", "µs a step", "µs a step and request", "µs of the longest step", "share of the step"),
         [
             (
@@ -87,7 +87,7 @@ def _host_table(result: Result) -> str:
     )
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield f"Host cost: {_measured(result)}"
     yield provenance(result)
@@ -100,10 +100,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield _host_table(result)
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     yield f"**Host cost**: {_measured(result)} All samples: {files.link('overhead.json')}."
     yield _ratio_table(result)
-
-
-PART = Part("overhead", "Host cost of a step", goals, rows, long, short, required=False)
