@@ -43,7 +43,7 @@ class Table:
         return file.getvalue()
 
     def print(self, console: Console) -> None:
-        """As a terminal shows it: cells that find no room are wrapped at words, those of the first column last."""
+        """As a terminal shows it: what finds no room is wrapped at words, headings before cells."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table as Drawn
 
@@ -60,16 +60,27 @@ class Table:
         console.print(drawn)
 
 
+SHORT = 10
+"""Characters of a cell that is not wrapped as long as others can be."""
+
 Paragraph = str | Table
 """Of a section: prose, a list, a heading or a picture as Markdown; or a table."""
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Of columns that have ``room`` together: the widest are narrowed first, and none below its longest word."""
+    """Of columns that have ``room`` together, so that no word is broken: what is wrapped first disturbs least."""
+    words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    cells = [max(map(len, column[1:]), default=0) for column in columns]
     widths = [max(map(len, column)) for column in columns]
-    least = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
-    for narrowed in (range(1, len(columns)), range(len(columns))):
-        while sum(widths) > room and (wide := [column for column in narrowed if widths[column] > least[column]]):
+    first, others = (0,), range(1, len(columns))
+    for narrowed, wanted in (
+        (others, cells),
+        (others, [max(SHORT, -(-width // 2)) for width in cells]),
+        (first, [room // 2]),
+        (others, words),
+        (first, words),
+    ):
+        while sum(widths) > room and (wide := [n for n in narrowed if widths[n] > max(wanted[n], words[n])]):
             widths[max(wide, key=widths.__getitem__)] -= 1
     return widths
 
