@@ -50,7 +50,7 @@ class Benchmark:
         place: in the report, counted from its beginning.
         plan: what is run, by whether it is to be quick.
         measure: runs a plan; its ``machine`` is what it used of the machine.
-        judge: what follows from what was measured: checks, and ``targets`` with their bounds.
+        judged: what follows from what was measured, by its key in the result; ``targets`` have their bounds.
         goals: of a result.
         rows: every number of a result.
         long: paragraphs of its section in the report, and of what is printed.
@@ -75,7 +75,7 @@ class Benchmark:
     short: Callable[[Result, Files], Iterable[Paragraph]]
     plan: Callable[[bool], Plan] = lambda quick: None
     measure: Callable[[Any, Session], Mapping[str, Any]] | None = None
-    judge: Callable[[Result], Mapping[str, Any]] = lambda result: {}
+    judged: Mapping[str, Callable[[Result], Any]] = field(default_factory=dict)
     legend: str = ""
     prints: bool = True
     draw: Draw | None = None
@@ -145,7 +145,8 @@ class Benchmark:
         result |= self.measure(self.plan(quick) if plan is None else plan, session)
         result[self.duration] = time.monotonic() - start
         result["machine"] = machine | result["machine"] | {"load_average_after": os.getloadavg()}
-        result |= self.judge(result)
+        for key, judge in self.judged.items():
+            result[key] = judge(result)
         if json_path is not None:
             files.write(json_path, result)
         if plot_path is not None:

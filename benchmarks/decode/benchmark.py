@@ -57,11 +57,6 @@ def measure(plan: DecodePlan, session: Session) -> dict[str, Any]:
     return result
 
 
-def judge(result: Result) -> dict[str, Any]:
-    """Shares, checks and targets."""
-    return {"share_of_reading": share_of_reading(result), "checks": checks(result), "targets": targets(result)}
-
-
 def share_of_reading(result: Mapping[str, Any]) -> dict[str, float]:
     """Part of a step in the middle of the last frame that a sequence of one block does not need."""
     tiny = median(sample for own in result["control"]["tiny"][CPU].values() for sample in own)
@@ -111,7 +106,7 @@ DECODE = Benchmark(
     required=True,
     plan=lambda quick: QUICK if quick else FULL,
     measure=measure,
-    judge=judge,
+    judged={"share_of_reading": share_of_reading, "checks": checks, "targets": targets},
     goals=report.goals,
     rows=report.rows,
     long=report.long,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.decode.samples import CPU, WALL, summary
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
 from benchmarks.report.markdown import Files, listed, number, percent, ratio, significant, with_quartiles
 from benchmarks.report.parts import (
     NOT_MEASURED,
@@ -19,8 +19,6 @@ from benchmarks.report.parts import (
     rows_of_goals,
 )
 from benchmarks.report.table import Paragraph, Table
-
-CLOCKS = {CPU: "processor time", WALL: "the clock"}
 
 NAMES = {
     "full / packcache": "full / packcache, last frame",
@@ -72,7 +70,7 @@ def rows(result: Result) -> Iterator[Row]:
         yield from _counted(own["blocks_at_the_end"], "KV blocks", f"last frame, {place}")
     for name, own in result["control"].items():
         yield from _timed(own, f"control, {name}")
-    for clock, words in CLOCKS.items():
+    for clock, words in CLOCK_NAMES.items():
         for name, seconds in slide[clock]["frame"].items():
             yield Row(name, f"seconds of a frame by {words}", "a frame that slides", seconds, unit="s")
         yield Row("rebase / absolute", f"ratio by {words}", "a frame that slides", slide[clock]["rebase / absolute"])
@@ -92,21 +90,21 @@ def rows(result: Result) -> Iterator[Row]:
         for frame in frames["frames"]:
             yield from _timed(frame, f"frame {frame['frame']}")
         yield from _ratios(frames["end_to_end"]["ratios"], "end to end")
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             for name, samples in frames["end_to_end"][clock].items():
                 yield row_of_ratio(name, f"seconds by {words}", "end to end", summary(samples))._replace(unit="s")
 
 
 def _ratios(ratios: Mapping[str, Mapping[str, Any]], place: str) -> Iterator[Row]:
     for name, by_clock in ratios.items():
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             yield row_of_ratio(name, f"ratio by {words}", place, by_clock[clock])
 
 
 def _timed(own: Mapping[str, Any], place: str) -> Iterator[Row]:
     """Of what `step_times` gives, and of the lengths beside it."""
     yield from _ratios(own["ratios"], place)
-    for clock, words in CLOCKS.items():
+    for clock, words in CLOCK_NAMES.items():
         for name, samples in own[clock].items():
             yield row_of_ratio(name, f"seconds of a step by {words}", place, summary(samples))._replace(unit="s")
     if "prompt_tokens" in own:

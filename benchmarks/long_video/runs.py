@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from benchmarks.engine_process import child_environment
+from benchmarks.engine_process import child_environment, engine_environment
 from benchmarks.long_video.plan import BLOCK_SIZE, CHUNK, FORCED, GENERATED, MEASUREMENTS, OPTIONS, LongVideoPlan
 from vllm_packcache.demo.scores import sequence, true_frames
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
@@ -51,20 +51,10 @@ def ask_all(plan: LongVideoPlan, console: Console) -> dict[str, Answers]:
     """The answers of all variants, by name: each from an engine in a process of its own."""
     context = multiprocessing.get_context("spawn")
     counters: _Counters = {measurement: context.Array("l", len(plan.variants)) for measurement in MEASUREMENTS}
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_PLUGINS": "packcache",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": None,
-        # Compiling the function that ranks tokens takes longer than it runs.
-        "TORCH_COMPILE_DISABLE": "1",
-    }
+    # Compiling the function that ranks tokens takes longer than it runs.
+    own = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
     with ExitStack() as stack:
-        stack.enter_context(child_environment(environment))
+        stack.enter_context(child_environment(engine_environment(1, plugin=True) | own))
         pool = stack.enter_context(
             ProcessPoolExecutor(PROCESSES, context, _begin_process, (counters,), max_tasks_per_child=1)
         )

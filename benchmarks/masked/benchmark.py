@@ -61,11 +61,6 @@ def measure(plan: MaskedPlan, session: Session) -> dict[str, Any]:
     }
 
 
-def judge(result: Result) -> dict[str, Any]:
-    """Checks and targets."""
-    return {"checks": checks(result), "targets": targets(result)}
-
-
 def checks(result: Result) -> dict[str, bool]:
     """What does not depend on time."""
     live = {name: sum(own["live_tokens"]) for name, own in result["last_frame"]["videos"].items()}
@@ -98,7 +93,7 @@ MASKED = Benchmark(
     required=True,
     plan=sizes,
     measure=measure,
-    judge=judge,
+    judged={"checks": checks, "targets": targets},
     goals=report.goals,
     rows=report.rows,
     long=report.long,

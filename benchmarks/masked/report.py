@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
-from benchmarks.decode.samples import CPU, WALL, summary
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
 from benchmarks.report.markdown import Files, number, ratio, significant, with_quartiles
 from benchmarks.report.parts import Goal, Result, Row, goals_of_ratios, provenance, row_of_ratio, rows_of_goals
 from benchmarks.report.table import Paragraph, Table
 
 GB = 1e9
 
-CLOCKS = {CPU: "processor time", WALL: "the clock"}
 PARTS = {"last_frame": "last frame", "batch": "several videos"}
 WHAT = {"whole_frame": "whole frame", "as_timed": "as timed"}
 
@@ -48,7 +47,7 @@ def rows(result: Result) -> Iterator[Row]:
     for part, place in PARTS.items():
         for key, what in WHAT.items():
             yield from _ratios(result[part][key], f"{place}, {what}")
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             for name, own in result[part]["passes"][clock].items():
                 for of, passes in own.items():
                     for number_, samples in enumerate(passes, 1):
@@ -74,7 +73,7 @@ def rows(result: Result) -> Iterator[Row]:
 
 
 def _ratios(own: Mapping[str, Any], place: str) -> Iterator[Row]:
-    for clock, words in CLOCKS.items():
+    for clock, words in CLOCK_NAMES.items():
         for name, by_clock in own["ratios"].items():
             yield row_of_ratio(name, f"ratio by {words}", place, by_clock[clock])
         for name, samples in own[clock].items():

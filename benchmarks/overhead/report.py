@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import fmean
 
-from benchmarks.decode.samples import CPU, WALL
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL
 from benchmarks.overhead.plan import CASES, STOCK
 from benchmarks.report.markdown import Files, number, percent, ratio, with_quartiles
 from benchmarks.report.parts import (
@@ -19,7 +19,6 @@ from benchmarks.report.parts import (
 )
 from benchmarks.report.table import Paragraph, Table
 
-CLOCKS = {CPU: "processor time", WALL: "the clock"}
 NAMES = {
     f"{case} / {STOCK}": f"processor time of a step, {name} / stock" for case, name in CASES.items() if case != STOCK
 }
@@ -34,10 +33,10 @@ def rows(result: Result) -> Iterator[Row]:
     """Of each case; ratios with their quartiles; time inside our functions, by function."""
     yield from rows_of_goals(result["targets"])
     for case, name in CASES.items():
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             yield Row(name, f"a step by {words}", "", 1e3 * fmean(result[clock][case]), unit="ms")
     for name, own in result["ratios"].items():
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             yield row_of_ratio(name, f"a step by {words}", "", own[clock])
     for runner, cases in result["host"].items():
         for case, own in cases.items():

@@ -42,11 +42,6 @@ def measure(plan: QualityPlan, session: Session) -> dict[str, Any]:
     }
 
 
-def judge(result: Result) -> dict[str, Any]:
-    """Targets."""
-    return {"targets": targets(result)}
-
-
 def targets(result: Result) -> list[dict[str, Any]]:
     """The goals, each for every measure: a difference beyond its confidence interval, or not."""
     spans = result["spans"]
@@ -86,7 +81,7 @@ CAUSAL = Benchmark(
     required=True,
     plan=lambda quick: QualityPlan(videos=4, frontier_videos=2, trained_frames=2) if quick else QualityPlan(),
     measure=measure,
-    judge=judge,
+    judged={"targets": targets},
     goals=report.goals,
     rows=report.rows,
     long=report.long,

@@ -101,7 +101,7 @@ def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, An
         "notes": ["greedy"],
         **summary(plan, {key: made(work.frames, work.videos) for key, work in plan.works.items()}),
     }
-    return result | quality_benchmark.judge(result)
+    return result | {"targets": quality_benchmark.targets(result)}
 
 
 def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:

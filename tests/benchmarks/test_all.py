@@ -104,7 +104,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
         replace(
             benchmark,
             measure=getattr(fakes, benchmark.name),
-            judge=lambda result: {},
+            judged={},
             draw=benchmark.draw and fakes.draw,
             also=dict.fromkeys(benchmark.also, fakes.draw),
         )

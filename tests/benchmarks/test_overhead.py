@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.decode.samples import CLOCKS, ratios_of
 from benchmarks.overhead import clock as clocks
-from benchmarks.overhead.benchmark import OVERHEAD, judge
+from benchmarks.overhead.benchmark import OVERHEAD, targets
 from benchmarks.overhead.clock import HostClock
 from benchmarks.overhead.plan import CASES, STOCK, WITH_PLUGIN
 from benchmarks.report.markdown import Files
@@ -75,7 +75,7 @@ def judged(*, room: list[float], packcache: list[float], quick: bool = False) ->
     ratios = ratios_of(
         dict.fromkeys(CLOCKS, own), {f"{case} / {STOCK}": (case, STOCK) for case in ("room", "packcache")}
     )
-    return [target["met"] for target in judge({"quick": quick, "ratios": ratios})["targets"]]
+    return [target["met"] for target in targets({"quick": quick, "ratios": ratios})]
 
 
 def test_the_median_over_rounds_is_judged():

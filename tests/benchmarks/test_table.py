@@ -33,7 +33,8 @@ def test_a_narrow_terminal_has_room():
     assert all(len(line) <= 80 for line in text.splitlines())
     for name in CASES.values():
         assert f"  {name} " in text, "the first column is whole"
-    assert all(word in text.split() for word in "ms a step times stock, by the clock 12.34 1.054) 1.030".split())
+    for word in ("ms", "step", "times", "stock,", "clock", "12.34", "(1.002", "1.054)", "1.030"):
+        assert word in text.split()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
