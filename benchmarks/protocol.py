@@ -181,7 +181,7 @@ class Benchmark:
             if isinstance(paragraph, Table):
                 paragraph.print(console)
             elif not paragraph.startswith("!"):
-                console.print(styled(paragraph), "")
+                console.print(styled(paragraph), end="\n\n")
         if self.legend:
             console.print(self.legend)
 
