@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from benchmarks.decode.plan import described
 from benchmarks.decode.samples import CPU
 from benchmarks.goals import judged
 from benchmarks.overhead import report
@@ -24,7 +25,7 @@ def measure(plan: OverheadPlan, session: Session) -> dict[str, Any]:
         "seed": SEED,
         "model": dataclasses.asdict(plan.model),
         "engine": {"block_size": BLOCK_SIZE, "enforce_eager": True},
-        "policy": {"name": POLICY.name} | dataclasses.asdict(POLICY),
+        "policy": described(POLICY),
         "cases": CASES,
         "requests": plan.requests,
         "steps": plan.steps,

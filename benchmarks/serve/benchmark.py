@@ -7,6 +7,7 @@ import shlex
 from statistics import fmean
 from typing import Any
 
+from benchmarks.decode.plan import described
 from benchmarks.goals import judged
 from benchmarks.protocol import Benchmark, Session
 from benchmarks.report.parts import Result
@@ -27,7 +28,7 @@ def measure(plan: ServePlan, session: Session) -> dict[str, Any]:
         "machine": {"threads_per_engine": THREADS},
         "seed": SEED,
         "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
-        "policy": {"name": POLICIES[PACKCACHE].name} | dataclasses.asdict(POLICIES[PACKCACHE]),
+        "policy": described(POLICIES[PACKCACHE]),
         **sizes(plan),
         "peak_blocks_of_a_video": {name: plan.peak_blocks(name) for name in SERVERS},
         "mean_blocks_of_a_video": {name: fmean(plan.held_blocks(name)) for name in SERVERS},

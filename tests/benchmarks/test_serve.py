@@ -131,12 +131,15 @@ def test_targets_are_judged(measured):
 
 def test_table_shows_every_row_and_target(measured):
     result, _, printed = measured
-    for heading in report._loads(result):
-        assert heading in printed
+    # In a terminal as narrow as this one long names are wrapped; here they are not.
     console = Console(file=io.StringIO(), width=200)
     SERVE.print(result, console, Files(Path(), Path()))
+    assert isinstance(console.file, io.StringIO)
+    wide = console.file.getvalue()
+    for heading in report._loads(result):
+        assert f"  {heading} " in wide
     for goal in SERVE.goals(result):
-        assert re.search(rf"{re.escape(goal.name)} +{re.escape(goal.value)} +{goal.aim} ", console.file.getvalue())
+        assert re.search(rf"  {re.escape(goal.name)} +{re.escape(goal.value)} +{re.escape(goal.aim)} ", wide)
     assert "…" not in printed
 
 
