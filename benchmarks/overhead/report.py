@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean
+from statistics import median
 
-from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
 from benchmarks.overhead.plan import CASES, STOCK
 from benchmarks.report.markdown import Files, number, percent, ratio, with_quartiles
 from benchmarks.report.parts import (
@@ -34,7 +34,8 @@ def rows(result: Result) -> Iterator[Row]:
     yield from rows_of_goals(result["targets"])
     for case, name in CASES.items():
         for clock, words in CLOCK_NAMES.items():
-            yield Row(name, f"a step by {words}", "", 1e3 * fmean(result[clock][case]), unit="ms")
+            samples = summary(result[clock][case])
+            yield row_of_ratio(name, f"seconds of a step by {words}", "", samples)._replace(unit="s")
     for name, own in result["ratios"].items():
         for clock, words in CLOCK_NAMES.items():
             yield row_of_ratio(name, f"a step by {words}", "", own[clock])
@@ -63,7 +64,7 @@ def _ratio_table(result: Result) -> Table:
     for case, name in CASES.items():
         own = result["ratios"].get(f"{case} / {STOCK}")
         ratios = ("", "") if own is None else (with_quartiles(own[CPU]), ratio(own[WALL]["median"]))
-        rows.append((name, number(1e3 * fmean(result[CPU][case]), 2), *ratios))
+        rows.append((name, number(1e3 * median(result[CPU][case]), 2), *ratios))
     return Table(("", "ms a step", "times stock", "times stock, by the clock"), rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +18,18 @@ def command(
     masked: Annotated[
         bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
     ] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a policy that is compared besides, with its defaults; may be given several times."),
+    ] = None,
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
     from benchmarks.quality.benchmark import CAUSAL, MASKED
+    from benchmarks.quality.generators import Causal, Masked
+    from benchmarks.quality.runs import QualityPlan
 
-    benchmark = MASKED if masked else CAUSAL
-    benchmark.run_in(out, plan=replace(benchmark.plan(False), videos=videos or 0))
+    generator = (Masked if masked else Causal)(policies=tuple(policy or ()))
+    # A policy that there is none of is refused here, before anything is made.
+    typer.echo(f"comparing {', '.join(variant.name for variant in generator.variants.named)}")
+    plan = QualityPlan(generator=generator, videos=videos or 0)
+    (MASKED if masked else CAUSAL).run_in(out, plan=plan)

@@ -139,19 +139,22 @@ def _live_token_axis(axes: Axes, live: list[int]) -> None:
 
 def draw_by_frame(result: Result, path: Path) -> None:
     """Draw quality over the frames, as PNG or SVG by the suffix of ``path``."""
+    colours = {name: colour for name, colour in COLOURS.items() if name in result["scores"]}
+    # What somebody named is called as its policy is, and has no colour of its own.
+    others = [name for name, own in result["variants"].items() if name == own["policy"] and name not in COLOURS]
+    colours |= {name: f"C{number % 10}" for number, name in enumerate(others)}
     figure = new_figure(11, 7)
     for axes, (label, measure) in zip(figure.subplots(2, 3, sharex=True).flat, MEASURES.items(), strict=True):
-        for name, colour in COLOURS.items():
-            if name in result["scores"]:
-                values = np.array(result["scores"][name][label]["by_frame"], dtype=np.float64)
-                axes.plot(
-                    np.arange(1, len(values) + 1),
-                    measure.factor * values,
-                    color=colour,
-                    label=name,
-                    linewidth=2 if name == "packcache" else 1.2,
-                    zorder=3 if name == "packcache" else 2,
-                )
+        for name, colour in colours.items():
+            values = np.array(result["scores"][name][label]["by_frame"], dtype=np.float64)
+            axes.plot(
+                np.arange(1, len(values) + 1),
+                measure.factor * values,
+                color=colour,
+                label=name,
+                linewidth=2 if name == "packcache" else 1.2,
+                zorder=3 if name == "packcache" else 2,
+            )
         axes.axvline(result["trained_frames"] + 0.5, color="#555555", linewidth=0.8, linestyle="--")
         axes.set_title(measure.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

@@ -200,7 +200,8 @@ def _load(path: Path) -> Videos:
 
 def _key(variant: Variant) -> str:
     """What decides what comes out."""
-    return json.dumps([variant.policy, variant.server.as_mapping()], sort_keys=True)
+    server = variant.server
+    return json.dumps([server.as_mapping(), server.fingerprint()], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:

@@ -195,6 +195,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "calibrate.json": calibrate(),
         "calibrate_masked.json": calibrate_masked(),
         "long_video.json": read("long_video.json"),
+        "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
     }
     for name, result in results.items():

@@ -405,6 +405,34 @@ def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generat
     assert (plan.videos, plan.frames) == (videos, frames)
 
 
+def test_any_policy_is_compared_by_its_name(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(Benchmark, "run_in", lambda self, out, *, plan: plans.append(plan))
+    given = ["bench", "quality", "--out", str(tmp_path), "--policy", "sliding_window", "--policy", "attention_sink"]
+    called = CliRunner().invoke(app, given)
+    assert called.exit_code == 0, called.output
+    compared = plans[0].generator.variants.compared
+    assert [(own.name, own.policy, dict(own.options)) for own in compared[-2:]] == [
+        ("sliding_window", "sliding_window", {}),
+        ("attention_sink", "attention_sink", {}),
+    ]
+    assert {"sliding_window", "attention_sink"} <= {work.variant.name for work in plans[0].works.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("packcache", "--policy: 'packcache' is compared already, leave it out"),
+        ("every_third", "kv_cache_policy: unknown policy 'every_third': choose one of"),
+    ],
+)
+def test_a_policy_that_cannot_be_compared_is_named_first(tmp_path, name, sentence):
+    called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path / "out"), "--policy", name])
+    assert called.exit_code == 2
+    assert sentence in " ".join(called.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 SCRIPT = """
 import signal
 import sys
