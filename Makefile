@@ -72,9 +72,11 @@ demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passe
 # second, of most tests, is made whatever comes of the first.
 ON_BOTH_RUNNERS = V2=0; VLLM_USE_V2_MODEL_RUNNER=1 $(1) || V2=$$?; $(1) && exit $$V2
 
-# Lint, then what needs no engine.
+# Lint, then what needs no engine; of property tests fewer examples than the suite. Two processes side by side, of which
+# one imports vLLM.
 test-quick: lint  ## lint, then the tests that start no engine: core, configuration, families, contract
-	@$(BIN)/python -m pytest tests/core tests/config tests/families tests/hooks/test_vllm_contract.py
+	@$(BIN)/python -m pytest --hypothesis-profile few tests/core tests/config tests/families & \
+		$(BIN)/python -m pytest tests/hooks/test_vllm_contract.py; CONTRACT=$$?; wait $$! && exit $$CONTRACT
 
 test: lint  ## lint, then the test suite on both of vLLM's model runners
 	@$(call ON_BOTH_RUNNERS,$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long')

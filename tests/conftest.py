@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.margins import CarefulReference, call_without_ties
 from tests.runner import V2, is_for_this_runner
@@ -35,6 +36,9 @@ if not torch.cuda.is_available():
 if V2:
     interpreted.prepare()
 
+# For `make test-quick`: the suite has more of them.
+settings.register_profile("few", max_examples=15)
+
 LONGEST = (
     "test_masked_tokens.py",
     "test_decode.py",
@@ -48,6 +52,24 @@ LONGEST = (
     "test_generate.py",
     "test_serve.py",
 )
+
+ONE_SERVER = frozenset({"test_faults.py", "test_malformed.py", "test_soak.py"})
+"""Files whose tests use the server of `tests.serving.server`."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` files that use one server go to one worker, which starts it once."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one server" if Path(file).name in ONE_SERVER else file
+
+    return ByServer(config, log)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

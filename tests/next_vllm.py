@@ -8,6 +8,7 @@ found in the environment of the Python that runs this. What was done is not done
 from __future__ import annotations
 
 import argparse
+import compileall
 import re
 import shutil
 import subprocess
@@ -44,13 +45,15 @@ def make(folder: Path) -> None:
         _pip("download", "--no-deps", "--dest", str(folder / "fetched"), f"vllm=={NEXT}")
         (folder / "fetched").replace(wheels)
 
-    print("[3/4] unpacking its Python, linking the installed kernels", flush=True)
+    print("[3/4] unpacking its Python, compiling it, linking the installed kernels", flush=True)
     if not (packages / "vllm").is_dir():
         (wheel,) = wheels.glob(f"vllm-{NEXT}-*.whl")
         _unpack(wheel, folder / "unpacked", base / "vllm")
         for part in (f"vllm-{VERSION}.dist-info", "vllm"):  # the package last: its being there says that all is
             shutil.rmtree(packages / part, ignore_errors=True)
             (folder / "unpacked" / part).replace(packages / part)
+    # As pip does. An environment may forbid to write bytecode later, and every process would compile all it imports.
+    compileall.compile_dir(packages / "vllm", quiet=2, workers=0)
 
     print(f"[4/4] installing {', '.join(ALSO)}", flush=True)
     _pip("install", "--quiet", "--upgrade", "--no-deps", "--target", str(packages), *ALSO)

@@ -13,7 +13,8 @@ from vllm_packcache.core.policies import AttentionSink, PackCache, Policy, Slidi
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=min(60, settings.default.max_examples), deadline=None)
+"""Of all property tests; fewer examples with ``--hypothesis-profile few`` (see `conftest`)."""
 
 POLICY_NAMES = policies.names()
 BOUNDED = [name for name in POLICY_NAMES if name != "full"]

@@ -8,7 +8,7 @@ INSTALLED = "0.32.0"
 """The version of vLLM that the tests run on."""
 
 NEXT = "0.33.0"
-"""The version whose source the tests read."""
+"""The version whose source the tests read, and whose Python ``make test-next`` runs."""
 
 
 class Support(NamedTuple):
@@ -68,7 +68,7 @@ SUPPORT = (
         "V1, V2",
         "FLASHINFER",
         "not run: wrapped like the others; keys lie as Triton's, says its source",
-        ("hooks/test_vllm_contract.py", "worker/test_key_layout.py"),
+        ("hooks/test_vllm_contract.py", "worker/test_key_layout_triton.py"),
     ),
     Support(
         INSTALLED,
@@ -79,8 +79,29 @@ SUPPORT = (
     ),
     Support(
         NEXT,
+        "V1",
+        "CPU_ATTN",
+        f"its Python over the CPU kernels of {INSTALLED}: tokens and cached keys against a PyTorch reference",
+        ("serving/test_tokens.py", "serving/test_positions.py"),
+    ),
+    Support(
+        NEXT,
+        "V2",
+        "CPU_ATTN",
+        "the same, Triton interpreted, also masked models and two ranks of one",
+        ("serving/test_tokens.py", "serving/test_positions.py", "serving/test_masked_tokens.py"),
+    ),
+    Support(
+        NEXT,
+        "V2",
+        "TRITON_ATTN",
+        "the same with one video of a masked model",
+        ("serving/test_masked_tokens.py::test_a_gpu_backend",),
+    ),
+    Support(
+        NEXT,
         "V1, V2",
-        "all of these",
+        "all others",
         "not run: everything that the plugin relies on is in its source",
         ("hooks/test_vllm_contract.py",),
     ),

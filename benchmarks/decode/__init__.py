@@ -31,91 +31,22 @@ new only; engines with a policy share no more than the condition: a frame's keys
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+import typer
 
-from benchmarks.decode import plot, report
-from benchmarks.decode.plan import (
-    BESIDE_FRAMES,
-    BESIDE_LAST_FRAME,
-    BLOCK_SIZE,
-    FULL,
-    LASTING,
-    POLICY,
-    QUICK,
-    SEED,
-    THREADS,
-    described,
-)
-from benchmarks.decode.runs import Bench
-from vllm_packcache.tools import files
-from vllm_packcache.tools.figures import check_format
-from vllm_packcache.tools.machine import about
-
-__all__ = ["run"]
+from benchmarks.options import Quick, Samples
 
 
-def run(
-    json_path: Path | None, plot_path: Path | None = None, *, quick: bool = False, console: Console | None = None
-) -> dict[str, Any]:
-    """Measure, print a table, write everything measured to ``json_path`` and a picture to ``plot_path``.
+def command(
+    json_path: Samples = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the time of a step by frame and policy, as a PNG or SVG.")
+    ] = None,
+    quick: Quick = False,
+) -> None:
+    """Time decode steps with and without packcache and with other policies, as ratios of runs side by side."""
+    from benchmarks.decode.benchmark import DECODE
 
-    Args:
-        json_path: file for the samples and all that is needed to repeat them; None: only the table.
-        plot_path: PNG or SVG, by its suffix; None: no picture.
-        quick: a small geometry that shows in a minute that everything works; its times say nothing.
-        console: where progress and table go.
-
-    Returns:
-        What is written to ``json_path``.
-
-    Raises:
-        ConfigError: ``plot_path`` has another suffix.
-        EngineFailed: an engine raised or died.
-    """
-    console = console or Console()
-    check_format("--plot", plot_path)
-    files.claim(json_path, plot_path)
-    plan = QUICK if quick else FULL
-    result: dict[str, Any] = {
-        **about("decode", threads_per_engine=THREADS),
-        "quick": quick,
-        "seed": SEED,
-        "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
-        "engine": {"block_size": BLOCK_SIZE, "max_num_batched_tokens": plan.chunk, "enforce_eager": True},
-        "policy": described(POLICY),
-        "steps_per_burst": plan.burst,
-    }
-    start = time.monotonic()
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=console, transient=True) as progress,
-        Bench.in_temporary_folder(plan, progress) as bench,
-        bench.engines("that stay", LASTING),
-    ):
-        with bench.engines("for the last frame", BESIDE_LAST_FRAME):
-            result["last_frame"] = bench.last_frame()
-            result["machine"]["huge_page_kib"] = bench.huge_page_kib()
-            result["control"] = bench.control()
-            result["sliding_frame"] = bench.sliding_frame()
-            result["early_and_late_frame"] = bench.early_and_late_frame()
-            result["generated"] = bench.generated()
-        with bench.engines("of other policies", BESIDE_FRAMES):
-            result["frames"] = bench.frames()
-    result["seconds"] = time.monotonic() - start
-    result["machine"]["load_average_after"] = os.getloadavg()
-    result["share_of_reading"] = report.share_of_reading(result)
-    result["checks"] = report.checks(result)
-    result["targets"] = report.targets(result)
-    if json_path is not None:
-        files.write(json_path, result)
-    if plot_path is not None:
-        plot.draw(result, plot_path)
-    report.print_table(result, console)
-    return result
+    DECODE.run(json_path, plot_path, quick=quick)

@@ -1,120 +1,261 @@
-"""What is made of the measurements: checks, targets, the table."""
+"""What `benchmarks.decode` measured."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
+from benchmarks.report.markdown import Files, listed, number, percent, ratio, significant, with_quartiles
+from benchmarks.report.parts import (
+    NOT_MEASURED,
+    Goal,
+    Result,
+    Row,
+    goals_of_ratios,
+    provenance,
+    row_of_ratio,
+    rows_of_goals,
+)
+from benchmarks.report.table import Paragraph, Table
 
-from benchmarks.decode.plan import BLOCK_SIZE, POLICY
-from benchmarks.decode.samples import CPU, WALL
+NAMES = {
+    "full / packcache": "full / packcache, last frame",
+    "packcache / short": "packcache / stock vLLM at the live length",
+    "opt_out / full": "a request that keeps its whole cache / stock vLLM",
+    "rebase / absolute": "positions re-based / absolute, a whole frame with its slide",
+    "peak blocks, prompted": "peak KV blocks late / early, frames given",
+    "peak blocks, generated": "peak KV blocks late / early, all frames generated",
+}
+"""Goals, for people."""
 
-_WHOLE = "end to end: full / packcache"
-"""The target for all frames together."""
+END_TO_END = "end to end: "
+"""What names of ratios over all frames begin with."""
 
-
-def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every ratio with the bound it must keep, and whether it does: None for the times of a quick run."""
-    last = {name: by_clock[CPU]["median"] for name, by_clock in result["last_frame"]["ratios"].items()}
-    growth, generated = result["early_and_late_frame"], result["generated"]
-    whole = result["frames"]["end_to_end"]["ratios"]
-    timed = [
-        _target("full / packcache", last["full / packcache"], at_least=3.7),
-        _target("packcache / short", last["packcache / short"], at_most=1.05),
-        _target("opt_out / full", last["opt_out / full"], at_most=1.02),
-        _target("rebase / absolute", result["sliding_frame"][CPU]["rebase / absolute"], at_most=1.02),
-        _target(_growth_name(result), growth["ratios"]["late / early"][CPU]["median"], at_most=1.03),
-        _target(_WHOLE, whole["full / packcache"][CPU]["median"], at_least=2.2),
-    ]
-    if result["quick"]:
-        timed = [target | {"met": None} for target in timed]
-    return [
-        *timed,
-        _peak_target("peak blocks, prompted", growth["peak_blocks"]),
-        _peak_target("peak blocks, generated", generated["peak_blocks"]),
-    ]
+NO_FRAMES = "All frames one by one, end to end, and other policies: not measured."
+"""Of a result of before they were."""
 
 
-def _peak_target(name: str, peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Late over early: equal, but for one block at each boundary of the condition and of the window's frames."""
-    boundaries = 1 + POLICY.window + 1
-    return _target(name, peaks["late"] / peaks["early"], at_most=1 + boundaries / peaks["early"])
+def goals(result: Result) -> list[Goal]:
+    """All that have a bound; what was not measured is named."""
+    growth, frames, grown = result["early_and_late_frame"], result.get("frames"), late(result)
+    summaries = {name: own[CPU] for name, own in result["last_frame"]["ratios"].items()}
+    summaries[grown] = growth["ratios"]["late / early"][CPU]
+    names = NAMES | {grown: f"packcache at {grown}, the same live length"}
+    if frames is None:
+        return [*goals_of_ratios(result, names, summaries), Goal("full / packcache, end to end", NOT_MEASURED, "", "")]
+    for name, own in frames["end_to_end"]["ratios"].items():
+        summaries[f"{END_TO_END}{name}"] = own[CPU]
+        names[f"{END_TO_END}{name}"] = f"{name}, end to end over {len(frames['frames'])} frames"
+    return goals_of_ratios(result, names, summaries)
 
 
-def _target(ratio: str, value: float, *, at_least: float = 0, at_most: float = math.inf) -> dict[str, Any]:
-    bound = {"at_least": at_least} if at_least else {"at_most": at_most}
-    return {"ratio": ratio, "value": value, **bound, "met": at_least <= value <= at_most}
-
-
-def checks(result: Mapping[str, Any]) -> dict[str, bool]:
-    """What does not depend on time."""
-    runs = ("last_frame", "sliding_frame", "early_and_late_frame", "generated", "frames")
-    return {
-        "tokens of opt_out equal those of full": result["last_frame"]["tokens_equal"],
-        "blocks in use are those that retention decides": all(result[run]["blocks_as_decided"] for run in runs),
-    }
-
-
-def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """Print what `run` returns: ratios and their bounds, then what is counted."""
-    last, growth = result["last_frame"], result["early_and_late_frame"]
-    table = Table(title="Decode steps: ratios of interleaved runs", box=SIMPLE_HEAD)
-    table.add_column("ratio", no_wrap=True)
-    for column in ("median", "quartiles", "by the clock", "must be"):
-        table.add_column(column, justify="right", no_wrap=column != "by the clock")
-    table.add_column("met")
-    whole = result["frames"]["end_to_end"]["ratios"]
-    measured = last["ratios"] | {
-        _growth_name(result): growth["ratios"]["late / early"],
-        _WHOLE: whole["full / packcache"],
-    }
-    for target in result["targets"]:
-        name = target["ratio"]
-        if name in measured:
-            cells = _cells(measured[name])
-        elif name == "rebase / absolute":
-            cells = (f"{target['value']:.3f}", "whole frame", f"{result['sliding_frame'][WALL][name]:.3f}")
-        else:
-            cells = (f"{target['value']:.3f}", "counted", "")
-        bound = f">= {target['at_least']:.2f}" if "at_least" in target else f"<= {target['at_most']:.2f}"
-        met = {True: "[green]yes[/]", False: "[red]MISSED[/]", None: "n/a"}[target["met"]]
-        table.add_row(name, *cells, bound, met)
-        for place, at_place in last["places"].items():
-            if name in at_place["ratios"]:
-                table.add_row(f"  at its {place}", *_cells(at_place["ratios"][name]), style="dim")
-    for title, ratios in (("end to end", whole), ("middle of the last frame", result["frames"]["last"]["ratios"])):
-        table.add_row(f"{title}:", style="dim")
-        for name, ratio in ratios.items():
-            table.add_row(f"  {name}", *_cells(ratio), style="dim")
-    for control in result["control"].values():
-        row = f"control, {control['prompt_tokens']:,} tokens"
-        table.add_row(row, *_cells(control["ratios"]["full / short"]), style="dim")
-    console.print(table)
-    for check, passed in result["checks"].items():
-        console.print(f"{check}: {'[green]yes[/]' if passed else '[red]NO[/]'}")
-    slide = result["sliding_frame"][CPU]["share_of_slide"]
-    console.print(f"share of a frame that the slide before it takes: {slide:.2%}")
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["share_of_reading"].items())
-    console.print(f"share of a step that a sequence of {BLOCK_SIZE} tokens does not need: {shares}")
-
-
-def _cells(by_clock: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Median and quartiles by processor time, and the median by the clock."""
-    low, high = by_clock[CPU]["quartiles"]
-    return f"{by_clock[CPU]['median']:.3f}", f"{low:.2f} - {high:.2f}", f"{by_clock[WALL]['median']:.3f}"
-
-
-def _growth_name(result: Mapping[str, Any]) -> str:
+def late(result: Result) -> str:
+    """Name of the ratio of a late frame to an early one."""
     return "frame {late} / frame {early}".format(**result["early_and_late_frame"]["frames"])
 
 
-def share_of_reading(result: Mapping[str, Any]) -> dict[str, float]:
-    """Part of a step in the middle of the last frame that a sequence of one block does not need."""
-    tiny = median(sample for own in result["control"]["tiny"][CPU].values() for sample in own)
-    steps = result["last_frame"]["places"]["middle"][CPU]
-    return {name: 1 - tiny / median(own) for name, own in steps.items()}
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV
+
+
+def rows(result: Result) -> Iterator[Row]:
+    """Ratios and seconds a step with their quartiles over rounds, what was counted, the goals."""
+    last, growth, slide = result["last_frame"], result["early_and_late_frame"], result["sliding_frame"]
+    yield from rows_of_goals(result["targets"])
+    yield from _ratios(last["ratios"], "last frame")
+    for place, own in last["places"].items():
+        yield from _timed(own, f"last frame, {place}")
+        yield from _counted(own["blocks_at_the_end"], "KV blocks", f"last frame, {place}")
+    for name, own in result["control"].items():
+        yield from _timed(own, f"control, {name}")
+    for clock, words in CLOCK_NAMES.items():
+        for name, seconds in slide[clock]["frame"].items():
+            yield Row(name, f"seconds of a frame by {words}", "a frame that slides", seconds, unit="s")
+        yield Row("rebase / absolute", f"ratio by {words}", "a frame that slides", slide[clock]["rebase / absolute"])
+        yield Row("slide", f"seconds by {words}", "a frame that slides", slide[clock]["slide"], unit="s")
+        yield Row("slide", f"share of a frame by {words}", "a frame that slides", slide[clock]["share_of_slide"])
+    yield from _ratios(growth["ratios"], late(result))
+    for number_, half in enumerate(growth["halves"], 1):
+        yield from _timed(half, f"{late(result)}, half {number_}")
+    for key, words in (("peak_blocks", "peak KV blocks"), ("peak_blocks_of_prefill", "peak KV blocks of prefill")):
+        yield from _counted(growth[key], words, "frames given")
+    yield from _counted(result["generated"]["peak_blocks"], "peak KV blocks", "all frames generated")
+    for name, share in result["share_of_reading"].items():
+        yield Row(name, "share of a step that reads", "last frame, middle", share)
+    for name, passed in result["checks"].items():
+        yield Row(name, "check passed", "", passed)
+    if frames := result.get("frames"):
+        for frame in frames["frames"]:
+            yield from _timed(frame, f"frame {frame['frame']}")
+        yield from _ratios(frames["end_to_end"]["ratios"], "end to end")
+        for clock, words in CLOCK_NAMES.items():
+            for name, samples in frames["end_to_end"][clock].items():
+                yield row_of_ratio(name, f"seconds by {words}", "end to end", summary(samples))._replace(unit="s")
+
+
+def _ratios(ratios: Mapping[str, Mapping[str, Any]], place: str) -> Iterator[Row]:
+    for name, by_clock in ratios.items():
+        for clock, words in CLOCK_NAMES.items():
+            yield row_of_ratio(name, f"ratio by {words}", place, by_clock[clock])
+
+
+def _timed(own: Mapping[str, Any], place: str) -> Iterator[Row]:
+    """Of what `step_times` gives, and of the lengths beside it."""
+    yield from _ratios(own["ratios"], place)
+    for clock, words in CLOCK_NAMES.items():
+        for name, samples in own[clock].items():
+            yield row_of_ratio(name, f"seconds of a step by {words}", place, summary(samples))._replace(unit="s")
+    if "prompt_tokens" in own:
+        yield Row("", "prompt tokens", place, own["prompt_tokens"])
+    if live := own.get("live_tokens"):
+        yield from _counted(live if isinstance(live, dict) else {"packcache": live}, "live tokens", place)
+
+
+def _counted(counts: Mapping[str, float], measure: str, place: str) -> Iterator[Row]:
+    for name, count in counts.items():
+        yield Row(name, measure, place, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _measured(result: Result) -> str:
+    last, model, machine = result["last_frame"], result["model"], result["machine"]
+    return (
+        f"a video of {last['condition_tokens']:,} condition tokens and {last['frames']} frames of "
+        f"{last['tokens_per_frame']:,} tokens; stock vLLM against packcache and other policies, with a small random "
+        f"model ({model['dtype']}, {model['layers']} layers of {model['heads']} heads) that spends "
+        f"{percent(result['share_of_reading']['full'], 0)} of a step of the last frame on the full cache, on a "
+        f"CPU ({machine['cpu']}, {machine['cores']} cores, {machine['threads_per_engine']} "
+        "thread an engine). Ratios are of interleaved bursts of decode steps, by processor time: median (quartiles)."
+    )
+
+
+def _control(result: Result) -> str:
+    """How far apart two engines are that do the same, what a slide takes, how the last frame goes."""
+    places = result["last_frame"]["places"]
+    along = [ratio(own["ratios"]["full / packcache"][CPU]["median"]) for own in places.values()]
+    apart = {name: abs(own["ratios"]["full / short"][CPU]["median"] - 1) for name, own in result["control"].items()}
+    tiny = result["control"]["tiny"]["prompt_tokens"]
+    return (
+        f"Two identical stock engines differed by {percent(apart['live'])} in the same run, on steps over {tiny} "
+        f"tokens by {percent(apart['tiny'])}. The slide, which turns the keys of the whole history, takes "
+        f"{percent(result['sliding_frame'][CPU]['share_of_slide'], 2)} of a frame. In the last frame, full / packcache "
+        f"is {listed(along)} at its {listed(list(places))}: the frame itself grows too."
+    )
+
+
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
+    """The section of the report."""
+    last, growth = result["last_frame"], result["early_and_late_frame"]
+    yield f"One request at a time: {_measured(result)}"
+    yield provenance(result)
+    yield _control(result)
+    yield "**Last frame.** The whole frame is the mean of its start, its middle and its end."
+    places = {"the whole frame": last["ratios"]} | {
+        f"its {place}": own["ratios"] for place, own in last["places"].items()
+    }
+    yield Table(
+        ("ratio", "by processor time (quartiles)", "by the clock"),
+        [
+            (f"{name}, {place}", with_quartiles(ratios[name][CPU]), ratio(ratios[name][WALL]["median"]))
+            for name in last["ratios"]
+            for place, ratios in places.items()
+        ],
+    )
+    yield _step_table(last["places"], "place")
+    yield "**End to end**, sum over all frames, and **the middle of the last frame**, of every policy."
+    if (frames := result.get("frames")) is None:
+        yield NO_FRAMES
+    else:
+        yield from _frames(frames, files)
+    first, last_one = growth["frames"].values()
+    yield f"**Early and late**: frames {first} and {last_one}, at the same live length."
+    by_clock = growth["ratios"]["late / early"]
+    yield Table(
+        ("", "value"),
+        [
+            ("late / early, by processor time", with_quartiles(by_clock[CPU])),
+            ("late / early, by the clock", with_quartiles(by_clock[WALL])),
+            *(
+                (f"peak KV blocks, {how}, {role}", f"{count:,}")
+                for how, own in (("frames given", growth), ("all frames generated", result["generated"]))
+                for role, count in own["peak_blocks"].items()
+            ),
+        ],
+    )
+    yield "**Checks.** " + "; ".join(
+        f"{check}: {'yes' if passed else '**NO**'}" for check, passed in result["checks"].items()
+    )
+    shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in result["share_of_reading"].items())
+    yield f"Share of a step in the middle of the last frame that a sequence of one block does not need: {shares}."
+
+
+def _frames(frames: Mapping[str, Any], files: Files) -> Iterator[Paragraph]:
+    yield _policies(frames)
+    yield f"End to end: {frames['end_to_end']['is']}."
+    yield "**Frame by frame**, in the middle of each:"
+    yield _step_table({f"{frame['frame']}": frame for frame in frames["frames"]}, "frame")
+    ratios = list(frames["end_to_end"]["ratios"])
+    yield Table(
+        ("frame", *ratios),
+        [
+            (f"{frame['frame']}", *(with_quartiles(frame["ratios"][name][CPU]) for name in ratios))
+            for frame in frames["frames"]
+        ],
+    )
+    yield from files.picture("decode", "Processor time of a step by frame and policy")
+
+
+def _step_table(places: Mapping[str, Mapping[str, Any]], heading: str) -> Table:
+    """Milliseconds a step by engine, and how much is read."""
+    engines = next(iter(places.values()))[CPU]
+    return Table(
+        (heading, "tokens before it", *(f"{name}, ms a step" for name in engines)),
+        [
+            (place, f"{own['prompt_tokens']:,}", *(significant(1e3 * median(own[CPU][name])) for name in engines))
+            for place, own in places.items()
+        ],
+    )
+
+
+def _policies(frames: Mapping[str, Any]) -> Table:
+    whole, last, frame = frames["end_to_end"], frames["last"]["ratios"], frames["frames"][-1]
+    return Table(
+        (
+            "policy",
+            "tokens read, last frame",
+            "end to end, s",
+            "full / policy, end to end",
+            "full / policy, last frame",
+        ),
+        [
+            (
+                name,
+                f"{frame['live_tokens'][name]:,}",
+                significant(median(whole[CPU][name])),
+                *_faster(name, whole["ratios"], last),
+            )
+            for name in frames["policies"]
+        ],
+    )
+
+
+def _faster(name: str, *ratios: Mapping[str, Any]) -> Sequence[str]:
+    return [with_quartiles(own[f"full / {name}"][CPU]) if f"full / {name}" in own else number(1, 0) for own in ratios]
+
+
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
+    """The section of a README."""
+    yield (
+        f"**Decoding**, one request at a time: {_measured(result)} {_control(result)} All samples: "
+        f"{files.link('decode.json')}."
+    )
+    if (frames := result.get("frames")) is None:
+        yield NO_FRAMES
+        return
+    yield _policies(frames)
+    yield from files.picture("decode", "Processor time of a step by frame and policy")

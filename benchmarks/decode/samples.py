@@ -13,6 +13,9 @@ from benchmarks.engine_process import Burst
 CPU, WALL = CLOCKS = ("cpu_seconds", "wall_seconds")
 """How steps are timed: fields of `Burst`."""
 
+CLOCK_NAMES = {CPU: "processor time", WALL: "the clock"}
+"""For people."""
+
 
 def step_times(bursts: Mapping[str, Sequence[Burst]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Seconds a step of each burst but the first, which finds the caches cold; and ratios of them."""

@@ -20,62 +20,21 @@ V2 runs in Triton's interpreter there: its kernels are left out, what the host d
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import time
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from benchmarks.overhead.plan import BLOCK_SIZE, CASES, FULL, POLICY, QUICK, SEED, THREADS
-from benchmarks.overhead.runs import Bench
-from benchmarks.overhead.show import print_table, targets
-from vllm_packcache.tools import files
-from vllm_packcache.tools.machine import about
-
-__all__ = ["run"]
+from benchmarks.options import Samples
 
 
-def run(json_path: Path | None, *, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table, and write everything measured to ``json_path``.
+def command(
+    json_path: Samples = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Few requests and steps: shows that everything works, times say nothing."),
+    ] = False,
+) -> None:
+    """Count the host's time for a step of many requests, as ratios of runs side by side."""
+    from benchmarks.overhead.benchmark import OVERHEAD
 
-    Args:
-        json_path: file for the samples and all that is needed to repeat them; None: only the table.
-        quick: few requests and steps: shows in seconds that everything works; its times say nothing.
-        console: where progress and table go.
-
-    Returns:
-        What is written to ``json_path``.
-
-    Raises:
-        EngineFailed: an engine raised or died.
-    """
-    console = console or Console()
-    files.claim(json_path)
-    plan = QUICK if quick else FULL
-    result: dict[str, Any] = {
-        **about("overhead", threads_per_engine=THREADS),
-        "quick": quick,
-        "seed": SEED,
-        "model": dataclasses.asdict(plan.model),
-        "engine": {"block_size": BLOCK_SIZE, "enforce_eager": True},
-        "policy": {"name": POLICY.name} | dataclasses.asdict(POLICY),
-        "cases": CASES,
-        "requests": plan.requests,
-        "steps": plan.steps,
-        "rounds": plan.rounds,
-        "condition_tokens": plan.condition_tokens,
-        "tokens_per_frame": plan.tokens_per_frame,
-    }
-    start = time.monotonic()
-    with Bench.in_temporary_folder(plan, console) as bench:
-        result |= bench.v1()
-        result["host"]["V2"] = bench.v2()
-    result["seconds"] = time.monotonic() - start
-    result["machine"]["load_average_after"] = os.getloadavg()
-    result["targets"] = targets(result)
-    if json_path is not None:
-        files.write(json_path, result)
-    print_table(result, console)
-    return result
+    OVERHEAD.run(json_path, quick=quick)

@@ -1,1 +1,35 @@
-"""How good the bundled model's videos are under every policy, at equal live tokens."""
+"""How good videos stay under each policy, at equal live tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    out: Annotated[
+        Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
+    ] = Path("out/bench/quality"),
+    videos: Annotated[
+        int | None, typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 8 with --masked.")
+    ] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
+    ] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a policy that is compared besides, with its defaults; may be given several times."),
+    ] = None,
+) -> None:
+    """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
+    from benchmarks.quality.benchmark import CAUSAL, MASKED
+    from benchmarks.quality.generators import Causal, Masked
+    from benchmarks.quality.runs import QualityPlan
+
+    generator = (Masked if masked else Causal)(policies=tuple(policy or ()))
+    # A policy that there is none of is refused here, before anything is made.
+    typer.echo(f"comparing {', '.join(variant.name for variant in generator.variants.named)}")
+    plan = QualityPlan(generator=generator, videos=videos or 0)
+    (MASKED if masked else CAUSAL).run_in(out, plan=plan)

@@ -75,7 +75,13 @@ class Generator(ABC):
 
 @dataclass(frozen=True)
 class Causal(Generator):
-    """The bundled model, which makes one token after the other: greedily."""
+    """The bundled model, which makes one token after the other: greedily.
+
+    Args:
+        policies: names of some that are compared besides.
+    """
+
+    policies: tuple[str, ...] = ()
 
     benchmark = "quality"
     trained_frames = TRAINED_FRAMES
@@ -90,7 +96,7 @@ class Causal(Generator):
     @cached_property
     def variants(self) -> Variants:
         """All there are."""
-        return all_variants(Shape("demo", CONDITION_TOKENS))
+        return all_variants(Shape("demo", CONDITION_TOKENS)).beside(self.policies)
 
     @cached_property
     def described(self) -> Mapping[str, Any]:
@@ -121,10 +127,12 @@ class Masked(Generator):
     Args:
         checkpoint: its folder, with the ids of the bundled one; None: the bundled one.
         options: how frames are made; the seed is that of the world, for every policy the same.
+        policies: names of some that are compared besides.
     """
 
     checkpoint: Path | None = None
     options: MaskedOptions = bundle.OPTIONS
+    policies: tuple[str, ...] = ()
 
     benchmark = "quality-masked"
     trained_frames = bundle.TRAINED_FRAMES
@@ -143,7 +151,8 @@ class Masked(Generator):
     @cached_property
     def variants(self) -> Variants:
         """The policies: a video takes many times as long as one that is made token by token."""
-        return policies_only(Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame))
+        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame)
+        return policies_only(shape).beside(self.policies)
 
     @cached_property
     def described(self) -> Mapping[str, Any]:

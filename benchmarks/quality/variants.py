@@ -6,12 +6,12 @@ tokens of the past when a frame begins, to the block; what each really reads is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
@@ -124,6 +124,24 @@ class Variants:
     compared: tuple[Variant, ...]
     selections: tuple[Variant, ...] = ()
     frontier: tuple[Variant, ...] = ()
+
+    def beside(self, policies: Sequence[str]) -> Variants:
+        """The same, with policies of these names as they are where nobody gives them options.
+
+        Raises:
+            ConfigError: there is none of such a name, or it is compared anyway.
+        """
+        known = {variant.name for variant in self.named}
+        others = []
+        for name in policies:
+            if name in known:
+                raise ConfigError(f"--policy: {shown(name)} is compared already, leave it out")
+            known.add(name)
+            variant = Variant(self.full.shape, name, name, {}, budget=None)
+            # What is wrong with it is known before hours have passed.
+            variant.live_tokens(0)
+            others.append(variant)
+        return replace(self, compared=(*self.compared, *others))
 
     @property
     def named(self) -> tuple[Variant, ...]:

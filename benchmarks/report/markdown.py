@@ -1,19 +1,13 @@
-"""Numbers, tables and pictures as Markdown."""
+"""Numbers, links and pictures as Markdown."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> str:
-    """A table; all columns but the first ``texts`` are numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(headings) - texts)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
 
 
 def number(value: float, digits: int) -> str:

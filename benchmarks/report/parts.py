@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report.markdown import Files, ratio, with_quartiles
-from vllm_packcache.tools import files
+from benchmarks.report.markdown import ratio, with_quartiles
 
 Result = Mapping[str, Any]
 """What a benchmark has written as JSON."""
+
+GOAL_HEADINGS = ("goal", "measured", "aim", "verdict")
 
 NOT_MEASURED = "not measured"
 MET = "met"
@@ -58,43 +58,6 @@ class Goal(NamedTuple):
     value: str
     aim: str
     verdict: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """A benchmark in the report.
-
-    Args:
-        benchmark: what its JSON calls it.
-        title: heading of its section.
-        goals: of a result.
-        rows: every number of a result.
-        long: paragraphs of its section in the report.
-        short: the same for a README: a table, a picture, a few sentences.
-        own_file: where its result is if not in the folder of the others.
-        required: whether a folder without it lacks something.
-    """
-
-    benchmark: str
-    title: str
-    goals: Callable[[Result], list[Goal]]
-    rows: Callable[[Result], Iterable[Row]]
-    long: Callable[[Result, Files], Iterable[str]]
-    short: Callable[[Result, Files], Iterable[str]]
-    own_file: Path | None = None
-    required: bool = True
-
-    @property
-    def file(self) -> str:
-        """Name of its result in a folder."""
-        return f"{files.stem(self.benchmark)}.json"
-
-    def read(self, folder: Path) -> Result | None:
-        """Its result; None: there is none that is whole."""
-        result = read(self.own_file or folder / self.file)
-        # What anybody puts into a folder may be something else.
-        own = self.own_file is not None or (result is not None and result.get("benchmark") == self.benchmark)
-        return result if own else None
 
 
 def read(path: Path) -> Result | None:

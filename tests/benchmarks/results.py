@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode import report as decode_report
+from benchmarks.decode import benchmark as decode_benchmark
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
 from benchmarks.decode.samples import ratios_of, step_times, summed
 from benchmarks.engine_process import Burst
+from benchmarks.quality import benchmark as quality_benchmark
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
-from benchmarks.quality.run import QualityPlan, Videos, summary
+from benchmarks.quality.runs import QualityPlan, Videos, summary
 from benchmarks.statistics import Count
 from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
 from vllm_packcache.calibrate.mass import NEAREST, Mass
@@ -49,7 +50,7 @@ def decode(*, quick: bool = False, frames: bool = True) -> dict[str, Any]:
     result.pop("frames", None)
     if frames:
         result["frames"] = _frames()
-        result["targets"] = decode_report.targets(result)
+        result["targets"] = decode_benchmark.targets(result)
     else:
         result["targets"] = [target for target in result["targets"] if not target["ratio"].startswith("end to end")]
     return result
@@ -90,7 +91,7 @@ def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, An
         }
         return Videos(np.zeros((count, frames, 1), np.int64), scores)
 
-    return {
+    result = {
         "benchmark": model.benchmark,
         **ABOUT,
         "seconds_of_this_run": 12,
@@ -100,6 +101,7 @@ def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, An
         "notes": ["greedy"],
         **summary(plan, {key: made(work.frames, work.videos) for key, work in plan.works.items()}),
     }
+    return result | {"targets": quality_benchmark.targets(result)}
 
 
 def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:
@@ -193,6 +195,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "calibrate.json": calibrate(),
         "calibrate_masked.json": calibrate_masked(),
         "long_video.json": read("long_video.json"),
+        "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
     }
     for name, result in results.items():

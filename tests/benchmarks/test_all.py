@@ -6,6 +6,7 @@ import csv
 import inspect
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import cli as bench_cli
 from benchmarks import everything
+from benchmarks.calibrate.benchmark import CalibratePlan
 from benchmarks.decode import plot as decode_plot
 from benchmarks.engine_process import EngineFailed
 from benchmarks.masked import plot as masked_plot
-from benchmarks.quality import show as quality_show
-from benchmarks.report import CSV, REPORT
+from benchmarks.protocol import Session
+from benchmarks.quality import plot as quality_plot
+from benchmarks.quality.runs import QualityPlan
+from benchmarks.registry import benchmarks
 from benchmarks.report.parts import read
+from benchmarks.report.writer import CSV, REPORT
+from benchmarks.serve import command as serve_command
+from benchmarks.serve.plan import USUAL, ServePlan
 from tests.benchmarks import results
 from vllm_packcache import cli
 from vllm_packcache.calibrate import report as calibrate_report
@@ -53,59 +59,59 @@ class Fakes:
         self.drawn: list[str] = []
         self.failing: dict[str, BaseException] = {}
 
-    def write(self, path: Path, result: dict[str, Any]) -> None:
-        name = path.stem
+    def made(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         self.measured.append(name)
-        files.claim(path)
         if name in self.failing:
             raise self.failing[name]
-        files.write(path, result)
+        return result
 
-    def decode(self, json_path: Path, *, quick: bool, console: Console) -> None:
-        self.write(json_path, results.decode(quick=quick))
+    def decode(self, plan: Any, session: Session) -> dict[str, Any]:
+        return self.made("decode", results.decode(quick=session.quick))
 
-    def masked(self, json_path: Path, *, quick: bool, console: Console) -> None:
-        self.write(json_path, results.read("masked.json") | {"quick": quick})
+    def masked(self, plan: Any, session: Session) -> dict[str, Any]:
+        return self.made("masked", results.read("masked.json") | {"quick": session.quick})
 
-    def serve(self, json_path: Path, *, plan: everything.serve.ServePlan, console: Console) -> None:
+    def serve(self, plan: ServePlan, session: Session) -> dict[str, Any]:
         video = {name: getattr(plan, name) for name in ("condition_tokens", "tokens_per_frame", "frames")}
-        self.write(json_path, results.read("serve.json") | {"video": video, "pool_blocks": plan.pool_blocks})
+        return self.made("serve", results.read("serve.json") | {"video": video, "pool_blocks": plan.pool_blocks})
 
-    def quality(self, folder: Path, *, plan: everything.quality.QualityPlan, console: Console) -> None:
+    def quality(self, plan: QualityPlan, session: Session) -> dict[str, Any]:
         sizes = {"videos": plan.videos, "spans": list(plan.spans)}
         # Other spans than those of its scores would not go together.
         result = results.quality(3, plan.trained_frames)
         assert result["spans"] == sizes["spans"]
-        self.write(folder / "quality.json", result | sizes)
-        # It does not know that it is part of a quick run.
-        self.draw_quality(result, folder)
-        self.drawn.clear()
+        result = self.made("quality", result | sizes)
+        assert session.folder is not None
         for name in STRIPS:
-            (folder / name).write_text("one world", encoding="utf-8")
+            (session.folder / name).write_text("one world", encoding="utf-8")
+        return result
 
-    def calibrate(self, *, out: Path, videos: int, target: float, json_path: Path, console: Console) -> None:
-        self.write(json_path, results.calibrate(2, target) | {"videos": videos})
-        out.write_text("history_frames: 2", encoding="utf-8")
+    def calibrate(self, plan: CalibratePlan, session: Session) -> dict[str, Any]:
+        result = self.made("calibrate", results.calibrate(2, plan.target) | {"videos": plan.videos})
+        assert session.folder is not None
+        (session.folder / "calibrated.yaml").write_text("history_frames: 2", encoding="utf-8")
+        return result
 
-    def draw(self, result: dict[str, Any], path: Path) -> None:
+    def draw(self, result: Any, path: Path) -> None:
         self.drawn.append(path.name)
         path.write_text(f"a {'quick' if result.get('quick') else 'full'} picture", encoding="utf-8")
-
-    def draw_quality(self, result: dict[str, Any], folder: Path) -> None:
-        for name in DRAWN[4:8]:
-            self.draw(result, folder / name)
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     fakes = Fakes()
-    for name in ALL:
-        monkeypatch.setattr(getattr(everything, name), "run", getattr(fakes, name))
-    monkeypatch.setattr(everything.decode_plot, "draw", fakes.draw)
-    monkeypatch.setattr(everything.masked_plot, "draw", fakes.draw)
-    monkeypatch.setattr(everything.calibrate_report, "draw", fakes.draw)
-    monkeypatch.setattr(everything.quality_show, "draw", fakes.draw_quality)
-    monkeypatch.setattr(everything.quality_show, "write_csv", fakes.draw)
+    own = [
+        replace(
+            benchmark,
+            measure=getattr(fakes, benchmark.name),
+            judged={},
+            draw=benchmark.draw and fakes.draw,
+            also=dict.fromkeys(benchmark.also, fakes.draw),
+        )
+        for benchmark in benchmarks()
+        if benchmark.required
+    ]
+    monkeypatch.setattr(everything, "benchmarks", lambda: own)
     return fakes
 
 
@@ -212,9 +218,10 @@ def test_a_quick_run_says_so_and_its_results_are_not_those_of_a_full_one(run, tm
         (decode_plot.draw, results.decode),
         (masked_plot.draw, lambda: results.read("masked.json")),
         (calibrate_report.draw, lambda: results.calibrate(2, 0.8)),
-        (quality_show.draw, lambda: results.quality(3, 2)),
+        (quality_plot.draw_frontier, lambda: results.quality(3, 2)),
+        (quality_plot.draw_by_frame, lambda: results.quality(3, 2)),
     ],
-    ids=["decode", "masked", "calibrate", "quality"],
+    ids=["decode", "masked", "calibrate", "frontier", "quality"],
 )
 def test_every_plot_of_a_quick_run_says_so(draw, result, quick: bool, tmp_path: Path, monkeypatch):
     figures: list[Figure] = []
@@ -307,10 +314,10 @@ def test_a_folder_that_cannot_be_is_a_sentence(fakes: Fakes, tmp_path: Path):
 
 
 def test_sizes_are_those_of_the_commands():
-    defaults = {name: own.default for name, own in inspect.signature(bench_cli.bench_serve).parameters.items()}
+    defaults = {name: own.default for name, own in inspect.signature(serve_command).parameters.items()}
     for name in ("frames", "tokens_per_frame", "condition_tokens", "pool_videos", "rounds"):
-        assert getattr(everything.SERVE, name) == defaults[name]
-    assert inspect.signature(cli.calibrate).parameters["target"].default == everything.CALIBRATE_TARGET
+        assert getattr(USUAL, name) == defaults[name]
+    assert inspect.signature(cli.calibrate).parameters["target"].default == CalibratePlan(videos=1).target
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import kernels as gpu
 from tests.compiling import compiled
 from vllm_packcache.core.layout import CONDITION
 
@@ -51,7 +51,7 @@ class Bare:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Bare())
-from benchmarks import gpu, gpu_attention
+from benchmarks.gpu import attention, kernels as gpu
 from vllm_packcache.worker.keys import kernel
 print(gpu.main(["--json", sys.argv[1]]))
 """
@@ -100,7 +100,7 @@ def test_what_is_read_is_what_the_policies_keep(plan: gpu.KernelPlan, step: str)
 @pytest.mark.parametrize(("rows", "splits", "warps"), [(16, 8, 4), (128, 1, 8)], ids=["decode", "frame"])
 @pytest.mark.parametrize("capability", [86, 90], ids=["A40", "H200"])
 def test_attention_compiles(capability: int, rows: int, splits: int, warps: int) -> None:
-    from benchmarks.gpu_attention import KEYS_TILE, _attend
+    from benchmarks.gpu.attention import KEYS_TILE, _attend
 
     pointers = dict.fromkeys(("query", "cache"), "*bf16") | dict.fromkeys(("block_table", "lengths"), "*i32")
     pointers |= {"parts": "*fp32" if splits > 1 else "*bf16", "weights": "*fp32"}

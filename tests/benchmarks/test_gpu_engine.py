@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import gpu, gpu_engine
 from benchmarks.engine_process import EngineFailed
-from benchmarks.gpu_engine import FLOOR, LUMOS, Run
+from benchmarks.gpu import engine as gpu_engine
+from benchmarks.gpu import kernels as gpu
+from benchmarks.gpu.engine import FLOOR, LUMOS, Run
 from benchmarks.model import ModelShape
 
 THREE = ("full", "packcache", "as_if_short")

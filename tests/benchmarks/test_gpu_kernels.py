@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_engine
-from benchmarks.gpu_attention import PagedAttention
+from benchmarks.gpu import engine as gpu_engine
+from benchmarks.gpu import kernels as gpu
+from benchmarks.gpu.attention import PagedAttention
 from tests.runner import V2
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

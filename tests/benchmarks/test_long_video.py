@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import long_video
-from benchmarks.long_video import COPY, FORCED, FULL, GENERATED, REFERENCES, TRUTH, Answers, LongVideoPlan
+from benchmarks.long_video import benchmark, report, runs
+from benchmarks.long_video import scores as scoring
+from benchmarks.long_video.benchmark import LONG_VIDEO
+from benchmarks.long_video.plan import COPY, FORCED, FULL, GENERATED, MEASUREMENTS, REFERENCES, TRUTH, LongVideoPlan
+from benchmarks.long_video.runs import Answers
 from benchmarks.statistics import Count
 from vllm_packcache.demo.scores import true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
@@ -35,9 +38,9 @@ SHORT = LongVideoPlan(
 
 
 def ask_here(plan: LongVideoPlan, console: Console | None = None) -> dict[str, Answers]:
-    """`_ask_all` without processes, each of which would import vLLM anew."""
-    long_video._counters = {name: [0] * len(plan.variants) for name in long_video.MEASUREMENTS}
-    return {variant.name: long_video._ask(plan, number) for number, variant in enumerate(plan.variants)}
+    """`ask_all` without processes, each of which would import vLLM anew."""
+    runs._counters = {name: [0] * len(plan.variants) for name in MEASUREMENTS}
+    return {variant.name: runs._ask(plan, number) for number, variant in enumerate(plan.variants)}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,8 @@ def measured(files: tuple[Path, Path]) -> tuple[dict[str, Any], dict[str, Any], 
     """What `run` returns, what it writes and what it prints."""
     console = Console(file=io.StringIO(), width=80)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_video, "_ask_all", ask_here)
-        result = long_video.run(*files, plan=SHORT, console=console)
+        patch.setattr(benchmark, "ask_all", ask_here)
+        result = LONG_VIDEO.run(*files, plan=SHORT, console=console)
     assert isinstance(console.file, io.StringIO)
     return result, json.loads(files[0].read_text(encoding="utf-8")), console.file.getvalue()
 
@@ -115,7 +118,7 @@ def test_table_and_plot_show_every_variant(measured, files):
     printed = measured[2]
     for name in (REBASE, ABSOLUTE, *REFERENCES):
         assert printed.count(f"  {name}") >= 1
-    for *_, heading, _ in long_video.SHOWN:
+    for *_, heading, _ in report.SHOWN:
         assert heading in printed
     assert "…" not in printed
     with Image.open(files[1]) as picture:
@@ -145,10 +148,10 @@ def test_debris_is_neither_background_nor_object():
     spoilt = truth[1:].copy()
     # A plain patch, which no scene of these worlds shows.
     spoilt[1, 15, 7] = tokenizer.visual_offset
-    ids = long_video._ids(spoilt[None], tokenizer)
+    ids = scoring._ids(spoilt[None], tokenizer)
     # A frame that begins with something else.
     ids[0, 0] = tokenizer.image_id
-    counts = long_video._generated_counts(ids, [world], truth[None], tokenizer)
+    counts = scoring._generated_counts(ids, [world], truth[None], tokenizer)
     assert counts["debris_cells"].total.tolist() == [[0, 1]]
     assert counts["whole_frames"].total.tolist() == [[0, 1]]
     assert counts["tokens_right"].total.tolist() == [[256, 255]]
@@ -160,7 +163,7 @@ def test_debris_is_neither_background_nor_object():
 def test_engines_in_processes_answer_as_one_here():
     plan = dataclasses.replace(SHORT, frames=2)
     environment = dict(os.environ)
-    apart = long_video._ask_all(plan, Console(file=io.StringIO()))
+    apart = runs.ask_all(plan, Console(file=io.StringIO()))
     assert os.environ == environment
     here = ask_here(plan)
     assert apart.keys() == here.keys()

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import overhead
 from benchmarks.decode.samples import CLOCKS, ratios_of
 from benchmarks.overhead import clock as clocks
+from benchmarks.overhead.benchmark import OVERHEAD, targets
 from benchmarks.overhead.clock import HostClock
 from benchmarks.overhead.plan import CASES, STOCK, WITH_PLUGIN
-from benchmarks.overhead.show import targets
-from benchmarks.report import overhead as section
 from benchmarks.report.markdown import Files
 
 # Six engines are started, each with an import of vLLM: what needs no engine is in the suite.
@@ -27,7 +25,7 @@ engines = pytest.mark.long
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     path: Path = tmp_path_factory.mktemp("overhead") / "overhead.json"
     file = io.StringIO()
-    result = overhead.run(path, quick=True, console=Console(file=file, width=120))
+    result = OVERHEAD.run(path, quick=True, console=Console(file=file, width=120))
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     return result, file.getvalue()
 
@@ -90,12 +88,12 @@ def test_the_median_over_rounds_is_judged():
 def test_the_report_has_a_part_of_it(measured, tmp_path):
     result = measured[0]
     files = Files(tmp_path, tmp_path)
-    text = "\n".join(section.PART.long(result, files))
+    text = "\n".join(map(str, OVERHEAD.long(result, files)))
     assert all(name in text for name in CASES.values())
-    rows = list(section.PART.rows(result))
+    rows = list(OVERHEAD.rows(result))
     functions = [own["functions"] for cases in result["host"].values() for own in cases.values()]
     assert sum(row.measure.startswith("in ") and "mean of steps" in row.measure for row in rows) >= sum(
         map(len, functions)
     )
-    assert [goal.verdict for goal in section.PART.goals(result)] == ["not judged"] * 2
-    assert "overhead.json" in "\n".join(section.PART.short(result, files))
+    assert [goal.verdict for goal in OVERHEAD.goals(result)] == ["not judged"] * 2
+    assert "overhead.json" in "\n".join(map(str, OVERHEAD.short(result, files)))

@@ -21,12 +21,14 @@ from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
-from benchmarks.quality import run as quality_run
+from benchmarks.protocol import Benchmark
+from benchmarks.quality.benchmark import CAUSAL as QUALITY
+from benchmarks.quality.benchmark import MASKED as QUALITY_MASKED
 from benchmarks.quality.decoder import VideoCache, generate
 from benchmarks.quality.generators import Causal, Masked
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
-from benchmarks.quality.run import COPY, TRUTH, QualityPlan, run
+from benchmarks.quality.runs import COPY, TRUTH, QualityPlan
 from benchmarks.quality.variants import BLOCK_SIZE, BUDGETS, DEFAULT_BUDGET, FULL_CACHE, Variant, Variants
 from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.cli import app
@@ -273,7 +275,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """A folder with everything, what `run` returned and what it printed."""
     folder = tmp_path_factory.mktemp("quality") / "new"
     console = Console(file=io.StringIO(), width=80)
-    result = run(folder, plan=TINY, console=console)
+    result = QUALITY.run_in(folder, plan=TINY, console=console)
     assert isinstance(console.file, io.StringIO)
     return folder, result, console.file.getvalue()
 
@@ -348,7 +350,7 @@ def test_what_is_done_is_not_done_again(done):
     parts[0].unlink()
     before = {path: path.stat().st_mtime_ns for path in parts[1:]}
 
-    again = run(folder, plan=TINY, console=Console(file=io.StringIO()))
+    again = QUALITY.run_in(folder, plan=TINY, console=Console(file=io.StringIO()))
 
     assert sorted((folder / "parts").iterdir()) == parts
     assert {path: path.stat().st_mtime_ns for path in parts[1:]} == before
@@ -359,7 +361,7 @@ def test_what_is_done_is_not_done_again(done):
 def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path):
     plan = QualityPlan(generator=masked_model, videos=2, trained_frames=1, lengths=2)
     console = Console(file=io.StringIO(), width=100)
-    result = run(tmp_path, plan=plan, console=console)
+    result = QUALITY_MASKED.run_in(tmp_path, plan=plan, console=console)
 
     names = [variant.name for variant in masked_model.variants.named]
     assert list(result["scores"]) == [*names, TRUTH, COPY]
@@ -394,7 +396,7 @@ def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
     plans = []
-    monkeypatch.setattr(quality_run, "run", lambda out, *, plan: plans.append((out, plan)))
+    monkeypatch.setattr(Benchmark, "run_in", lambda self, out, *, plan: plans.append((out, plan)))
     called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path), *arguments])
     assert called.exit_code == 0, called.output
     ((out, plan),) = plans
@@ -403,16 +405,45 @@ def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generat
     assert (plan.videos, plan.frames) == (videos, frames)
 
 
+def test_any_policy_is_compared_by_its_name(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(Benchmark, "run_in", lambda self, out, *, plan: plans.append(plan))
+    given = ["bench", "quality", "--out", str(tmp_path), "--policy", "sliding_window", "--policy", "attention_sink"]
+    called = CliRunner().invoke(app, given)
+    assert called.exit_code == 0, called.output
+    compared = plans[0].generator.variants.compared
+    assert [(own.name, own.policy, dict(own.options)) for own in compared[-2:]] == [
+        ("sliding_window", "sliding_window", {}),
+        ("attention_sink", "attention_sink", {}),
+    ]
+    assert {"sliding_window", "attention_sink"} <= {work.variant.name for work in plans[0].works.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("packcache", "--policy: 'packcache' is compared already, leave it out"),
+        ("every_third", "kv_cache_policy: unknown policy 'every_third': choose one of"),
+    ],
+)
+def test_a_policy_that_cannot_be_compared_is_named_first(tmp_path, name, sentence):
+    called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path / "out"), "--policy", name])
+    assert called.exit_code == 2
+    assert sentence in " ".join(called.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 SCRIPT = """
 import signal
 import sys
 from pathlib import Path
-from benchmarks.quality.run import QualityPlan, run
+from benchmarks.quality.benchmark import CAUSAL
+from benchmarks.quality.runs import QualityPlan
 
 if __name__ == "__main__":
     # Where tests run in the background it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run(Path(sys.argv[1]), plan=QualityPlan(videos=24, trained_frames=2, lengths=2))
+    CAUSAL.run_in(Path(sys.argv[1]), plan=QualityPlan(videos=24, trained_frames=2, lengths=2))
 """
 
 

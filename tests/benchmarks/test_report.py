@@ -15,7 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.decode.samples import CLOCKS
-from benchmarks.report import BEGIN, CSV, END, PARTS, REPORT, markdown, quality, report, texts
+from benchmarks.quality import report as quality
+from benchmarks.quality.benchmark import CAUSAL
+from benchmarks.registry import benchmarks
+from benchmarks.report import markdown
+from benchmarks.report.writer import BEGIN, CSV, END, REPORT, report, texts
 from tests.benchmarks import results
 from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
@@ -101,12 +105,10 @@ def measured(result: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
     text = texts_of(folder)[CSV]
-    for part in PARTS:
+    for part in benchmarks():
         result = part.read(folder)
-        if result is None:
-            assert not part.required
-            continue
-        rows = rows_of(text, part.benchmark)
+        assert result is not None
+        rows = rows_of(text, part.name)
         found = {(row["value"], row["low"], row["high"]) for row in rows}
         values = {row["value"] for row in rows}
         spreads = 0
@@ -122,7 +124,7 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
                 assert {str(own) for own in value if own is not None} <= values, path
             elif set(path) & {*CLOCKS} and isinstance(value, list):
                 assert any(float(own) == pytest.approx(median(value), rel=1e-12) for own in values if own), path
-        assert spreads or part.benchmark in ("serve", "calibrate", "calibrate-masked", "model", "gpu")
+        assert spreads or part.name in ("serve", "calibrate", "calibrate-masked", "model", "gpu")
 
 
 def test_every_sample_of_a_load_is_within_its_row(folder: Path):
@@ -147,12 +149,10 @@ def test_every_sample_of_a_load_is_within_its_row(folder: Path):
 
 def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
     written = texts_of(folder)
-    for part in PARTS:
+    for part in benchmarks():
         result = part.read(folder)
-        if result is None:
-            assert not part.required
-            continue
-        rows = rows_of(written[CSV], part.benchmark)
+        assert result is not None
+        rows = rows_of(written[CSV], part.name)
         for target in result.get("targets", []):
             if "goal" in target:
                 own = [row for row in rows if row["place"] == target["span"]]
@@ -168,7 +168,7 @@ def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
                 met = "" if target["met"] is None else str(int(target["met"]))
                 assert met in [row["value"] for row in own if row["measure"] == "goal met"]
         for goal in part.goals(result):
-            line = f"| {part.benchmark} | {' | '.join(goal)} |"
+            line = f"| {part.name} | {' | '.join(goal)} |"
             assert line in written[REPORT]
             assert line in written["README.md"]
 
@@ -177,8 +177,7 @@ def test_losses_are_as_plain_as_wins(folder: Path):
     text = texts_of(folder)["README.md"]
     assert "| decode, ours: full / packcache | 2.50 | >= 4 | **MISSED** |" in text
     assert "| throughput by the engines' processor time, packcache / stock | 2.65" in text
-    results = [(part, result) for part in PARTS if (result := part.read(folder)) is not None]
-    goals = [goal for part, result in results for goal in part.goals(result)]
+    goals = [goal for part in benchmarks() for goal in part.goals(part.read(folder) or {})]
     goals = [goal for goal in goals if goal.verdict != "not judged"]
     met = [goal for goal in goals if goal.verdict.startswith("met")]
     assert len(goals) > len(met) > 0
@@ -186,7 +185,7 @@ def test_losses_are_as_plain_as_wins(folder: Path):
 
 
 def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: Path):
-    result = quality.PART.read(folder)
+    result = CAUSAL.read(folder)
     assert result is not None
     target = result["targets"][0]
     own = [t for t in result["targets"] if (t["goal"], t["span"]) == (target["goal"], target["span"])]

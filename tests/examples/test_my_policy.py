@@ -63,6 +63,26 @@ def test_explain_draws_it(installed: Path, tmp_path: Path) -> None:
     assert picture.stat().st_size
 
 
+def test_the_benchmark_of_quality_compares_it_by_its_name(installed: Path) -> None:
+    code = (
+        "import numpy as np\n"
+        "from benchmarks.quality.generators import Causal\n"
+        "from vllm_packcache.demo.scores import true_frames\n"
+        "from vllm_packcache.demo.tokenizer import VideoTokenizer\n"
+        "from vllm_packcache.demo.world import make_world\n"
+        f"generator = Causal(policies=({NAME!r},))\n"
+        "variant = generator.variants.compared[-1]\n"
+        "world = make_world(1)\n"
+        "frames = generator.maker(variant, 4)(1, world, true_frames(VideoTokenizer(), world, 4))\n"
+        "print(variant.name, variant.live_tokens(9), *frames.shape)\n"
+    )
+    # 18 blocks of the condition, 16 of each of frames 4, 6 and 8, and 9 tokens of the block that frame 9 begins in.
+    name, live, *shape = run(installed, "-c", code).split()
+    assert name == NAME
+    assert int(live) == (18 + 3 * 16) * 16 + 9
+    assert shape == ["4", "16", "16"]
+
+
 def test_it_serves_a_video_through_several_processes(installed: Path, tmp_path: Path) -> None:
     arguments = [
         *("--kv-cache-policy", NAME, "--kv-cache-policy-config", '{"layout": "demo", "window": 3}'),

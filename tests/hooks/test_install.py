@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -140,6 +141,15 @@ def test_the_command_line_refuses_with_what_is_left(
     assert sentence is not None
     assert sentence.startswith("vllm-packcache does not fit this build of vLLM (vllm.stand_in: gone is gone")
     assert logged == [sentence]
+
+
+def test_what_is_of_another_version_is_left_alone(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, function = replace(hook("gone"), until="0.1"), replace(hook("function"), since="0.1")
+    monkeypatch.setattr(hooks, "COMMAND_LINE", [gone])
+    monkeypatch.setattr(hooks, "ENGINE", [gone, function])
+    hooks.install_all(lambda: None)
+    assert hooks.fault() is None
+    assert hooks.installed() == ["vllm.stand_in.function"]
 
 
 @pytest.mark.parametrize(

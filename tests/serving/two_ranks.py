@@ -47,7 +47,8 @@ def run_on_two_ranks(
     cores = sorted(os.sched_getaffinity(0))
     environment = {
         **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        # A process a rank: what schedules them needs none of its own, which would import all of vLLM once more.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # One core a rank: otherwise the second finds none left.
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
         "PYTHONPATH": str(Path(__file__).parents[2]),

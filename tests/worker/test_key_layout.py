@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,46 +60,6 @@ def test_the_cpu_backend(isa: str, dtype: torch.dtype, block_size: int, head_siz
 def test_the_cpu_backend_packs_keys_by_channel() -> None:
     keys = cpu_keys(layer(torch.zeros(1, 1, 32, 128), isa="vec"))
     assert torch.equal(keys.order, torch.arange(64 * 32).view(64, 32).T)
-
-
-TRITON = """
-from vllm_packcache.tools import interpreted
-interpreted.prepare()
-import torch
-# The kernel only asks to choose how many numbers a program writes.
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
-from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-from tests.worker.test_key_layout import layer, read
-from vllm_packcache.worker.keys.layout import cached_keys
-
-torch.manual_seed(0)
-blocks, heads, block_size, head_size = 5, 3, 16, 32
-for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)):
-    # Logical [blocks, heads, tokens, 2 x head size], whatever the memory's order is.
-    shape = [(blocks, heads, block_size, 2 * head_size)[axis] for axis in order]
-    kv_cache = torch.zeros(shape).permute(*[order.index(axis) for axis in range(4)])
-    slots = torch.randperm(blocks * block_size)[:40]
-    key, value = torch.randn(2, len(slots), heads, head_size)
-    parts = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    one = torch.ones(1)
-    triton_reshape_and_cache_flash(key, value, *parts, slots, "auto", one, one)
-    assert kv_cache.any()
-    assert torch.equal(read(cached_keys(layer(kv_cache, "TRITON_ATTN")), slots), key), order
-print("equal")
-"""
-
-
-def test_gpu_backends_as_vllms_triton_kernel_writes() -> None:
-    """Under Triton's interpreter, which must be chosen before anything is imported."""
-    outcome = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert outcome.stdout.strip().endswith("equal"), outcome.stderr[-3000:]
 
 
 def test_a_row_is_a_key_and_its_value() -> None:

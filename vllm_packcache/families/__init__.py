@@ -8,11 +8,12 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from vllm_packcache.core import plugins
+from vllm_packcache.core.layout import FrameLayout
 from vllm_packcache.families.base import Family
 from vllm_packcache.families.decoder import Decoder
 from vllm_packcache.families.lumos import Lumos
 
-__all__ = ["DECODER", "LUMOS", "Family", "find", "of", "with_models"]
+__all__ = ["DECODER", "LUMOS", "Family", "describing", "find", "of", "with_models"]
 
 ENTRY_POINT_GROUP = "vllm_packcache.families"
 
@@ -50,6 +51,11 @@ def find(architecture: str) -> Family | None:
             "all packages but one"
         )
     return claims[0] if claims else None
+
+
+def describing(frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> Family:
+    """The family that alone makes such frames; where none does, that of all other models."""
+    return next((family for family in _BUILT_IN if family.describes(frame, axis_scale)), DECODER)
 
 
 def with_models() -> Iterator[tuple[str, Family]]:

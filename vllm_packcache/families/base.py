@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from vllm_packcache.core.layout import FrameLayout
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.plan import Role, VideoRequest
 from vllm_packcache.core.policies import Policy
 
@@ -57,6 +57,9 @@ class Family(ABC):
     options: ClassVar[tuple[type, ...]] = ()
     """Classes whose fields a request may give besides the policy's: pydantic models, or dataclasses."""
 
+    least_text_tokens: ClassVar[int] = 0
+    """Tokens that the text of a prompt has without any words."""
+
     # It has no state: one is as good as another of the same class.
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self)
@@ -74,6 +77,16 @@ class Family(ABC):
             ValueError: these models make no such frames; the message names the option and the remedy.
         """
         del frame, axis_scale
+
+    def describes(self, frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> bool:
+        """Whether only these models make such frames: by it a layout is known for theirs where no model is named."""
+        del frame, axis_scale
+        return False
+
+    def other_layouts(self, layout: VideoLayout) -> tuple[VideoLayout, ...]:
+        """The same video in the other streams of a request that has all of them."""
+        del layout
+        return ()
 
     @abstractmethod
     def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:

@@ -580,6 +580,7 @@ class Lumos(Family):
     role = "canvas"
     streams = 2
     options = (RequestOptions, MaskedOptions)
+    least_text_tokens = LEAST_TEXT_TOKENS
 
     def check_layout(self, frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> None:
         """See `Family.check_layout`."""
@@ -595,6 +596,14 @@ class Lumos(Family):
             raise ValueError(
                 f"axis_scale of this model is {list(MM_ROPE_SCALE)}, not {list(axis_scale or ())}: leave it out"
             )
+
+    def describes(self, frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> bool:
+        """See `Family.describes`."""
+        return describes(frame, axis_scale)
+
+    def other_layouts(self, layout: VideoLayout) -> tuple[VideoLayout, ...]:
+        """See `Family.other_layouts`."""
+        return (unconditional_layout(layout),)
 
     def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> CanvasRequest:
         """See `Family.request`.

@@ -57,18 +57,29 @@ def install_all(register: Callable[[], None]) -> None:
     _moved = None
     for hook in COMMAND_LINE:
         try:
-            install([hook])
+            install(_of_this_vllm([hook]))
         except HookError as error:
             # The other one still refuses.
             _moved = str(error)
     if _moved is None and version_error() is None:
         try:
-            install(ENGINE, register)
+            install(_of_this_vllm(ENGINE), register)
         except HookError as error:
             _moved = str(error)
     why = fault()
     if why is not None and multiprocessing.parent_process() is None:
         logger.warning("%s", why)
+
+
+def _of_this_vllm(hooks: Sequence[Hook]) -> list[Hook]:
+    import vllm
+
+    try:
+        installed = Version(vllm.__version__)
+    except InvalidVersion:
+        # It is not supported, and rows of any version may be right.
+        return list(hooks)
+    return [hook for hook in hooks if hook.true_of(installed)]
 
 
 def fault() -> str | None:

@@ -63,7 +63,7 @@ class Hook:
         why: what for. The words before the colon are its section of the page.
         wrapper: ``module:function`` of ours, which takes vLLM's function and returns what takes its place.
         subclass: ``module:Class`` of ours, which derives from the owner.
-        ends: what vLLM would have to offer so that the row can go.
+        ends: what vLLM would have to offer so that the row can go; empty: see `ENDS`.
         since: the first minor version that it is true of; empty: the oldest that is supported.
         until: the last minor version that it is true of; empty: the newest that is supported.
         asks: by this a policy is asked for. It is there whenever it can be, so that a policy is never ignored.
@@ -78,6 +78,16 @@ class Hook:
     since: str = ""
     until: str = ""
     asks: bool = False
+
+    @property
+    def section(self) -> str:
+        """Of the page: the words of ``why`` before the colon."""
+        return self.why.partition(": ")[0]
+
+    @property
+    def ended_by(self) -> str:
+        """``ends``, or what ends all rows of its section."""
+        return self.ends or ENDS.get(self.section, "")
 
     @property
     def kind(self) -> Kind:
@@ -132,6 +142,32 @@ _RETENTION = "block retention as a KV cache manager's published interface"
 _ATTENTION = "a registry of attention backends that plugins can extend without naming one"
 _CANVAS = "frames made in passes by vLLM's own diffusion runner"
 
+_ISSUES = "https://github.com/vllm-project/vllm/issues"
+_REGISTRY = f"specs of plugins in the registry that came with [37505]({_ISSUES}/37505), before the built-in ones"
+_CUSTOMIZED = f"a backend that may change its layers' spec in every release, see [42449]({_ISSUES}/42449)"
+
+ENDS = {
+    "Lumos-1": "the model in vLLM itself",
+    "V1 runner": _V1,
+    "V2 runner": _V2,
+    "attention": _ATTENTION,
+    "flag": "command line options that plugins may add",
+    "keys": "the layout of cached keys as an attention backend's published interface",
+    "manager": _RETENTION,
+    "masked": _CANVAS,
+    "metrics": _ACCOUNTS,
+    "plugin": "a plugin that is told by every process where it is loaded",
+    "prefix cache": _RETENTION,
+    "request": _REQUESTS,
+    "rotation": "rotation of cached keys as a rotary embedding's published interface",
+    "schedule": _SCHEDULING,
+    "scheduler": _SCHEDULING,
+    "spec": _REGISTRY,
+    "start-up": "a check of the finished configuration that plugins may add",
+    "worker": "a published interface of workers",
+}
+"""By section: what would end its rows, where a row does not name anything else."""
+
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -146,7 +182,6 @@ HOOKS: tuple[Hook, ...] = (
         "add_cli_args(parser)",
         "flag: kept in additional_config while the command line is parsed",
         wrapper="vllm_packcache.hooks.flags:add_flags",
-        ends="command line options that plugins may add",
         asks=True,
     ),
     Hook(
@@ -154,7 +189,6 @@ HOOKS: tuple[Hook, ...] = (
         "create_engine_config(self, ...)",
         "start-up: what cannot be right is refused before anything loads",
         wrapper="vllm_packcache.hooks.startup:check_engine_config",
-        ends="a check of the finished configuration that plugins may add",
         asks=True,
     ),
     Hook(
@@ -241,7 +275,6 @@ HOOKS: tuple[Hook, ...] = (
             f"{method}(self, request, raw_request)",
             "request: what an endpoint would ignore is HTTP 400, and what a client leaves out is known",
             wrapper="vllm_packcache.hooks.requests:read_body",
-            ends=_REQUESTS,
         )
         for owner, method in (
             ("openai.completion.serving:OpenAIServingCompletion", "create_completion"),
@@ -277,7 +310,6 @@ HOOKS: tuple[Hook, ...] = (
         "process_inputs(request_id, prompt, params, ...)",
         "request: bad options, and what can never fit, are HTTP 400",
         wrapper="vllm_packcache.hooks.requests:check_request",
-        ends=_REQUESTS,
     ),
     Hook(
         "vllm.v1.engine.input_processor:InputProcessor",
@@ -328,7 +360,10 @@ HOOKS: tuple[Hook, ...] = (
         "spec: registry, in which built-in specs come first",
     ),
     Hook(
-        "vllm.v1.worker.utils", "customize_attention_spec(backend, spec, ...): customize_spec", "spec: asks the backend"
+        "vllm.v1.worker.utils",
+        "customize_attention_spec(backend, spec, ...): customize_spec",
+        "spec: asks the backend",
+        ends=_CUSTOMIZED,
     ),
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
@@ -336,7 +371,6 @@ HOOKS: tuple[Hook, ...] = (
         "pop_blocks_for_free",
         "manager: counts what a request holds, is told the request, frees blocks, and knows when a request ends",
         subclass="vllm_packcache.engine.manager:RetentionManager",
-        ends=_RETENTION,
     ),
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
@@ -368,7 +402,6 @@ HOOKS: tuple[Hook, ...] = (
         "_reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens)",
         "scheduler: prefill chunks end where the policy needs it",
         wrapper="vllm_packcache.engine.manager:bound_chunks",
-        ends=_SCHEDULING,
     ),
     Hook(
         _SCHEDULER,
@@ -405,28 +438,24 @@ HOOKS: tuple[Hook, ...] = (
         "_preempt_request: _free_request_blocks, num_computed_tokens",
         "metrics: preemptions of videos are counted; a preempted request starts anew",
         wrapper="vllm_packcache.engine.metrics:count_preemptions",
-        ends=_ACCOUNTS,
     ),
     Hook(
         _SCHEDULER,
         "_free_request(request, ...): _free_blocks",
         "metrics: a line in the log for every video that ends",
         wrapper="vllm_packcache.engine.metrics:log_videos",
-        ends=_ACCOUNTS,
     ),
     Hook(
         _SCHEDULER,
         "make_stats: SchedulerStats",
         "metrics: counts travel to the front end with vLLM's own",
         wrapper="vllm_packcache.engine.metrics:send_counts",
-        ends=_ACCOUNTS,
     ),
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager",
         "__init__(vllm_config, ...): engine_indexes, stat_loggers, PrometheusStatLogger",
         "metrics: and are published there",
         wrapper="vllm_packcache.engine.metrics:publish_counts",
-        ends=_ACCOUNTS,
     ),
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager",
@@ -438,7 +467,6 @@ HOOKS: tuple[Hook, ...] = (
         "record, log_engine_initialized",
         "metrics: a logger of ours",
         subclass="vllm_packcache.engine.metrics:VideoMetrics",
-        ends=_ACCOUNTS,
     ),
     Hook("vllm.v1.metrics.stats:SchedulerStats", "num_kv_fetch_reqs_by_stage", "metrics: what travels with them"),
     Hook(
@@ -459,7 +487,6 @@ HOOKS: tuple[Hook, ...] = (
         "get_attn_backend",
         "attention: layers get a KV cache spec with a policy, and a metadata builder that compacts block tables",
         wrapper="vllm_packcache.hooks.startup:choose_backend",
-        ends=_ATTENTION,
     ),
     Hook(
         f"{_LAYER}:Attention",
@@ -471,7 +498,6 @@ HOOKS: tuple[Hook, ...] = (
         "customize_spec; get_builder_cls",
         "attention: a backend changes the spec, and has a builder",
         subclass="vllm_packcache.worker.attention:RetainingBackend",
-        ends=_ATTENTION,
     ),
     Hook(
         f"{_BACKEND}:AttentionMetadataBuilder",
@@ -479,7 +505,6 @@ HOOKS: tuple[Hook, ...] = (
         "supports_update_block_table",
         "attention: a builder compacts, anew each step",
         subclass="vllm_packcache.worker.attention:RetainingBuilder",
-        ends=_ATTENTION,
     ),
     Hook(
         _BACKEND,
@@ -550,28 +575,24 @@ HOOKS: tuple[Hook, ...] = (
         "initialize_kv_cache(kv_cache_config, ...): kv_cache_config, initialize_kv_cache_tensors",
         "V1 runner: where cached keys lie",
         wrapper="vllm_packcache.worker.runner_v1:find_keys",
-        ends=_V1,
     ),
     Hook(
         _RUNNER_V1,
         "_build_attention_metadata(num_scheduled_tokens, ...): build_metadata",
         "V1 runner: metadata builders learn which requests a step has",
         wrapper="vllm_packcache.worker.runner_v1:publish_step",
-        ends=_V1,
     ),
     Hook(
         _RUNNER_V1,
         "_preprocess(scheduler_output, ...): mrope_positions, positions",
         "V1 runner: cached keys are rotated and new tokens positioned before the model runs",
         wrapper="vllm_packcache.worker.runner_v1:position_tokens",
-        ends=_V1,
     ),
     Hook(
         _RUNNER_V1,
         "sample_tokens: _sample, _bookkeeping_sync",
         "V1 runner: a token that a chunk of a prefill throws away costs no random number",
         wrapper="vllm_packcache.worker.runner_v1:keep_noise",
-        ends=_V1,
     ),
     Hook(
         _RUNNER_V1,
@@ -613,7 +634,6 @@ HOOKS: tuple[Hook, ...] = (
         "resolve_model_state_cls(vllm_config, model, ...)",
         "V2 runner: the model state does all of that",
         wrapper="vllm_packcache.hooks.startup:choose_model_state",
-        ends=_V2,
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states",
@@ -627,7 +647,6 @@ HOOKS: tuple[Hook, ...] = (
         "for_capture, ubatch_idx); prepare_inputs; prepare_dummy_inputs",
         "V2 runner: requests come and end, the cache is there, and each step's metadata and positions are made",
         subclass="vllm_packcache.worker.runner_v2:RetainingModelState",
-        ends=_V2,
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState",
@@ -739,7 +758,6 @@ HOOKS: tuple[Hook, ...] = (
             base,
             "masked: schedulers of canvases",
             subclass=f"vllm_packcache.engine.scheduler:{ours}",
-            ends=_CANVAS,
         )
         for base, ours in (
             ("DiffusionScheduler", "CanvasScheduler"),
@@ -768,7 +786,6 @@ HOOKS: tuple[Hook, ...] = (
         "get_kv_cache_spec",
         "masked: a layer says what its cache is",
         subclass="vllm_packcache.models.lumos:StreamAttention",
-        ends=_CANVAS,
     ),
     Hook(
         _LAYER,
@@ -799,7 +816,6 @@ HOOKS: tuple[Hook, ...] = (
         "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
-        ends=_CANVAS,
     ),
     Hook(
         _RUNNER_V2,

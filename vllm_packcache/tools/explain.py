@@ -19,12 +19,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
+from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
-from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
 
@@ -291,9 +291,9 @@ def explain(
         # As for a request: a prompt shorter than the server's usual image has none.
         image_tokens = 0
     frame = config.layout.frame_layout()
-    is_masked = lumos.describes(frame, config.layout.axis_scale)
-    least = image_tokens + lumos.LEAST_TEXT_TOKENS
-    if is_masked and condition_tokens < least:
+    family = families.describing(frame, config.layout.axis_scale)
+    least = image_tokens + family.least_text_tokens
+    if family.least_text_tokens and condition_tokens < least:
         raise ConfigError(
             f"condition tokens must be {least} or more, not {condition_tokens}: so many has a prompt of this model "
             "without any words"
@@ -308,7 +308,8 @@ def explain(
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)
-        return explanation(layout, explanation(lumos.unconditional_layout(layout)) if is_masked else None)
+        others = [explanation(other) for other in family.other_layouts(layout)]
+        return explanation(layout, *others)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.report.markdown import Files, number, percent, table
-from benchmarks.report.parts import Goal, Part, Result, Row
+from benchmarks.protocol import Benchmark
+from benchmarks.report.markdown import Files, number, percent
+from benchmarks.report.parts import Goal, Result, Row
+from benchmarks.report.table import Paragraph, Table
 from vllm_packcache.demo.tokenizer import MODEL_DIR
 
 EVALUATION = MODEL_DIR / "evaluation.json"
@@ -40,14 +42,14 @@ def rows(result: Result) -> Iterator[Row]:
             yield Row(NAMES[question, "model"], "frame_token_accuracy", f"{frames} frames", share)
 
 
-def _paragraphs(result: Result) -> Iterator[str]:
+def _paragraphs(result: Result) -> Iterator[Paragraph]:
     for own in result["lengths"].values():
         yield (
             f"**The bundled model** ({result['parameters'] / 1e6:.1f} M parameters, a world of moving shapes) on "
             f"{own['videos']} held-out videos of {own['frames']} frames with the full cache, from "
             f"`vllm_packcache/demo/model/{EVALUATION.name}`:"
         )
-        yield table(
+        yield Table(
             ("", "tokens right", "changed tokens right", "PSNR, dB", "right objects", "right when back from occlusion"),
             [(name, *_cells(own[question][who])) for (question, who), name in NAMES.items()],
         )
@@ -59,8 +61,17 @@ def _cells(scores: Mapping[str, Any]) -> list[str]:
     return [first, second, number(scores["psnr_db"], 1), *others]
 
 
-def _text(result: Result, files: Files) -> Iterator[str]:
+def _text(result: Result, files: Files) -> Iterator[Paragraph]:
     return _paragraphs(result)
 
 
-PART = Part("model", "The bundled model", goals, rows, _text, _text, own_file=EVALUATION, required=False)
+MODEL = Benchmark(
+    name="model",
+    title="The bundled model",
+    place=10,
+    goals=goals,
+    rows=rows,
+    long=_text,
+    short=_text,
+    own_file=EVALUATION,
+)

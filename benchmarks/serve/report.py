@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.report.markdown import Files, listed, percent, ratio, significant, table
-from benchmarks.report.parts import Goal, Part, Result, Row, goals_of_ratios, provenance, rows_of_goals
-from benchmarks.serve import CPU, PACKCACHE, PERCENTILES, SERVERS, STOCK, WALL
+from benchmarks.report.markdown import Files, listed, percent, ratio, significant
+from benchmarks.report.parts import Goal, Result, Row, goals_of_ratios, provenance, rows_of_goals
+from benchmarks.report.table import Paragraph, Table
+from benchmarks.serve.plan import PACKCACHE, SERVERS, STOCK
+from benchmarks.serve.runs import CPU, PERCENTILES, WALL
 
 CLOCKS = {CPU: "the engines' processor time", WALL: "the clock"}
 RATIO = "throughput packcache / stock"
@@ -120,10 +122,10 @@ def _loads(result: Result) -> dict[str, tuple[float, float]]:
     }
 
 
-def _table(result: Result, measures: Sequence[str]) -> str:
+def _table(result: Result, measures: Sequence[str]) -> Table:
     capacity = [result["capacity"][server]["videos"] for server in SERVERS]
     loads = _loads(result)
-    return table(
+    return Table(
         ("", "stock vLLM", "packcache", "packcache / stock"),
         [
             ("videos at once without a preemption", *map(str, capacity), ratio(capacity[1] / capacity[0])),
@@ -139,7 +141,7 @@ def _cell(measure: str, value: float) -> str:
     return percent(value, 0) if measure == USAGE else significant(value)
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield f"Many requests at once: {_measured(result)} {_why(result)}"
     yield provenance(result)
@@ -149,7 +151,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     )
     yield _table(result, list(_loads(result)))
     yield "Loads that were tried to find how many videos run together to their end without a preemption:"
-    yield table(
+    yield Table(
         ("server", "videos at once", PREEMPTIONS, "all at the same time", USAGE),
         [
             (
@@ -167,11 +169,8 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield "\n".join(f"- {server}: `{arguments}`" for server, arguments in result["engine"].items())
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     yield f"**Many videos at once**: {_measured(result)} {_why(result)} All samples: {files.link('serve.json')}."
     measures = ["throughput, tokens/s", PREEMPTIONS, "whole video, p50, s", "whole video, p99, s"]
     yield _table(result, [*measures, "between two tokens, p99, s", "between two tokens, max, s"])
-
-
-PART = Part("serve", "Many videos at once", goals, rows, long, short)

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import gpu
 from benchmarks.engine_process import Burst, Device, EngineFailed, EngineProcess, EngineSettings, interleave
+from benchmarks.goals import judged
+from benchmarks.gpu import kernels
 from benchmarks.model import ModelShape, write_config
 from vllm_packcache.core.retention import Retention
 
-FULL, PACKCACHE, SHORT = "full", "packcache", gpu.SHORT
+FULL, PACKCACHE, SHORT = "full", "packcache", kernels.SHORT
 FLOOR = "step / byte floor"
 JUDGED_BATCH = 16
 
@@ -76,7 +77,7 @@ class EnginePlan:
         device: where.
     """
 
-    video: gpu.KernelPlan
+    video: kernels.KernelPlan
     model: ModelShape
     positions: int
     chunk: int
@@ -88,7 +89,7 @@ class EnginePlan:
     @property
     def retention(self) -> Retention:
         """What packcache keeps of every sequence."""
-        return self.video.retention(gpu.PACKCACHE)
+        return self.video.retention(kernels.PACKCACHE)
 
     @property
     def room(self) -> int:
@@ -124,7 +125,7 @@ class EnginePlan:
         """An engine on the model in the folder ``model``."""
         # With the size of a frame the plugin knows at start that a video of any length fits into the KV cache.
         layout = {"tokens_per_frame": self.video.tokens_per_frame}
-        switched_on = {"kv_cache_policy": gpu.PACKCACHE.name, "kv_cache_policy_config": {"layout": layout}}
+        switched_on = {"kv_cache_policy": kernels.PACKCACHE.name, "kv_cache_policy_config": {"layout": layout}}
         return EngineSettings(
             model=str(model),
             dtype=self.model.dtype,
@@ -140,9 +141,9 @@ class EnginePlan:
         )
 
 
-_GEOMETRY = gpu.LUMOS.geometry
+_GEOMETRY = kernels.LUMOS.geometry
 LUMOS = EnginePlan(
-    video=gpu.LUMOS,
+    video=kernels.LUMOS,
     # Llama 3.2 3B, but for an output matrix of its own: as many weights are read in a step.
     model=ModelShape(
         layers=_GEOMETRY.layers,
@@ -242,7 +243,7 @@ def _measure_frame(
     """Time the engines in the middle of ``frame``."""
     retention, prompt, room = plan.retention, plan.prompt(frame), plan.room
     # No two sequences alike: they would share blocks.
-    tokens = np.random.default_rng(gpu.SEED).integers(plan.model.vocab, size=(run.batch, prompt)).tolist()
+    tokens = np.random.default_rng(kernels.SEED).integers(plan.model.vocab, size=(run.batch, prompt)).tolist()
 
     def begin(name: str, length: int, room: int, options: dict[str, Any]) -> Burst:
         return engines[name].call("begin", [own[:length] for own in tokens], room, options)
@@ -279,8 +280,8 @@ def _measure_frame(
         "floor_seconds_per_step": floor,
         FLOOR: {name: float(np.median(own)) / floor[name] for name, own in seconds.items()},
         "ratios": {
-            ratio: gpu.summary([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
-            for ratio, (above, below) in gpu.RATIOS.items()
+            ratio: kernels.summary([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
+            for ratio, (above, below) in kernels.RATIOS.items()
             if above in seconds and below in seconds
         },
     }
@@ -293,17 +294,17 @@ def floor_seconds(model: ModelShape, batch: int, keys: int, copy_bandwidth: floa
 
 def targets(section: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every ratio with the bound that it should keep in the last frame, and whether it does."""
-    judged = []
+    found = []
     ratio = f"{PACKCACHE} / {SHORT}"
     for name, run in section["runs"].items():
         if not run["measured"] or SHORT not in run["engines"]:
             continue
         last = run["timed_frames"][str(run["frames"][-1])]
         step = f"whole step, {name}"
-        judged.append(gpu.judged(f"{step}: {ratio}", last["ratios"][ratio]["median"], {"at_most": 1.02}))
+        found.append(judged(f"{step}: {ratio}", last["ratios"][ratio]["median"], at_most=1.02))
         if run["batch"] == JUDGED_BATCH:
-            judged.append(gpu.judged(f"{step}: {FLOOR}", last[FLOOR][PACKCACHE], {"at_most": 1.5}))
-    return judged
+            found.append(judged(f"{step}: {FLOOR}", last[FLOOR][PACKCACHE], at_most=1.5))
+    return found
 
 
 def lines(section: Mapping[str, Any]) -> list[str]:

@@ -1,15 +1,19 @@
-"""What `vllm_packcache.calibrate` measured."""
+"""What `vllm_packcache.calibrate` measures, as a benchmark: the command measures, judges and prints it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.report.markdown import Files, number, percent, table
-from benchmarks.report.parts import Goal, Part, Result, Row, notes, provenance, verdict
+from benchmarks.protocol import Benchmark, Session
+from benchmarks.report.markdown import Files, number, percent
+from benchmarks.report.parts import Goal, Result, Row, notes, provenance, verdict
+from benchmarks.report.table import Paragraph, Table
+from vllm_packcache.calibrate import command
 from vllm_packcache.calibrate.decay import PAPER_DECAY
 from vllm_packcache.calibrate.mass import NEAREST, OLDER
-from vllm_packcache.calibrate.report import sentences
+from vllm_packcache.calibrate.report import draw, sentences
 from vllm_packcache.tools.files import stem
 
 BUNDLED = {"demo": "the bundled model", "demo_masked": "the bundled masked model"}
@@ -92,7 +96,7 @@ def _segments(result: Result) -> list[int]:
     return [*range(OLDER), *range(NEAREST, len(result["segments"])), OLDER]
 
 
-def _mass_table(result: Result) -> str:
+def _mass_table(result: Result) -> Table:
     fit, intervals = result["fit"], result["mass_ci95"]
     rows = []
     for segment in _segments(result):
@@ -109,11 +113,11 @@ def _mass_table(result: Result) -> str:
             )
         )
     headings = ("on", "attention, %", "95 % CI", f"fit, rho = {fit['rho']:.3f}", f"fit, rho = {PAPER_DECAY:g}")
-    return table(headings, rows)
+    return Table(headings, rows)
 
 
-def _kept_table(result: Result) -> str:
-    return table(
+def _kept_table(result: Result) -> Table:
+    return Table(
         ("options", "H", "W", "decay", "history tokens", "kept if even in a frame, %", "kept on live blocks, %"),
         [
             (
@@ -130,14 +134,14 @@ def _kept_table(result: Result) -> str:
     )
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield f"Calibration: {_measured(result)}"
     yield provenance(result)
     yield from notes(result)
     yield _mass_table(result)
     yield "\n".join(sentences(result))
-    yield table(
+    yield Table(
         ("", *(f"layer {layer}" for layer in range(len(result["mass_by_layer"])))),
         [
             *(
@@ -149,7 +153,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     )
     if "views" in result:
         yield "**By pass**, %: every frame is shown to both streams at two steps of its schedule."
-        yield table(
+        yield Table(
             ("pass", *(result["segments"][n] for n in _segments(result)), "rho"),
             [
                 (name, *(number(100 * own["mass"][n], 2) for n in _segments(result)), number(own["rho"], 3))
@@ -163,7 +167,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     more = files.link(f"{stem(result['benchmark'])}.json")
     yield f"**Calibration**: {_measured(result)} {' '.join(sentences(result))} More: {more}."
@@ -171,6 +175,62 @@ def short(result: Result, files: Files) -> Iterator[str]:
     yield from files.picture(stem(result["benchmark"]), "Attention by temporal distance, and what options keep of it")
 
 
-PART = Part("calibrate", "Calibration", goals, rows, long, short)
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
 
-MASKED = Part("calibrate-masked", "Calibration of masked generation", goals, rows, long, short, required=False)
+
+@dataclass(frozen=True)
+class CalibratePlan:
+    """Sizes of what is run.
+
+    Args:
+        videos: of the bundled model's worlds.
+        target: share of attention; within the frames that are told apart the bundled model cannot reach much more.
+    """
+
+    videos: int
+    target: float = 0.8
+
+
+def measure(plan: CalibratePlan, session: Session) -> dict[str, Any]:
+    """Calibrate the bundled model."""
+    folder = session.folder
+    assert folder is not None
+    return command.run(
+        out=folder / "calibrated.yaml",
+        videos=plan.videos,
+        target=plan.target,
+        json_path=folder / CAUSAL.file,
+        console=session.console,
+    )
+
+
+def same(result: Result, plan: CalibratePlan, quick: bool) -> bool:
+    """Whether a result is of the sizes of a plan, however it was asked for."""
+    return asdict(plan).items() <= result.items()
+
+
+CAUSAL = Benchmark(
+    name="calibrate",
+    title="Calibration",
+    place=6,
+    required=True,
+    plan=lambda quick: CalibratePlan(videos=2 if quick else command.DEMO_VIDEOS),
+    measure=measure,
+    prints=False,
+    goals=goals,
+    rows=rows,
+    long=long,
+    short=short,
+    draw=draw,
+    same=same,
+)
+
+MASKED = replace(
+    CAUSAL,
+    name="calibrate-masked",
+    title="Calibration of masked generation",
+    place=7,
+    required=False,
+    measure=None,
+)

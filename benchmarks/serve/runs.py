@@ -1,25 +1,9 @@
-"""How many videos a server holds at once with and without packcache, and what they cost it.
-
-Two real servers, stock vLLM and vLLM with packcache, have the same model and KV pools of the same size, and are sent
-the same requests over HTTP, one server at a time. A video is asked for from its condition on: every one of its tokens
-is decoded.
-
-* Capacity: the most videos that, all sent at once, run together to their end without a preemption. vLLM admits a
-  request by the length of its prompt, so a server takes more videos than fit and finds out later. All begin in the
-  same step, or nearly, which is the worst case: all are longest at the same time.
-* Load: as many videos as packcache has room for, at once, on both servers. Stock vLLM preempts some, which loses their
-  cache and recomputes it.
-
-Throughput is judged by the processor time of the engines, which have one thread each and never wait while there is
-something to do: other processes on the machine do not count. By the clock it is given as well.
-"""
+"""What `benchmarks.serve` does: two servers, and the videos that they are sent."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import shlex
 import tempfile
 import time
 from collections import defaultdict
@@ -27,42 +11,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.engine_process import child_environment, engine_environment
-from benchmarks.model import ModelShape, write_model
+from benchmarks.model import write_model
+from benchmarks.serve.plan import BLOCK_SIZE, CHUNK, PACKCACHE, SEED, SERVERS, STOCK, THREADS, ServePlan
 from vllm_packcache.config.server import REQUEST_PREFIX
-from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.policies import Full, PackCache, Policy
-from vllm_packcache.core.retention import Retention
 from vllm_packcache.serving.server import ServerError, serving, tokens_in
-from vllm_packcache.tools import files
-from vllm_packcache.tools.machine import about
-from vllm_packcache.tools.progress import counting
-
-SEED = 0
-BLOCK_SIZE = 32
-CHUNK = 2048
-"""Longest prefill chunk."""
-
-THREADS = 1
-"""OpenMP threads of each engine: the API server and the client need a core of a small machine."""
 
 CPU, WALL = CLOCKS = ("engine_cpu_seconds", "seconds")
 """How a load is timed: fields of `Load`."""
-
-STOCK, PACKCACHE = SERVERS = ("stock", "packcache")
-POLICIES: dict[str, Policy] = {STOCK: Full(), PACKCACHE: PackCache()}
 
 HOLDERS = 4
 """Prompts of a chunk each that go ahead of the videos whose room is looked for. While the engine works on them the
@@ -81,74 +47,6 @@ USAGE = "vllm:kv_cache_usage_perc"
 GENERATED = "vllm:generation_tokens_total"
 UNFINISHED = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 PREEMPTIONS, VIDEO_PREEMPTIONS = "vllm:num_preemptions_total", "vllm:packcache_preemptions_total"
-
-CAPACITY_SHARE = 0.9
-"""Of full length / bounded length, which the capacity must grow by."""
-
-THROUGHPUT_RATIO = 3.0
-
-MODEL = ModelShape(layers=2, heads=8, head_size=128, hidden=256, vocab=512, dtype="bfloat16", bytes_per_element=2)
-"""That of `benchmarks.decode`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServePlan:
-    """Sizes of everything that is run.
-
-    Args:
-        model: the model.
-        condition_tokens: C, the prompt of every video.
-        tokens_per_frame: F.
-        frames: T, of every video.
-        pool_videos: videos with their full cache that the KV pool has room for, to the block.
-        rounds: how often both servers get the load.
-    """
-
-    model: ModelShape = MODEL
-    condition_tokens: int
-    tokens_per_frame: int
-    frames: int
-    pool_videos: int
-    rounds: int
-
-    @property
-    def generated_tokens(self) -> int:
-        """Of a video."""
-        return self.frames * self.tokens_per_frame
-
-    @property
-    def max_model_len(self) -> int:
-        """A video in whole blocks."""
-        return -(-(self.condition_tokens + self.generated_tokens) // BLOCK_SIZE) * BLOCK_SIZE
-
-    @property
-    def pool_blocks(self) -> int:
-        """KV-cache blocks that requests of either server can hold."""
-        return self.pool_videos * self.peak_blocks(STOCK)
-
-    @property
-    def max_videos(self) -> int:
-        """Videos that a server may run at once: more than it has room for."""
-        return 2 * self.fitting_videos(PACKCACHE)
-
-    def held_blocks(self, server: str) -> list[int]:
-        """Blocks that one video holds on ``server`` by its policy, while each token after the condition is computed."""
-        layout = VideoLayout(FrameLayout(self.tokens_per_frame), self.condition_tokens)
-        retention = Retention(layout, POLICIES[server], BLOCK_SIZE)
-        # The last token is sampled and never computed.
-        return [
-            len(segment.past) + token // BLOCK_SIZE + 1 - segment.tail_start
-            for segment in retention.segments(self.condition_tokens, layout.frame_start(self.frames) - 1)
-            for token in range(segment.start, segment.stop)
-        ]
-
-    def peak_blocks(self, server: str) -> int:
-        """Most blocks that one video holds on ``server``."""
-        return max(self.held_blocks(server))
-
-    def fitting_videos(self, server: str) -> int:
-        """Videos of ``server`` that fit into the pool if all are longest at the same time."""
-        return self.pool_blocks // self.peak_blocks(server)
 
 
 @dataclass
@@ -237,54 +135,10 @@ def largest(guess: int, holds: Callable[[int], bool], most: int) -> int:
     return number - 1
 
 
-def run(json_path: Path | None, *, plan: ServePlan, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table and write what was measured.
-
-    Args:
-        json_path: file for the samples and all that is needed to repeat them; None: only the table.
-        plan: what is run.
-        console: where progress and table go.
-
-    Returns:
-        What is written to ``json_path``.
-
-    Raises:
-        OSError: a file cannot be written, or a server did not come up or failed.
-    """
-    console = console or Console()
-    files.claim(json_path)
-    result: dict[str, Any] = {
-        **about("serve", threads_per_engine=THREADS),
-        "seed": SEED,
-        "model": dataclasses.asdict(plan.model) | {"kv_bytes_per_token": plan.model.kv_bytes_per_token},
-        "policy": {"name": POLICIES[PACKCACHE].name} | dataclasses.asdict(POLICIES[PACKCACHE]),
-        "video": {
-            "condition_tokens": plan.condition_tokens,
-            "tokens_per_frame": plan.tokens_per_frame,
-            "frames": plan.frames,
-        },
-        "pool_blocks": plan.pool_blocks,
-        "peak_blocks_of_a_video": {name: plan.peak_blocks(name) for name in SERVERS},
-        "mean_blocks_of_a_video": {name: fmean(plan.held_blocks(name)) for name in SERVERS},
-    }
-    start = time.monotonic()
-    with _servers(plan, console) as servers, counting(console, "tokens") as progress:
-        bench = _Bench(plan, servers, progress)
-        result["engine"] = {name: shlex.join(server.arguments) for name, server in servers.items()}
-        bench.warm_up()
-        result["capacity"] = {name: bench.capacity(name) for name in SERVERS}
-        result["load"] = bench.load(result["capacity"][PACKCACHE]["videos"])
-    result["seconds"] = time.monotonic() - start
-    result["machine"]["load_average_after"] = os.getloadavg()
-    result["targets"] = _targets(result)
-    if json_path is not None:
-        files.write(json_path, result)
-    _print(result, console)
-    return result
-
-
 @dataclass(frozen=True)
-class _Server:
+class Server:
+    """A server that is up."""
+
     url: str
     arguments: list[str]
     log: Path
@@ -305,7 +159,7 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 @contextmanager
-def _servers(plan: ServePlan, console: Console) -> Iterator[dict[str, _Server]]:
+def servers(plan: ServePlan, console: Console) -> Iterator[dict[str, Server]]:
     """Both servers, up, on a model in a temporary folder."""
     with (
         tempfile.TemporaryDirectory(prefix="packcache-bench-") as folder,
@@ -332,14 +186,14 @@ def _servers(plan: ServePlan, console: Console) -> Iterator[dict[str, _Server]]:
             with child_environment(engine_environment(THREADS, plugin=name == PACKCACHE)):
                 url = stack.enter_context(serving(model, arguments, log, lambda line: None))
             (process,) = set(psutil.Process().children()) - set(others)
-            servers[name] = _Server(url, arguments, log, process)
+            servers[name] = Server(url, arguments, log, process)
         yield servers
 
 
-class _Bench:
+class Bench:
     """The runs, in order. Each sends its videos at once and waits for all of them."""
 
-    def __init__(self, plan: ServePlan, servers: Mapping[str, _Server], progress: Progress) -> None:
+    def __init__(self, plan: ServePlan, servers: Mapping[str, Server], progress: Progress) -> None:
         self._plan = plan
         self._servers = servers
         self._progress = progress
@@ -401,8 +255,8 @@ class _Bench:
 
 
 async def _load(
-    server: _Server,
-    other: _Server,
+    server: Server,
+    other: Server,
     prompts: list[list[int]],
     ahead: Sequence[list[int]],
     plan: ServePlan,
@@ -519,66 +373,3 @@ def _preemptions(before: Mapping[str, float], now: Mapping[str, float]) -> int:
     vLLM counts one when the request goes on, the plugin when it happens; in the end they agree.
     """
     return int(max(now[name] - before[name] for name in (PREEMPTIONS, VIDEO_PREEMPTIONS)))
-
-
-def _targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every ratio with the bound it must keep, and whether it does."""
-    peaks, capacity = result["peak_blocks_of_a_video"], result["capacity"]
-    values = (
-        (
-            "capacity packcache / stock",
-            capacity[PACKCACHE]["videos"] / capacity[STOCK]["videos"],
-            CAPACITY_SHARE * peaks[STOCK] / peaks[PACKCACHE],
-        ),
-        (
-            "throughput packcache / stock",
-            result["load"]["throughput packcache / stock"][CPU]["median"],
-            THROUGHPUT_RATIO,
-        ),
-    )
-    return [
-        {"ratio": ratio, "value": value, "at_least": bound, "met": value >= bound} for ratio, value, bound in values
-    ]
-
-
-ROWS = (
-    ("tokens / s", ("tokens_per_second",), "{:.0f}"),
-    ("engine's processor time, s", (CPU,), "{:.1f}"),
-    ("preemptions", ("preemptions",), "{:.0f}"),
-    ("most of the KV pool in use", ("peak_usage",), "{:.0%}"),
-    *((f"whole video, p{rank}, s", ("video_seconds_percentiles", f"p{rank}"), "{:.1f}") for rank in PERCENTILES),
-    *((f"between tokens, p{rank}, s", ("inter_token_seconds", f"p{rank}"), "{:.4f}") for rank in PERCENTILES),
-    ("between tokens, longest, s", ("inter_token_seconds", "max"), "{:.4f}"),
-)
-"""Of the table, medians over the rounds: heading, where in a load, format."""
-
-
-def _found(load: Any, path: Sequence[str]) -> float:
-    for key in path:
-        load = load[key]
-    return load
-
-
-def _print(result: Mapping[str, Any], console: Console) -> None:
-    video = result["video"]
-    table = Table(
-        title=f"{result['load']['videos']} videos of {video['frames']} frames of {video['tokens_per_frame']} tokens at "
-        f"once, KV pool of {result['pool_blocks']} blocks",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("", no_wrap=True)
-    for name in SERVERS:
-        table.add_column(name, justify="right")
-    for measure, form in (("peak", "{}"), ("mean", "{:.1f}")):
-        of_a_video = result[f"{measure}_blocks_of_a_video"]
-        table.add_row(f"blocks of a video, {measure}", *(form.format(of_a_video[name]) for name in SERVERS))
-    table.add_row("videos without preemption", *(str(result["capacity"][name]["videos"]) for name in SERVERS))
-    for heading, path, form in ROWS:
-        medians = [median(_found(own[name], path) for own in result["load"]["rounds"]) for name in SERVERS]
-        table.add_row(heading, *(form.format(value) for value in medians))
-    console.print(table)
-    by_clock = result["load"]["throughput packcache / stock"][WALL]["median"]
-    console.print(f"throughput is compared by the engines' processor time; by the clock it is {by_clock:.2f}")
-    for target in result["targets"]:
-        met = "[green]met[/]" if target["met"] else "[red]MISSED[/]"
-        console.print(f"{target['ratio']}: {target['value']:.2f}, must be >= {target['at_least']:.2f}: {met}")

@@ -1,19 +1,17 @@
-"""The results as tables, CSV and pictures."""
+"""The results as a table for programs and as pictures."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.quality.measures import MEASURES, Measure
 from benchmarks.quality.variants import FULL_CACHE
+from benchmarks.report.parts import Result
+from benchmarks.report.table import Table
 from vllm_packcache.tools.figures import FORMATS, new_figure, save
 
 if TYPE_CHECKING:
@@ -67,49 +65,13 @@ def cell(found: Mapping[str, float] | None, measure: Measure) -> str:
     return f"{factor * found['mean']:.{digits}f} ± {factor * found['ci95']:.{digits}f}"
 
 
-def print_tables(result: Mapping[str, Any], console: Console) -> None:
-    """Scores, then the goals: measure by measure, a column for each span of frames."""
-    spans = result["spans"]
-    scores = _table(f"{result['videos']} videos: mean and 95 % confidence interval", spans)
-    for label, measure in MEASURES.items():
-        scores.add_row(f"[bold]{measure.title}[/]")
-        for name, own in result["scores"].items():
-            found = own[label]["spans"]
-            cells = [cell(found[span], measure) if span in found else "" for span in spans]
-            scores.add_row(f"  {name}", *cells, style="" if name in result["variants"] else "dim")
-    console.print(scores)
-    goals = _table("Goals of packcache: its difference, video by video", spans)
-    for goal in dict.fromkeys(target["goal"] for target in result["targets"]):
-        goals.add_row(f"[bold]{goal}[/]")
-        for label, measure in MEASURES.items():
-            own = {t["span"]: t for t in result["targets"] if t["goal"] == goal and t["measure"] == label}
-            cells = [
-                f"{cell(own[span], measure)} {'[green]✓[/]' if own[span]['met'] else '[red]✗[/]'}"
-                if span in own
-                else ""
-                for span in spans
-            ]
-            goals.add_row(f"  {measure.title}", *cells)
-    console.print(goals)
-
-
-def _table(title: str, spans: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD)
-    table.add_column("")
-    for span in spans:
-        table.add_column(span, justify="right", no_wrap=True)
-    return table
-
-
-def write_csv(result: Mapping[str, Any], path: Path) -> None:
+def write_csv(result: Result, path: Path) -> None:
     """Every mean as a row."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["table", "name", "budget", "live_tokens", "measure", "span", "mean", "ci95"])
-        writer.writerows(_rows(result))
+    headings = ("table", "name", "budget", "live_tokens", "measure", "span", "mean", "ci95")
+    path.write_text(Table(headings, list(_rows(result))).csv(), encoding="utf-8", newline="\r\n")
 
 
-def _rows(result: Mapping[str, Any]) -> Iterator[list[Any]]:
+def _rows(result: Result) -> Iterator[list[Any]]:
     for name, scores in result["scores"].items():
         live = result["variants"].get(name, {}).get("live_tokens")
         for label, score in scores.items():
@@ -129,15 +91,8 @@ def _numbers(found: Mapping[str, float] | None) -> list[float | None]:
     return [None, None] if found is None else [found["mean"], found["ci95"]]
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> None:
-    """Write quality over the frames and, if there is one, the frontier, each as PNG and SVG; see `PICTURES`."""
-    quick = result.get("quick", False)
-    if result["frontier"]:
-        _save(_frontier(result), folder / FRONTIER, quick=quick)
-    _save(_by_frame(result), folder / PICTURES[result["benchmark"]].by_frame, quick=quick)
-
-
-def _frontier(result: Mapping[str, Any]) -> Figure:
+def draw_frontier(result: Result, path: Path) -> None:
+    """Draw quality against live tokens, as PNG or SVG by the suffix of ``path``."""
     figure = new_figure(11, 7)
     (full,) = (point for point in result["frontier"] if point["family"] == FULL_CACHE)
     families = dict.fromkeys(point["family"] for point in result["frontier"] if point is not full)
@@ -169,7 +124,7 @@ def _frontier(result: Mapping[str, Any]) -> Figure:
         _live_token_axis(axes, sorted({point["live_tokens"] for point in result["frontier"]}))
     figure.supxlabel(f"tokens of the past that are read, {result['spans'][0]}", fontsize=10)
     _legend(figure)
-    return figure
+    save(figure, path, quick=result.get("quick", False))
 
 
 def _live_token_axis(axes: Axes, live: list[int]) -> None:
@@ -182,26 +137,30 @@ def _live_token_axis(axes: Axes, live: list[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _by_frame(result: Mapping[str, Any]) -> Figure:
+def draw_by_frame(result: Result, path: Path) -> None:
+    """Draw quality over the frames, as PNG or SVG by the suffix of ``path``."""
+    colours = {name: colour for name, colour in COLOURS.items() if name in result["scores"]}
+    # What somebody named is called as its policy is, and has no colour of its own.
+    others = [name for name, own in result["variants"].items() if name == own["policy"] and name not in COLOURS]
+    colours |= {name: f"C{number % 10}" for number, name in enumerate(others)}
     figure = new_figure(11, 7)
     for axes, (label, measure) in zip(figure.subplots(2, 3, sharex=True).flat, MEASURES.items(), strict=True):
-        for name, colour in COLOURS.items():
-            if name in result["scores"]:
-                values = np.array(result["scores"][name][label]["by_frame"], dtype=np.float64)
-                axes.plot(
-                    np.arange(1, len(values) + 1),
-                    measure.factor * values,
-                    color=colour,
-                    label=name,
-                    linewidth=2 if name == "packcache" else 1.2,
-                    zorder=3 if name == "packcache" else 2,
-                )
+        for name, colour in colours.items():
+            values = np.array(result["scores"][name][label]["by_frame"], dtype=np.float64)
+            axes.plot(
+                np.arange(1, len(values) + 1),
+                measure.factor * values,
+                color=colour,
+                label=name,
+                linewidth=2 if name == "packcache" else 1.2,
+                zorder=3 if name == "packcache" else 2,
+            )
         axes.axvline(result["trained_frames"] + 0.5, color="#555555", linewidth=0.8, linestyle="--")
         axes.set_title(measure.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"frame (dashed: {result['trained_frames']}, as many as the model was trained on)", fontsize=10)
     _legend(figure)
-    return figure
+    save(figure, path, quick=result.get("quick", False))
 
 
 def draw_videos(strips: Mapping[str, Any], path: Path) -> None:
@@ -223,7 +182,8 @@ def draw_videos(strips: Mapping[str, Any], path: Path) -> None:
     for axes, frame in zip(grid[0], frames, strict=True):
         axes.set_title(f"frame {frame}", fontsize=9)
     figure.suptitle(strips["prompt"], fontsize=10)
-    _save(figure, path)
+    for suffix in FORMATS:
+        save(figure, path.with_suffix(suffix))
 
 
 def _legend(figure: Figure) -> None:
@@ -234,8 +194,3 @@ def _legend(figure: Figure) -> None:
         handles |= dict(zip(names, own, strict=True))
     labels = list(handles)
     figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
-
-
-def _save(figure: Figure, path: Path, *, quick: bool = False) -> None:
-    for suffix in FORMATS:
-        save(figure, path.with_suffix(suffix), quick=quick)

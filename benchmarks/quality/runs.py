@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -25,16 +23,13 @@ import numpy.typing as npt
 from rich.console import Console
 
 from benchmarks.engine_process import child_environment
-from benchmarks.quality import show
 from benchmarks.quality.generators import Causal, Generator
 from benchmarks.quality.measures import MEASURES, measure
-from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, PACKCACHE, Variant
 from benchmarks.statistics import Count, mean_of_videos
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
-from vllm_packcache.tools import files
-from vllm_packcache.tools.machine import about
 from vllm_packcache.tools.progress import counting
 
 Int64 = npt.NDArray[np.int64]
@@ -129,55 +124,7 @@ class Videos(NamedTuple):
     scores: dict[str, Count]
 
 
-def run(folder: Path, *, plan: QualityPlan | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print tables and write everything into a folder.
-
-    Args:
-        folder: gets a JSON and a CSV named like the benchmark, pictures as PNG and SVG, and ``parts/`` with what is
-            done.
-        plan: what is run; None: all of it.
-        console: where progress and tables go.
-
-    Returns:
-        What is written to the JSON.
-
-    Raises:
-        OSError: a file cannot be written.
-        KeyboardInterrupt: it was interrupted; what is done is kept.
-    """
-    console = console or Console()
-    plan = plan or QualityPlan()
-    parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    processes = os.cpu_count() or 1
-    generator = plan.generator
-    result: dict[str, Any] = about(generator.benchmark, processes=processes, threads_per_process=1)
-    start = time.monotonic()
-    videos = _generate_all(plan, parts, processes, console)
-    result |= {
-        "seconds_of_this_run": round(time.monotonic() - start),
-        "model": generator.described,
-        "seeds": [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.videos - 1],
-        "videos": plan.videos,
-        "trained_frames": plan.trained_frames,
-        "block_size": BLOCK_SIZE,
-        "notes": [
-            "ci95 is the half-width of the 95 % confidence interval of a mean over videos (normal approximation)",
-            "differences are of the same worlds: the interval is that of the mean of the differences",
-            generator.how,
-        ],
-        **summary(plan, videos),
-    }
-    stem = files.stem(generator.benchmark)
-    files.write(folder / f"{stem}.json", result)
-    show.write_csv(result, folder / f"{stem}.csv")
-    show.draw(result, folder)
-    show.draw_videos(_strips(plan, videos), folder / show.PICTURES[generator.benchmark].videos)
-    show.print_tables(result, console)
-    return result
-
-
-def _generate_all(plan: QualityPlan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
+def generate_all(plan: QualityPlan, folder: Path, processes: int, console: Console) -> dict[str, Videos]:
     """The videos of every variant by key, as far as they are not in ``folder`` already from new processes."""
     missing = [
         _Part(plan.generator, work.variant, work.frames, seeds, path)
@@ -253,7 +200,8 @@ def _load(path: Path) -> Videos:
 
 def _key(variant: Variant) -> str:
     """What decides what comes out."""
-    return json.dumps([variant.policy, variant.server.as_mapping()], sort_keys=True)
+    server = variant.server
+    return json.dumps([server.as_mapping(), server.fingerprint()], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
@@ -270,7 +218,7 @@ def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path
 
 
 def summary(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
-    """Scores of every variant, paired differences, the frontier, and whether the goals are met."""
+    """Scores of every variant, paired differences, and the frontier."""
     spans = plan.spans
     variants = plan.generator.variants
     points = (variants.full, *variants.frontier) if variants.frontier else ()
@@ -287,7 +235,6 @@ def summary(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
         "scores": {name: _summaries(counts, spans) for name, counts in scores.items()},
         "differences": differences,
         "frontier": [_point(variant, plan, videos[_key(variant)].scores) for variant in points],
-        "targets": _targets(differences, list(spans)),
     }
 
 
@@ -347,24 +294,8 @@ def _point(variant: Variant, plan: QualityPlan, counts: Mapping[str, Count]) -> 
     }
 
 
-def _targets(differences: Mapping[str, Any], spans: Sequence[str]) -> list[dict[str, Any]]:
-    """The goals, each for every measure: a difference beyond its confidence interval, or not."""
-    goals = [(FULL_CACHE, spans[0], "not worse")]
-    goals += [(name, span, "better") for name in (LAST_FRAME, LAST_FRAME_ABSOLUTE) for span in spans[1:]]
-    targets = []
-    for name, span, goal in goals:
-        for label, found in differences[f"{PACKCACHE} - {name}"].items():
-            if found[span] is None:
-                continue
-            sign = 1 if MEASURES[label].higher_is_better else -1
-            mean, error = sign * found[span]["mean"], found[span]["ci95"]
-            met = mean + error >= 0 if goal == "not worse" else mean - error > 0
-            targets.append({"goal": f"{goal} than {name}", "span": span, "measure": label, **found[span], "met": met})
-    return targets
-
-
-def _strips(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
-    """One world under every variant, as pictures: see `show.draw_videos`."""
+def strips(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
+    """One world under every variant, as pictures: see `plot.draw_videos`."""
     tokenizer = VideoTokenizer()
     worlds = [make_world(FIRST_HELD_OUT_SEED + number) for number in range(plan.videos)]
 

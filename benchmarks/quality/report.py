@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.measures import MEASURES
-from benchmarks.quality.show import FRONTIER, PICTURES, cell
+from benchmarks.quality.plot import FRONTIER, PICTURES, cell
 from benchmarks.quality.variants import PACKCACHE, SELECTIONS
-from benchmarks.report.markdown import Files, listed, table
-from benchmarks.report.parts import Goal, Part, Result, Row, notes, provenance, row_of_mean, rows_of_count, verdict
+from benchmarks.report.markdown import Files, listed
+from benchmarks.report.parts import Goal, Result, Row, notes, provenance, row_of_mean, rows_of_count, verdict
+from benchmarks.report.table import Paragraph, Table
 from vllm_packcache.tools.files import stem
 
 FIRST = next(iter(MEASURES))
@@ -122,14 +123,14 @@ def _by_span(result: Result, own: Mapping[str, Any], label: str) -> list[str]:
     return [cell(own[span], MEASURES[label]) if span in own else "" for span in result["spans"]]
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     spans = result["spans"]
     yield f"Quality: {_measured(result)}"
     yield provenance(result)
     yield from notes(result)
     yield f"**Variants.** Live tokens: what is read of the past when frame {result['trained_frames']} begins."
-    yield table(
+    yield Table(
         ("variant", "policy", "options", "live tokens"),
         [
             (name, variant["policy"], _options(variant["config"]), f"{variant['live_tokens']:,}")
@@ -138,7 +139,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
         texts=3,
     )
     yield "**Goals**: by how much packcache has more than the other, video by video."
-    yield table(
+    yield Table(
         ("goal", "frames", "measure", "difference", "verdict"),
         [
             (
@@ -154,13 +155,13 @@ def long(result: Result, files: Files) -> Iterator[str]:
     )
     for label, measure in MEASURES.items():
         yield f"**{measure.title}**"
-        yield table(
+        yield Table(
             ("", *spans),
             [(name, *_by_span(result, own[label]["spans"], label)) for name, own in result["scores"].items()],
         )
     yield "**Differences**, video by video; bold: beyond the confidence interval."
     for label, measure in MEASURES.items():
-        yield table(
+        yield Table(
             (measure.title, *spans),
             [
                 (name, *(_bold(own[label].get(span), shown) for span, shown in zip(spans, cells, strict=True)))
@@ -170,7 +171,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
         )
     if _has_selections(result):
         yield f"**Selection inside a frame**, {spans[0]}. {selection_sentence(result, spans[0])}"
-        yield table(
+        yield Table(
             ("selection", *(measure.title for measure in MEASURES.values())),
             [
                 (
@@ -182,7 +183,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
         )
     if result["frontier"]:
         yield f"**Frontier**: quality against live tokens, {spans[0]}."
-        yield table(
+        yield Table(
             ("point", "live tokens", *(measure.title for measure in MEASURES.values())),
             [
                 (
@@ -211,7 +212,7 @@ def _bold(found: Mapping[str, float] | None, shown: str) -> str:
     return f"**{shown}**" if found is not None and abs(found["mean"]) > found["ci95"] else shown
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     spans: Sequence[str] = result["spans"]
     others = [label for label in MEASURES if label != FIRST]
@@ -219,7 +220,7 @@ def short(result: Result, files: Files) -> Iterator[str]:
     exact = {FIRST, "identity", "identity_after_occlusion"}
     own_file = f"{stem(result['benchmark'])}.json"
     yield f"**Quality**: {_measured(result)} More in {files.link('report.md')} and {files.link(own_file)}."
-    yield table(
+    yield Table(
         (
             "",
             "live tokens",
@@ -246,8 +247,3 @@ def short(result: Result, files: Files) -> Iterator[str]:
         yield from files.picture(FRONTIER, "Quality against live tokens")
     else:
         yield from files.picture(PICTURES[result["benchmark"]].by_frame, "Quality by frame")
-
-
-PART = Part("quality", "Quality of the videos", goals, rows, long, short)
-
-MASKED = Part("quality-masked", "Quality of videos made masked", goals, rows, long, short, required=False)

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --json FILE
 
 runs in a checkout on a machine that has torch, Triton and numpy, and no more. Where vLLM is installed it also times
-whole steps: see `benchmarks.gpu_engine`. First it checks what it is about to time against PyTorch in
+whole steps: see `benchmarks.gpu.engine`. First it checks what it is about to time against PyTorch in
 float64; a wrong kernel is not timed. Times are those of CUDA events around a step's work in all
 layers, in a CUDA graph as in a server, with the L2 cache full of something else. What is reported are ratios of
 samples taken right after one another, in another order each round.
@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.goals import judged
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import Float64, Int64, Positions, slide_angles
@@ -72,7 +73,7 @@ Work = Callable[[], Any]
 """Enqueues what is timed."""
 
 MakeAttention = Callable[..., Callable[[Tensor], Tensor]]
-"""Makes the attention of a step: see `benchmarks.gpu_attention.PagedAttention`."""
+"""Makes the attention of a step: see `benchmarks.gpu.attention.PagedAttention`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +339,7 @@ def _compaction(plan: KernelPlan, sequences: int, computed: int, device: torch.d
 
 def kernels() -> dict[str, MakeAttention]:
     """The paged attention kernels at hand: our own, and vLLM's where it is installed."""
-    from benchmarks.gpu_attention import PagedAttention, UnifiedAttention
+    from benchmarks.gpu.attention import PagedAttention, UnifiedAttention
 
     found: dict[str, MakeAttention] = {OWN_KERNEL: PagedAttention}
     return found | ({"vllm, triton": UnifiedAttention} if find_spec("vllm") else {})
@@ -539,7 +540,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def _splits(programs: int, length: int, device: torch.device) -> int:
     """So many that a step has four programs for every multiprocessor, and each some keys to read."""
-    from benchmarks.gpu_attention import KEYS_TILE
+    from benchmarks.gpu.attention import KEYS_TILE
 
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(-(-wanted // programs), -(-length // KEYS_TILE)))
@@ -576,23 +577,19 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every ratio with the bound that it should keep, and whether it does."""
-    bounds: dict[str, dict[str, float]] = {"decode, batch 1": {"at_least": 2.5}, "decode, batch 16": {"at_least": 4.0}}
-    bounds[FRAME_STEP] = {"at_least": 3.7}
+    bounds = {"decode, batch 1": 2.5, "decode, batch 16": 4.0, FRAME_STEP: 3.7}
     found = []
     for step, timed in result["attention"].items():
         for kernel, own in timed["kernels"].items():
-            for ratio, bound in (("full / packcache", bounds.get(step)), (f"packcache / {SHORT}", {"at_most": 1.02})):
-                if bound:
-                    found.append(judged(f"{step}, {kernel}: {ratio}", own["ratios"][ratio]["median"], bound))
+            prefix, medians = f"{step}, {kernel}: ", {name: ratio["median"] for name, ratio in own["ratios"].items()}
+            if step in bounds:
+                name = "full / packcache"
+                found.append(judged(f"{prefix}{name}", medians[name], at_least=bounds[step]))
+            name = f"packcache / {SHORT}"
+            found.append(judged(f"{prefix}{name}", medians[name], at_most=1.02))
     name = "bandwidth / copy bandwidth"
-    found.append(judged(SHARE, result[SHARE], {"at_most": 0.01}))
-    return [*found, judged(f"rotation: {name}", result["rotation"][name]["median"], {"at_least": 0.7})]
-
-
-def judged(ratio: str, value: float, bound: dict[str, float]) -> dict[str, Any]:
-    """A ratio, its bound (``at_least`` or ``at_most``), and whether it keeps it."""
-    met = bound.get("at_least", -np.inf) <= value <= bound.get("at_most", np.inf)
-    return {"ratio": ratio, "value": value, **bound, "met": bool(met)}
+    found.append(judged(SHARE, result[SHARE], at_most=0.01))
+    return [*found, judged(f"rotation: {name}", result["rotation"][name]["median"], at_least=0.7)]
 
 
 def not_measurable() -> str | None:
@@ -693,10 +690,10 @@ def _measure_engines(copy_bandwidth: float, device: torch.device) -> tuple[dict[
         # vLLM finds plugins by what is installed; a checkout on the path is none.
         remedy = "run `pip install --no-deps -e .` in the checkout"
         return {"measured": False, "reason": f"not measured: vllm-packcache is not installed here: {remedy}"}, []
-    from benchmarks import gpu_engine
+    from benchmarks.gpu import engine
 
-    section = gpu_engine.measure(gpu_engine.LUMOS, copy_bandwidth, _free_bytes(device))
-    return section, gpu_engine.targets(section)
+    section = engine.measure(engine.LUMOS, copy_bandwidth, _free_bytes(device))
+    return section, engine.targets(section)
 
 
 def _print(result: Mapping[str, Any]) -> None:
@@ -715,9 +712,9 @@ def _print(result: Mapping[str, Any]) -> None:
     for step, own in result["compaction"].items():
         print(f"compaction, {step}: {own['median'] * 1e6:.1f} us a step")
     if result["engine"]["measured"]:
-        from benchmarks import gpu_engine
+        from benchmarks.gpu import engine
 
-        print(*gpu_engine.lines(result["engine"]), sep="\n")
+        print(*engine.lines(result["engine"]), sep="\n")
     else:
         print(f"whole steps: {result['engine']['reason']}")
     for target in result["targets"]:
@@ -730,7 +727,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and what is needed to repeat them")
     return run(parser.parse_args(arguments).json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean
+from statistics import median
 
-from benchmarks.decode.samples import CPU, WALL
+from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
 from benchmarks.overhead.plan import CASES, STOCK
-from benchmarks.report.markdown import Files, number, percent, ratio, table, with_quartiles
+from benchmarks.report.markdown import Files, number, percent, ratio, with_quartiles
 from benchmarks.report.parts import (
     Goal,
-    Part,
     Result,
     Row,
     goals_of_ratios,
@@ -18,8 +17,8 @@ from benchmarks.report.parts import (
     row_of_ratio,
     rows_of_goals,
 )
+from benchmarks.report.table import Paragraph, Table
 
-CLOCKS = {CPU: "processor time", WALL: "the clock"}
 NAMES = {
     f"{case} / {STOCK}": f"processor time of a step, {name} / stock" for case, name in CASES.items() if case != STOCK
 }
@@ -34,10 +33,11 @@ def rows(result: Result) -> Iterator[Row]:
     """Of each case; ratios with their quartiles; time inside our functions, by function."""
     yield from rows_of_goals(result["targets"])
     for case, name in CASES.items():
-        for clock, words in CLOCKS.items():
-            yield Row(name, f"a step by {words}", "", 1e3 * fmean(result[clock][case]), unit="ms")
+        for clock, words in CLOCK_NAMES.items():
+            samples = summary(result[clock][case])
+            yield row_of_ratio(name, f"seconds of a step by {words}", "", samples)._replace(unit="s")
     for name, own in result["ratios"].items():
-        for clock, words in CLOCKS.items():
+        for clock, words in CLOCK_NAMES.items():
             yield row_of_ratio(name, f"a step by {words}", "", own[clock])
     for runner, cases in result["host"].items():
         for case, own in cases.items():
@@ -59,17 +59,17 @@ def _measured(result: Result) -> str:
     )
 
 
-def _ratio_table(result: Result) -> str:
+def _ratio_table(result: Result) -> Table:
     rows = []
     for case, name in CASES.items():
         own = result["ratios"].get(f"{case} / {STOCK}")
         ratios = ("", "") if own is None else (with_quartiles(own[CPU]), ratio(own[WALL]["median"]))
-        rows.append((name, number(1e3 * fmean(result[CPU][case]), 2), *ratios))
-    return table(("", "ms a step", "times stock", "times stock, by the clock"), rows)
+        rows.append((name, number(1e3 * median(result[CPU][case]), 2), *ratios))
+    return Table(("", "ms a step", "times stock", "times stock, by the clock"), rows)
 
 
-def _host_table(result: Result) -> str:
-    return table(
+def _host_table(result: Result) -> Table:
+    return Table(
         ("", "runner", "µs a step", "µs a step and request", "µs of the longest step", "share of the step"),
         [
             (
@@ -87,7 +87,7 @@ def _host_table(result: Result) -> str:
     )
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield f"Host cost: {_measured(result)}"
     yield provenance(result)
@@ -100,10 +100,7 @@ def long(result: Result, files: Files) -> Iterator[str]:
     yield _host_table(result)
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     yield f"**Host cost**: {_measured(result)} All samples: {files.link('overhead.json')}."
     yield _ratio_table(result)
-
-
-PART = Part("overhead", "Host cost of a step", goals, rows, long, short, required=False)

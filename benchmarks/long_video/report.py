@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.long_video import COPY, FORCED, GENERATED, SHOWN, TRUTH
-from benchmarks.report.markdown import Files, number, table
-from benchmarks.report.parts import NOT_MEASURED, Goal, Part, Result, Row, notes, provenance, rows_of_count
+from benchmarks.long_video.plan import COPY, FORCED, GENERATED, TRUTH
+from benchmarks.report.markdown import Files, number
+from benchmarks.report.parts import NOT_MEASURED, Goal, Result, Row, notes, provenance, rows_of_count
+from benchmarks.report.table import Paragraph, Table
+
+SHOWN = (
+    (FORCED, "changed_tokens_right", "forced: changed tokens right, %", 100),
+    (FORCED, "tokens_right", "forced: tokens right, %", 100),
+    (GENERATED, "tokens_right", "generated: tokens right, %", 100),
+    (GENERATED, "psnr_db", "generated: PSNR, dB", 1),
+    (GENERATED, "whole_frames", "generated: whole frames, %", 100),
+    (GENERATED, "object_cells", "generated: object cells", 1),
+    (GENERATED, "debris_cells", "generated: debris cells", 1),
+    (GENERATED, "moving_cells", "generated: moving cells", 1),
+)
+"""Tables: measurement, measure, heading, factor."""
+
 
 HELD, LOST = "packcache, rebase", "packcache, absolute"
 
@@ -39,18 +53,18 @@ def _cell(found: Mapping[str, float] | None, factor: float) -> str:
     return "n/a" if found is None else f"{number(factor * found['mean'], 1)} ± {number(factor * found['ci95'], 1)}"
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield f"Long videos: {_measured(result)}"
     yield provenance(result)
     yield from notes(result)
-    yield table(
+    yield Table(
         ("variant", "tokens read, last frame", "positions"),
         [(name, f"{own['live_tokens']:,}", f"{own['positions']:,}") for name, own in result["variants"].items()],
     )
     for measurement, label, heading, factor in SHOWN:
         scores = result[measurement]
-        yield table(
+        yield Table(
             (heading, *_spans(result)),
             [(name, *(_cell(own, factor) for own in by[label]["spans"].values())) for name, by in scores.items()],
         )
@@ -61,7 +75,7 @@ def _spans(result: Result) -> list[str]:
     return list(next(iter(result[FORCED].values()))["tokens_right"]["spans"])
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     first, *_, last = _spans(result)
 
@@ -76,7 +90,7 @@ def short(result: Result, files: Files) -> Iterator[str]:
         f"**Long videos**: {_measured(result)} Percentages of frames {last} ({first} in brackets); all numbers with "
         f"confidence intervals: {files.link('long_video.json')}."
     )
-    yield table(
+    yield Table(
         ("", "changed tokens right, given the true past", "tokens right, generated", "frames that are frames"),
         [
             (
@@ -91,6 +105,3 @@ def short(result: Result, files: Files) -> Iterator[str]:
     held, lost = (result[FORCED][name]["changed_tokens_right"]["spans"][first]["mean"] for name in (HELD, LOST))
     yield f"Within the trained length re-basing costs {number(100 * (lost - held), 1)} points of changed tokens."
     yield from files.picture("long_video", f"Quality by frame over {result['frames']} frames")
-
-
-PART = Part("long-video", "Long videos", goals, rows, long, short, required=False)

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measured, where it was run on a GPU."""
+"""What ``python -m benchmarks.gpu`` measures, as a benchmark that is reported only: it runs where there is no more."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report.markdown import Files, significant, table
+from benchmarks.protocol import Benchmark
+from benchmarks.report.markdown import Files, significant
 from benchmarks.report.parts import (
     NOT_MEASURED,
     Goal,
-    Part,
     Result,
     Row,
     goals_of_ratios,
@@ -19,6 +19,7 @@ from benchmarks.report.parts import (
     row_of_ratio,
     rows_of_goals,
 )
+from benchmarks.report.table import Paragraph, Table
 
 
 def goals(result: Result) -> list[Goal]:
@@ -53,13 +54,13 @@ def _timed(own: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Row]:
             yield Row(key, "seconds", place, middle, low, high, "quartiles", "s")
 
 
-def long(result: Result, files: Files) -> Iterator[str]:
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
     yield provenance(result)
     if not result["measured"]:
         yield f"On a GPU {_reason(result)}."
         return
-    yield table(
+    yield Table(
         ("step", "kernel", "keys of packcache", "packcache, ms", "full, ms"),
         [
             (
@@ -81,7 +82,7 @@ def _reason(result: Result) -> str:
     return f"nothing has been measured: {result['reason'].removeprefix(f'{NOT_MEASURED}: ')}"
 
 
-def short(result: Result, files: Files) -> Iterator[str]:
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
     if result["measured"]:
         machine = result["machine"]["gpu"]
@@ -90,4 +91,12 @@ def short(result: Result, files: Files) -> Iterator[str]:
         yield f"**On a GPU** {_reason(result)} ({files.link('gpu.json')})."
 
 
-PART = Part("gpu", "On a GPU", goals, rows, long, short, required=False)
+GPU = Benchmark(
+    name="gpu",
+    title="On a GPU",
+    place=11,
+    goals=goals,
+    rows=rows,
+    long=long,
+    short=short,
+)

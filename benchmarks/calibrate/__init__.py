@@ -1,0 +1,1 @@
+"""Where a model's attention goes, as ``vllm-packcache calibrate`` measures it."""

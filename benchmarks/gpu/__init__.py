@@ -1,0 +1,1 @@
+"""The measurement on a GPU: ``python -m benchmarks.gpu``, see `benchmarks.gpu.kernels`."""

@@ -1,0 +1,104 @@
+"""The quality of videos as a benchmark, for both kinds of generation: what is run, and what is judged of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.protocol import Benchmark, Draw, Session, in_formats
+from benchmarks.quality import plot, report
+from benchmarks.quality.generators import Causal, Masked
+from benchmarks.quality.measures import MEASURES
+from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
+from benchmarks.report.parts import Result
+from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
+from vllm_packcache.tools.figures import FORMATS
+from vllm_packcache.tools.files import stem
+
+
+def measure(plan: QualityPlan, session: Session) -> dict[str, Any]:
+    """Make every video, as far as ``parts/`` of the folder has not got it, and compare them."""
+    assert session.folder is not None
+    parts = session.folder / "parts"
+    parts.mkdir(exist_ok=True)
+    processes = os.cpu_count() or 1
+    videos = generate_all(plan, parts, processes, session.console)
+    plot.draw_videos(strips(plan, videos), session.folder / plot.PICTURES[plan.generator.benchmark].videos)
+    return {
+        "machine": {"processes": processes, "threads_per_process": 1},
+        "model": plan.generator.described,
+        "seeds": [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.videos - 1],
+        "videos": plan.videos,
+        "trained_frames": plan.trained_frames,
+        "block_size": BLOCK_SIZE,
+        "notes": [
+            "ci95 is the half-width of the 95 % confidence interval of a mean over videos (normal approximation)",
+            "differences are of the same worlds: the interval is that of the mean of the differences",
+            plan.generator.how,
+        ],
+        **summary(plan, videos),
+    }
+
+
+def targets(result: Result) -> list[dict[str, Any]]:
+    """The goals, each for every measure: a difference beyond its confidence interval, or not."""
+    spans = result["spans"]
+    goals = [(FULL_CACHE, spans[0], "not worse")]
+    goals += [(name, span, "better") for name in (LAST_FRAME, LAST_FRAME_ABSOLUTE) for span in spans[1:]]
+    found = []
+    for name, span, goal in goals:
+        for label, by_span in result["differences"][f"{PACKCACHE} - {name}"].items():
+            if by_span[span] is None:
+                continue
+            sign = 1 if MEASURES[label].higher_is_better else -1
+            mean, error = sign * by_span[span]["mean"], by_span[span]["ci95"]
+            met = mean + error >= 0 if goal == "not worse" else mean - error > 0
+            found.append({"goal": f"{goal} than {name}", "span": span, "measure": label, **by_span[span], "met": met})
+    return found
+
+
+def same(result: Result, plan: QualityPlan, quick: bool) -> bool:
+    """Whether a result is of the sizes of a plan, however it was asked for."""
+    sizes = {"videos": plan.videos, "spans": list(plan.spans), "variants": described(plan)}
+    return sizes.items() <= result.items()
+
+
+def _drawn(name: str) -> dict[str, Draw]:
+    """What both have by a name of their own."""
+    return {f"{stem(name)}.csv": plot.write_csv} | in_formats(plot.PICTURES[name].by_frame, plot.draw_by_frame)
+
+
+def _made(name: str) -> tuple[str, ...]:
+    return tuple(f"{plot.PICTURES[name].videos}{suffix}" for suffix in FORMATS)
+
+
+CAUSAL = Benchmark(
+    name=Causal.benchmark,
+    title="Quality of the videos",
+    place=4,
+    required=True,
+    plan=lambda quick: QualityPlan(videos=4, frontier_videos=2, trained_frames=2) if quick else QualityPlan(),
+    measure=measure,
+    judged={"targets": targets},
+    goals=report.goals,
+    rows=report.rows,
+    long=report.long,
+    short=report.short,
+    also=_drawn(Causal.benchmark) | in_formats(plot.FRONTIER, plot.draw_frontier),
+    made=_made(Causal.benchmark),
+    duration="seconds_of_this_run",
+    same=same,
+)
+
+MASKED = replace(
+    CAUSAL,
+    name=Masked.benchmark,
+    title="Quality of videos made masked",
+    place=5,
+    required=False,
+    plan=lambda quick: QualityPlan(generator=Masked()),
+    also=_drawn(Masked.benchmark),
+    made=_made(Masked.benchmark),
+)
