@@ -13,9 +13,11 @@ from tests.strategies import block_sizes, quick, small_layouts
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
+from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import PackCache
-from vllm_packcache.core.policies.selection import spread_order
+from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
+from vllm_packcache.reference.changed import ChangedBlocks
 
 policies = st.builds(
     PackCache,
@@ -46,61 +48,17 @@ def retention(layout: VideoLayout, policy: PackCache, block_size: int, ids: np.n
     return Retention(layout, policy, block_size, tokens)
 
 
-def tag(layout: VideoLayout, block_size: int, block: int) -> int:
-    """A block has the tag of its newest token; one with a token of the condition is of the condition."""
-    if block * block_size < layout.condition_tokens:
-        return -1
-    return (block * block_size + block_size - 1 - layout.condition_tokens) // layout.tokens_per_frame
-
-
-def literally(layout: VideoLayout, policy: PackCache, size: int, ids: list[int], frames: int) -> list[set[int]]:
-    """Blocks of the history that live while each frame is made, as the rule is told."""
-    lives: list[set[int]] = []
-    length = layout.tokens_per_frame
-    for frame in range(frames):
-        end = layout.frame_start(frame) // size
-        tags = {block: tag(layout, size, block) for block in range(end)}
-        of = {k: [block for block in tags if tags[block] == k] for k in range(frame)}
-        if frame <= min(policy.window, policy.history_frames):
-            lives.append({block for block in tags if tags[block] >= 0})
-            continue
-        # As many as the even rule keeps, unless the frame that leaves the window may take too many with it.
-        shares = policy.kept_tokens(length, frame)
-        evenly: set[int] = set()
-        for distance, share in enumerate(shares, 1):
-            own = of[frame - distance]
-            evenly |= {own[i] for i in spread_order(len(own))[: -(-share // size)]}
-        may_live = {block for block in lives[-1] if frame - tags[block] <= policy.window} | set(of[frame - 1])
-        keep = len(evenly)
-        if frame > policy.window:
-            keep = min(keep, max(0, len(lives[-1]) - len(of[frame - 1 - policy.window]) + len(of[frame - 1])))
-
-        def order(block: int) -> tuple[Any, ...]:
-            own = of[tags[block]]
-            places = range(block * size, (block + 1) * size)
-            changed = size if tags[block] == frame - 1 else sum(ids[place] != ids[place + length] for place in places)
-            if changed < policy.changed_tokens:
-                changed = 0
-            age = frame - tags[block]
-            return -changed, changed == 0 and block not in evenly, age, spread_order(len(own)).tolist().index(
-                own.index(block)
-            )
-
-        lives.append(set(sorted(may_live, key=order)[:keep]))
-    return lives
-
-
 @quick
 @given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 9), seed=st.integers(0, 99))
 def test_it_keeps_what_the_rule_says(layout, policy, block_size, seed):
     frames = 20
     ids = video(layout, frames, seed)
-    expected = literally(layout, policy, block_size, ids.tolist(), frames)
+    expected = ChangedBlocks(Plan(layout, policy, Positions(layout)), block_size, ids.tolist())
     computed = retention(layout, policy, block_size, ids)
     condition = computed.blocks.condition_blocks.stop
     for frame in range(frames):
         past = computed.past(frame)
-        assert set(past[past >= condition].tolist()) == expected[frame]
+        assert set(past[past >= condition].tolist()) == expected.of(frame)
         assert past[past < condition].tolist() == list(range(min(condition, computed.blocks.tail_start(frame))))
 
 

@@ -1,0 +1,69 @@
+"""``selection: changed`` as the rule is told, block by block: what the fast choice is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_packcache.core.layout import CONDITION, VideoLayout
+from vllm_packcache.core.plan import Plan
+from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies.selection import spread_order
+
+
+class ChangedBlocks:
+    """Which blocks of the history live while each frame is made, one frame after the other.
+
+    Args:
+        plan: of a policy with ``selection: changed``.
+        block_size: tokens of a KV-cache block.
+        token_ids: of the sequence; it may grow while frames are asked about.
+    """
+
+    def __init__(self, plan: Plan, block_size: int, token_ids: Sequence[int]) -> None:
+        assert isinstance(plan.policy, PackCache)
+        self._layout, self._policy, self._size, self._ids = plan.layout, plan.policy, block_size, token_ids
+        self._lives: list[set[int]] = []
+
+    def of(self, frame: int) -> set[int]:
+        """Blocks without those of the condition, all below the first block of ``frame``."""
+        while len(self._lives) <= frame:
+            self._lives.append(self._decide(len(self._lives)))
+        return self._lives[frame]
+
+    def _decide(self, frame: int) -> set[int]:
+        policy, layout, size = self._policy, self._layout, self._size
+        tags = {block: tag(layout, size, block) for block in range(layout.frame_start(frame) // size)}
+        blocks_of = {earlier: [block for block in tags if tags[block] == earlier] for earlier in range(frame)}
+        if frame <= min(policy.window, policy.history_frames):
+            return {block for block in tags if tags[block] != CONDITION}
+        evenly: set[int] = set()
+        for distance, share in enumerate(policy.kept_tokens(layout.tokens_per_frame, frame), 1):
+            own = blocks_of[frame - distance]
+            evenly |= {own[place] for place in spread_order(len(own))[: -(-share // size)]}
+        if policy.changed_tokens > size:
+            return evenly
+        before = self._lives[-1]
+        held = {block for block in before if frame - tags[block] <= policy.window} | set(blocks_of[frame - 1])
+        # As many as are kept evenly, unless the frame that leaves the window could take too many with it.
+        keep = len(evenly)
+        if frame > policy.window:
+            keep = min(keep, max(0, len(before) - len(blocks_of[frame - 1 - policy.window]) + len(blocks_of[frame - 1])))
+
+        def order(block: int) -> tuple[int, bool, int, int]:
+            own, changed = blocks_of[tags[block]], size
+            if tags[block] < frame - 1:
+                places = range(block * size, (block + 1) * size)
+                changed = sum(self._ids[place] != self._ids[place + layout.tokens_per_frame] for place in places)
+            if changed < policy.changed_tokens:
+                changed = 0
+            rank = spread_order(len(own)).tolist().index(own.index(block))
+            return -changed, changed == 0 and block not in evenly, frame - tags[block], rank
+
+        return set(sorted(held, key=order)[:keep])
+
+
+def tag(layout: VideoLayout, block_size: int, block: int) -> int:
+    """The frame of the newest token of ``block``; one with any token of the condition is of the condition."""
+    if block * block_size < layout.condition_tokens:
+        return CONDITION
+    return layout.frame_of((block + 1) * block_size - 1)
