@@ -66,12 +66,16 @@ def test_it_keeps_what_the_rule_says(layout, policy, block_size, seed):
 @given(layout=small_layouts(), policy=policies, block_size=block_sizes, seeds=st.tuples(*[st.integers(0, 99)] * 2))
 def test_how_much_is_kept_does_not_depend_on_what_is_seen(layout, policy, block_size, seeds):
     frames = 24
-    found = [retention(layout, policy, block_size, video(layout, frames, seed, share)) for seed, share in
-             zip(seeds, (0.02, 0.6), strict=True)]
+    found = [
+        retention(layout, policy, block_size, video(layout, frames, seed, share))
+        for seed, share in zip(seeds, (0.02, 0.6), strict=True)
+    ]
     for frame in range(frames):
         one, other = (len(each.past(frame)) for each in found)
         assert one == other
-        evenly = Retention(layout, PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1}), block_size)
+        evenly = Retention(
+            layout, PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1}), block_size
+        )
         assert len(evenly.past(frame)) - 1 <= one <= len(evenly.past(frame))
 
 

@@ -12,7 +12,7 @@ This module is pure: it knows neither vLLM nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -20,11 +20,31 @@ import numpy as np
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.policies.base import Policy, Tokens
+from vllm_packcache.core.policies.base import Int64, Policy, Tokens
 
 
 class PolicyError(ValueError):
     """A policy does not do what it must. The message names the policy, the frame and the block."""
+
+
+class Decision(NamedTuple):
+    """What lives of a stream's past while a frame is made, on its way from the scheduler to the workers.
+
+    Workers do not know the ids of tokens in time: what has been sampled last is on its way from the device.
+
+    Args:
+        stream: number of the request's stream.
+        frame: the frame.
+        past: see `Retention.past`.
+    """
+
+    stream: int
+    frame: int
+    past: BlockIndices
+
+
+DECISIONS = "_packcache_decisions"
+"""Attribute of a step's schedule: decisions by request."""
 
 
 class LiveSegment(NamedTuple):
@@ -60,15 +80,17 @@ class Retention:
             is asked about again for all of them.
     """
 
-    __slots__ = ("_decided", "_most_past", "_tokens", "_window", "blocks", "layout", "policy")
+    __slots__ = ("_decided", "_most_past", "_remembered", "_tokens", "_window", "blocks", "layout", "policy")
 
     def __init__(self, layout: VideoLayout, policy: Policy, block_size: int, tokens: Tokens | None = None) -> None:
         self.layout = layout
         self.policy = policy
         self.blocks = BlockMap(layout, block_size)
         self._tokens = tokens
-        # A request works on one frame for many steps, and where it enters the next one both are asked about.
+        # A request works on one frame for many steps, and where it enters the next one both are asked about. Where a
+        # decision follows from the one before, one that is forgotten costs all of them: there are more.
         self._decided: dict[int, BlockIndices] = {}
+        self._remembered = _FOLLOWING if policy.reads_tokens else 2
         self._window = _promised(policy, "history_window", lambda: policy.history_window, 1)
         self._most_past = _promised(policy, "most_past_blocks", lambda: policy.most_past_blocks(self.blocks), 0)
 
@@ -89,16 +111,29 @@ class Retention:
         if past is not None:
             return past
         if self.policy.reads_tokens:
+            if self._tokens is None:
+                raise self._error(frame, "what it keeps depends on tokens, and nobody has told which blocks")
             for other in range(max((known + 1 for known in self._decided if known < frame), default=0), frame):
                 self._keep_in_mind(other)
         return self._keep_in_mind(frame)
 
+    def tell(self, decisions: Sequence[Decision]) -> None:
+        """Take decisions as they are, where a policy reads tokens that are not known here: see `Decision`."""
+        # All of a step are asked about in that step.
+        self._remembered = max(_FOLLOWING, len(decisions) + 2)
+        for decision in decisions:
+            self._remember(decision.frame, decision.past)
+
     def _keep_in_mind(self, frame: int) -> BlockIndices:
         past = self._decide(frame)
-        if len(self._decided) == 2:
+        self._remember(frame, past)
+        return past
+
+    def _remember(self, frame: int, past: BlockIndices) -> None:
+        self._decided.pop(frame, None)
+        while len(self._decided) >= self._remembered:
             del self._decided[next(iter(self._decided))]
         self._decided[frame] = past
-        return past
 
     def _decide(self, frame: int) -> BlockIndices:
         try:
@@ -122,8 +157,7 @@ class Retention:
         return past
 
     def _decide_by_tokens(self, frame: int) -> BlockIndices:
-        if self._tokens is None:
-            raise ValueError("reads tokens, and there are none")
+        assert self._tokens is not None
         before = self._decided[frame - 1] if frame > 0 else _NOTHING
         return self.policy.past_blocks_of(self.blocks, frame, before, self._tokens)
 
@@ -231,6 +265,11 @@ class Retention:
         return np.setdiff1d(before, self.past(to_frame), assume_unique=True)
 
 
+def some_tokens(start: int, stop: int) -> Int64:
+    """Made-up ids of tokens, always the same: how many blocks a policy keeps does not depend on them."""
+    return np.arange(start, stop, dtype=np.int64) * 7919 % 104_729 % 5
+
+
 def check_policy(retention: Retention, frames: int) -> None:
     """Ask for the decisions of a video's first ``frames`` frames, one after the other.
 
@@ -259,6 +298,9 @@ def _promised(policy: Policy, name: str, ask: Callable[[], object], low: int) ->
 def _raised(error: Exception) -> str:
     return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
 
+
+_FOLLOWING = 16
+"""Decisions that are kept in mind where each follows from the one before."""
 
 _NOTHING: BlockIndices = np.empty(0, dtype=np.int64)
 _NOTHING.flags.writeable = False

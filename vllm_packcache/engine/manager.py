@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
@@ -23,8 +25,9 @@ from vllm.v1.request import Request
 from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.plan import Stream, VideoRequest
+from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import PolicyError, Retention
+from vllm_packcache.core.retention import DECISIONS, Decision, PolicyError, Retention
 from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 
@@ -154,6 +157,8 @@ class RetentionManager(FullAttentionManager):
         """Requests that decode, and the token of each up to which a step may go without asking anything."""
         self.failures: dict[str, str] = {}
         """Requests that cannot go on, and why: the scheduler ends them."""
+        self.decisions: dict[str, list[Decision]] = {}
+        """Of requests whose policy reads tokens: what the workers have not been told yet."""
         self.totals = Totals()
         self._announce(kv_cache_spec)
 
@@ -282,8 +287,10 @@ class RetentionManager(FullAttentionManager):
             return
         layout, retention = video.retention.layout, video.retention
         for frame in range(layout.frame_of(video.decided), layout.frame_of(stop - 1) + 1):
-            retention.past(frame)
+            past = retention.past(frame)
             video.decided = layout.frame_start(frame + 1)
+            if retention.policy.reads_tokens and frame != CONDITION:
+                self.decisions.setdefault(request.request_id, []).append(Decision(self.stream, frame, past))
 
     def own_tokens(self, request_id: str, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens are in this KV cache group."""
@@ -367,6 +374,7 @@ class RetentionManager(FullAttentionManager):
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
         self.settled.pop(request_id, None)
+        self.decisions.pop(request_id, None)
         self.failures.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
@@ -409,7 +417,8 @@ class RetentionManager(FullAttentionManager):
         self._records[request.request_id] = record
         if made.as_stock:
             return None
-        retention = Retention(plan.layout, plan.policy, self.block_size)
+        tokens = partial(_tokens_of, request, stream.start) if plan.policy.reads_tokens else None
+        retention = Retention(plan.layout, plan.policy, self.block_size, tokens)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
         record.phase = held.phase
@@ -515,6 +524,31 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
         return num_new_tokens
 
     return wrapper
+
+
+def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., SchedulerOutput]:
+    """Wrap ``Scheduler.schedule``: the step says what lives of videos whose policy reads tokens, where it changes."""
+
+    @wraps(schedule)
+    def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = schedule(scheduler, *args, **kwargs)
+        told: dict[str, list[Decision]] = {}
+        for manager in retention_managers(scheduler.kv_cache_manager):
+            for name in [name for name in manager.decisions if name in output.num_scheduled_tokens]:
+                told.setdefault(name, []).extend(manager.decisions.pop(name))
+        if told:
+            setattr(output, DECISIONS, told)
+        return output
+
+    return wrapper
+
+
+def _tokens_of(request: Request, first: int, start: int, stop: int) -> Int64:
+    """Ids of the tokens of a stream that begins with the request's token ``first``."""
+    ids = request.all_token_ids[first + start : first + stop]
+    if len(ids) < stop - start:
+        raise PolicyError(f"token {first + start + len(ids)} is not known yet, and the policy reads it")
+    return np.array(ids, dtype=np.int64)
 
 
 def _log_end(request_id: str, why: str) -> None:

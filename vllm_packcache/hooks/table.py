@@ -405,6 +405,13 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _SCHEDULER,
+        "schedule(self, throttle_prefills)",
+        "scheduler: a step tells the workers what lives of videos whose policy reads tokens",
+        wrapper="vllm_packcache.engine.manager:tell_workers",
+        ends=_RETENTION,
+    ),
+    Hook(
+        _SCHEDULER,
         "schedule: _reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
         "scheduler: asked for running and for waiting requests, after every other bound",
     ),
@@ -578,6 +585,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V1,
+        "_update_states(scheduler_output): finished_req_ids, scheduled_new_reqs",
+        "V1 runner: what the scheduler tells of requests, when they are known",
+        wrapper="vllm_packcache.worker.runner_v1:hear_decisions",
+    ),
+    Hook(
+        _RUNNER_V1,
         "_build_attention_metadata(num_scheduled_tokens, ...): build_metadata",
         "V1 runner: metadata builders learn which requests a step has",
         wrapper="vllm_packcache.worker.runner_v1:publish_step",
@@ -672,6 +685,12 @@ HOOKS: tuple[Hook, ...] = (
         "execute_model(scheduler_output, dummy_run, ...): finish_requests, add_requests, update_requests, "
         "prepare_inputs, prepare_attn, preprocess_state, prepare_attn, prepare_inputs, run_fullgraph",
         "V2 runner: requests end and come, slots are mapped, metadata is built, inputs are made, the model runs",
+    ),
+    Hook(
+        _RUNNER_V2,
+        "update_requests(scheduler_output): scheduled_cached_reqs",
+        "V2 runner: what the scheduler tells of requests, when they are known",
+        wrapper="vllm_packcache.worker.runner_v2:hear_decisions",
     ),
     Hook(
         _RUNNER_V2,

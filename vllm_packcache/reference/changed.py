@@ -47,7 +47,9 @@ class ChangedBlocks:
         # As many as are kept evenly, unless the frame that leaves the window could take too many with it.
         keep = len(evenly)
         if frame > policy.window:
-            keep = min(keep, max(0, len(before) - len(blocks_of[frame - 1 - policy.window]) + len(blocks_of[frame - 1])))
+            keep = min(
+                keep, max(0, len(before) - len(blocks_of[frame - 1 - policy.window]) + len(blocks_of[frame - 1]))
+            )
 
         def order(block: int) -> tuple[int, bool, int, int]:
             own, changed = blocks_of[tags[block]], size

@@ -43,9 +43,7 @@ class Live:
         return torch.tensor(sorted({*others, *self._changed.of(frame)}), dtype=torch.int64)
 
 
-def visibility(
-    plan: Plan | None, block_size: int, num_tokens: int, token_ids: Sequence[int] = ()
-) -> Tensor:
+def visibility(plan: Plan | None, block_size: int, num_tokens: int, token_ids: Sequence[int] = ()) -> Tensor:
     """Which key each query sees.
 
     Query p sees key j if j is not later than p and the block of j lives when p is computed. The block that p

@@ -123,9 +123,7 @@ class PackCache(Policy):
             # As many as there are whatever is left of the frame that leaves the window.
             keep = min(keep, max(0, len(had) - len(leaving) + len(newest)))
         held = np.concatenate([held, np.arange(newest.start, newest.stop)])
-        past = np.concatenate(
-            [condition, keep_changed(blocks, frame, held, evenly, keep, tokens, self.changed_tokens)]
-        )
+        past = np.concatenate([condition, keep_changed(blocks, frame, held, evenly, keep, tokens, self.changed_tokens)])
         return past[past < blocks.tail_start(frame)]
 
     def _keeps_everything(self, frame: int) -> bool:
