@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_packcache.core.layout import CONDITION, FrameLayout
 from vllm_packcache.core.plan import Plan
+from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference.changed import ChangedBlocks, tag
 
@@ -28,7 +29,9 @@ class Live:
         self._layout, self._size = plan.layout, block_size
         self._changed = ChangedBlocks(plan, block_size, token_ids) if plan.policy.reads_tokens else None
         # What of the condition lives does not depend on ids.
-        policy = replace(plan.policy, selection="spatial", changed_tokens=1) if self._changed else plan.policy
+        policy = plan.policy
+        if isinstance(policy, PackCache) and self._changed is not None:
+            policy = replace(policy, selection="spatial", changed_tokens=1)
         self._retention = Retention(plan.layout, policy, block_size)
 
     def blocks(self, token: int) -> Tensor:
