@@ -1,0 +1,82 @@
+"""What `benchmarks.memory` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from benchmarks.memory.plan import FAMILIES
+from benchmarks.memory.runs import CHANGED, MEASURES, RETURNED
+from benchmarks.report.markdown import Files, number
+from benchmarks.report.parts import Goal, Result, Row, notes, provenance, row_of_mean, verdict
+from benchmarks.report.table import Paragraph, Table
+
+
+def goals(result: Result) -> list[Goal]:
+    """What looks at changes remembers no less than the paper's rule, with fewer tokens."""
+    return [
+        Goal(
+            f"{MEASURES[target['measure']]}: {target['name']} less {target['beside']}",
+            _points(target),
+            ">= 0",
+            verdict(result, target["met"]),
+        )
+        for target in result["targets"]
+    ]
+
+
+def rows(result: Result) -> Iterator[Row]:
+    """Means of every policy with their intervals, and the paired differences."""
+    for name, own in result["variants"].items():
+        yield Row(name, "live tokens", "", own["live_tokens"])
+        for measure, found in own["scores"].items():
+            yield row_of_mean(name, measure, "", found, "share")
+    for name, own in result["differences"].items():
+        for measure, found in own.items():
+            yield row_of_mean(name, measure, "", found, "share")
+
+
+def _measured(result: Result) -> str:
+    first, last = result["frames_counted"]
+    return (
+        f"what the bundled model remembers, given the true past: {result['worlds']} held-out worlds, frames {first} to "
+        f"{last}, blocks of {result['block_size']} tokens; ± is the half-width of a 95 % interval over worlds."
+    )
+
+
+def _points(found: Mapping[str, float] | None) -> str:
+    return "n/a" if found is None else f"{number(100 * found['mean'], 1)} ± {number(100 * found['ci95'], 1)}"
+
+
+def _table(result: Result) -> Table:
+    return Table(
+        ("policy", "live tokens", *MEASURES.values()),
+        [
+            (name, f"{own['live_tokens']:,}", *(_points(own["scores"][measure]) for measure in (CHANGED, RETURNED)))
+            for name, own in result["variants"].items()
+        ],
+    )
+
+
+def long(result: Result, files: Files) -> Iterator[Paragraph]:
+    """The section of the report."""
+    yield f"Memory: {_measured(result)}"
+    yield provenance(result)
+    yield from notes(result)
+    yield "\n".join(f"- {family}: {words}" for family, words in FAMILIES.items())
+    yield _table(result)
+    yield "**Differences**, world by world, in points."
+    yield Table(
+        ("", *MEASURES.values()),
+        [
+            (name, *(_points(own[measure]) for measure in (CHANGED, RETURNED)))
+            for name, own in result["differences"].items()
+        ],
+    )
+    yield from files.picture("memory", "What is remembered, against live tokens")
+
+
+def short(result: Result, files: Files) -> Iterator[Paragraph]:
+    """The section of a README."""
+    yield f"**Memory**: {_measured(result)} More in {files.link('memory.json')}."
+    yield _table(result)
+    yield from files.picture("memory", "What is remembered, against live tokens")
