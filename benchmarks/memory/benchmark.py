@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.memory import plot, report
@@ -54,17 +53,13 @@ def measure(plan: MemoryPlan, session: Session) -> dict[str, Any]:
 
 def targets(result: Result) -> list[dict[str, Any]]:
     """What looks at changes against the paper's rule at H = 2: the smallest budget that remembers no less."""
+    changed = {name: own["live_tokens"] for name, own in result["variants"].items() if own["family"] == "changed"}
     found = []
-    changed = {name: own for name, own in result["variants"].items() if own["family"] == "changed"}
-    for measure_, _ in MEASURES.items():
-        differences: Mapping[str, Any] = {
-            name: result["differences"][f"{name} - {PAPER}"][measure_] for name in changed
-        }
-        good = [name for name, own in differences.items() if own is not None and own["mean"] >= 0]
-        name = min(good, key=lambda each: changed[each]["live_tokens"]) if good else next(iter(changed))
-        found.append(
-            {"measure": measure_, "name": name, "beside": PAPER, **(differences[name] or {}), "met": bool(good)}
-        )
+    for key in MEASURES:
+        beside: dict[str, Any] = {name: result["differences"][f"{name} - {PAPER}"][key] for name in changed}
+        good = [name for name, own in beside.items() if own is not None and own["mean"] >= 0]
+        name = min(good or changed, key=changed.__getitem__)
+        found.append({"measure": key, "name": name, "beside": PAPER, **(beside[name] or {}), "met": bool(good)})
     return found
 
 

@@ -38,11 +38,11 @@ class VideoCache(KeyValueCache):
     def __init__(self, size: LlamaSize, plan: Plan, block_size: int, frames: int, tokens: Tokens | None = None) -> None:
         self._plan = plan
         self._retention = Retention(plan.layout, plan.policy, block_size, tokens)
-        tokens = plan.layout.frame_start(frames)
+        length = plan.layout.frame_start(frames)
         most = self._retention.most_blocks()
         # What a frame drops is dropped when the frame begins.
-        bounded = tokens if most is None else most * block_size + plan.layout.tokens_per_frame
-        super().__init__(size, min(tokens, bounded))
+        bounded = length if most is None else most * block_size + plan.layout.tokens_per_frame
+        super().__init__(size, min(length, bounded))
         self._turn = rotary_table(size, int(plan.positions.slide_shifts[0, 0]), 1)
         # Logical indices of the tokens that are held of before the frame being made, and that frame's first.
         self._past = np.zeros(0, dtype=np.int64)
