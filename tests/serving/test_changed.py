@@ -26,7 +26,7 @@ def video(condition: int, frame: int, frames: int, seed: int, share: float = 0.0
     return ids
 
 
-def requests() -> list[tuple[list[int], Any]]:
+def requests(first_seed: int = 0) -> list[tuple[list[int], Any]]:
     """Different conditions, frames that are no multiple of the block, at least three windows of given slides."""
     given = shorter(16, 9)
     made = []
@@ -36,7 +36,8 @@ def requests() -> list[tuple[list[int], Any]]:
             (5, shorter(40, 33), {"window": 3, "history_frames": 1}),
             (41, shorter(97, 50), {"changed_tokens": 3}),
             (64, 32, {"changed_tokens": 33}),
-        ]
+        ],
+        first_seed,
     ):
         ids = video(condition, frame, given, seed)
         tokens = shorter(2 * frame + 3, 12)
@@ -78,9 +79,9 @@ def test_preempted_requests_choose_the_same_again(
         "packcache",
         CONFIG,
         max_num_batched_tokens=128,
-        num_gpu_blocks_override=shorter(34, 24),
-        max_model_len=shorter(2048, 1024),
+        num_gpu_blocks_override=shorter(60, 22),
+        max_model_len=shorter(1856, 640),
         variant=f"crowded {asynchronous}",
     )
-    check(llm, reference, CONFIG, requests()[:3])
-    assert preemptions or shorter(False, True)
+    check(llm, reference, CONFIG, [*requests(0)[:3], *shorter(requests(20)[:3], []), *shorter(requests(40)[:2], [])])
+    assert preemptions

@@ -585,7 +585,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V1,
-        "_update_states(scheduler_output): finished_req_ids, scheduled_new_reqs",
+        "_update_states(self, scheduler_output): finished_req_ids, scheduled_new_reqs",
         "V1 runner: what the scheduler tells of requests, when they are known",
         wrapper="vllm_packcache.worker.runner_v1:hear_decisions",
     ),
@@ -688,7 +688,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V2,
-        "update_requests(scheduler_output): scheduled_cached_reqs",
+        "update_requests(self, scheduler_output): scheduled_cached_reqs",
         "V2 runner: what the scheduler tells of requests, when they are known",
         wrapper="vllm_packcache.worker.runner_v2:hear_decisions",
     ),
