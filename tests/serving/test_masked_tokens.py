@@ -203,6 +203,7 @@ def test_preempted(ahead: bool, masked_engine: Any, oracle: Any, preemptions: li
     [
         ("packcache", {**CONFIG, "positions": "absolute"}),
         ("packcache", {**CONFIG, "window": 3, "history_frames": 2, "selection": "tail"}),
+        ("packcache", {**CONFIG, "window": 3, "history_frames": 1.5, "selection": "changed", "changed_tokens": 2}),
         ("sliding_window", {"layout": CONFIG["layout"], "window": 1}),
         ("attention_sink", {"layout": CONFIG["layout"], "sink_tokens": 32, "recent_tokens": 64}),
         ("full", {"layout": CONFIG["layout"]}),
