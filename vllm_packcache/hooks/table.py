@@ -405,15 +405,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _SCHEDULER,
-        "schedule(self, throttle_prefills)",
-        "scheduler: a step tells the workers what lives of videos whose policy reads tokens",
+        "schedule(self, throttle_prefills): "
+        "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
+        "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers what "
+        "lives of videos whose policy reads tokens",
         wrapper="vllm_packcache.engine.manager:tell_workers",
         ends=_RETENTION,
-    ),
-    Hook(
-        _SCHEDULER,
-        "schedule: _reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
-        "scheduler: asked for running and for waiting requests, after every other bound",
     ),
     Hook(
         _SCHEDULER,
