@@ -135,8 +135,8 @@ def test_warm_up_between_two_steps_changes_nothing(runner: Any, reference: Any) 
 def test_a_chunk_of_several_frames_is_an_error(runner: Any) -> None:
     state = runner.model_state
     params = SimpleNamespace(extra_args={"packcache_tokens_per_frame": 8})
-    video = SimpleNamespace(req_id="a", sampling_params=params, prompt_len=10)
-    text = SimpleNamespace(req_id="b", sampling_params=None, prompt_len=10)
+    video = SimpleNamespace(req_id="a", sampling_params=params, prompt_token_ids=[0] * 10, prompt_len=10)
+    text = SimpleNamespace(req_id="b", sampling_params=None, prompt_token_ids=[0] * 10, prompt_len=10)
     state.add_request(0, video)
     state.add_request(1, text)
 

@@ -491,9 +491,7 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
     @wraps(reserve_prefill_lookahead)
     def wrapper(scheduler: Scheduler, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = reserve_prefill_lookahead(scheduler, request, num_computed_tokens, num_new_tokens)
-        managers = getattr(scheduler.kv_cache_manager, _MANAGERS, None) or retention_managers(
-            scheduler.kv_cache_manager
-        )
+        managers = retention_managers(scheduler.kv_cache_manager)
         if not managers:
             return 0 if _end_if_misdirected(scheduler, request) else num_new_tokens
         name, stop = request.request_id, num_computed_tokens + num_new_tokens
