@@ -28,6 +28,16 @@ policies = st.builds(
     changed_tokens=st.integers(1, 4),
 )
 
+with_episodes = st.builds(
+    PackCache,
+    history_frames=st.floats(1.1, 6),
+    window=st.integers(1, 6),
+    decay=st.floats(0.05, 1),
+    selection=st.just("changed"),
+    changed_tokens=st.integers(1, 4),
+    episodes=st.integers(1, 3),
+)
+
 
 def video(layout: VideoLayout, frames: int, seed: int, share: float = 0.1) -> np.ndarray:
     """Ids of a video in which a share of the places changes from frame to frame."""
@@ -40,6 +50,20 @@ def video(layout: VideoLayout, frames: int, seed: int, share: float = 0.1) -> np
     return np.concatenate(ids)
 
 
+def film(layout: VideoLayout, frames: int, seed: int) -> np.ndarray:
+    """Ids of a video that is cut every few frames to one of four scenes, in which a little moves."""
+    random = np.random.default_rng(seed)
+    scenes = random.integers(0, 9, (4, layout.tokens_per_frame))
+    ids, shown = [random.integers(0, 9, layout.condition_tokens)], 0
+    for _ in range(frames):
+        if random.random() < 0.25:
+            shown = int(random.integers(0, 4))
+        moves = random.random(layout.tokens_per_frame) < 0.06
+        scenes[shown] = np.where(moves, random.integers(0, 9, layout.tokens_per_frame), scenes[shown])
+        ids.append(scenes[shown].copy())
+    return np.concatenate(ids)
+
+
 def retention(layout: VideoLayout, policy: PackCache, block_size: int, ids: np.ndarray) -> Retention:
     def tokens(start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= len(ids)
@@ -49,10 +73,16 @@ def retention(layout: VideoLayout, policy: PackCache, block_size: int, ids: np.n
 
 
 @quick
-@given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 9), seed=st.integers(0, 99))
-def test_it_keeps_what_the_rule_says(layout, policy, block_size, seed):
+@given(
+    layout=small_layouts(),
+    policy=policies | with_episodes,
+    block_size=st.integers(1, 9),
+    made=st.sampled_from([video, film]),
+    seed=st.integers(0, 99),
+)
+def test_it_keeps_what_the_rule_says(layout, policy, block_size, made, seed):
     frames = 20
-    ids = video(layout, frames, seed)
+    ids = made(layout, frames, seed)
     expected = ChangedBlocks(Plan(layout, policy, Positions(layout)), block_size, ids.tolist())
     computed = retention(layout, policy, block_size, ids)
     condition = computed.blocks.condition_blocks.stop
@@ -63,18 +93,26 @@ def test_it_keeps_what_the_rule_says(layout, policy, block_size, seed):
 
 
 @quick
-@given(layout=small_layouts(), policy=policies, block_size=block_sizes, seeds=st.tuples(*[st.integers(0, 99)] * 2))
+@given(
+    layout=small_layouts(),
+    policy=policies | with_episodes,
+    block_size=block_sizes,
+    seeds=st.tuples(*[st.integers(0, 99)] * 2),
+)
 def test_how_much_is_kept_does_not_depend_on_what_is_seen(layout, policy, block_size, seeds):
     frames = 24
     found = [
         retention(layout, policy, block_size, video(layout, frames, seed, share))
         for seed, share in zip(seeds, (0.02, 0.6), strict=True)
     ]
+    found.append(retention(layout, policy, block_size, film(layout, frames, seeds[0])))
     for frame in range(frames):
-        one, other = (len(each.past(frame)) for each in found)
-        assert one == other
+        one, *others = (len(each.past(frame)) for each in found)
+        assert others == [one] * 2
         evenly = Retention(
-            layout, PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1}), block_size
+            layout,
+            PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1, "episodes": 0}),
+            block_size,
         )
         assert len(evenly.past(frame)) - 1 <= one <= len(evenly.past(frame))
 
@@ -82,7 +120,7 @@ def test_how_much_is_kept_does_not_depend_on_what_is_seen(layout, policy, block_
 @quick
 @given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 3), seed=st.integers(0, 99))
 def test_a_threshold_above_the_block_is_the_even_selection(layout, policy, block_size, seed):
-    spatial = PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1})
+    spatial = PackCache(**{**vars(policy), "selection": "spatial", "changed_tokens": 1, "episodes": 0})
     changed = PackCache(**{**vars(policy), "changed_tokens": block_size + 1})
     ids = video(layout, 20, seed)
     computed, evenly = retention(layout, changed, block_size, ids), Retention(layout, spatial, block_size)
