@@ -169,6 +169,65 @@ def test_what_moves_is_kept_longer_than_what_stands():
     assert 4 + 4 * 8 + 5 not in retention(layout, threshold, size, ids).past(9)
 
 
+def shown(scenes: str, changes: int = 0) -> tuple[VideoLayout, np.ndarray]:
+    """A video whose frames of 32 tokens show these scenes, in blocks of 4; one place more changes with every frame."""
+    layout = VideoLayout(FrameLayout(32), 16)
+    frames = np.array([np.full(32, ord(scene)) for scene in scenes])
+    for number in range(changes and len(frames)):
+        frames[number, : number % 8] = number
+    return layout, np.concatenate([np.zeros(16, dtype=np.int64), frames.ravel()])
+
+
+def kept_of(layout: VideoLayout, ids: np.ndarray, frame: int, **options: Any) -> dict[int, int]:
+    """How many blocks live of each frame while ``frame`` is made."""
+    policy = PackCache(selection="changed", **options)
+    computed = retention(layout, policy, 4, ids)
+    tags = computed.blocks.tags(computed.past(frame)[4:])
+    return {int(tag): int((tags == tag).sum()) for tag in np.unique(tags)}
+
+
+@pytest.mark.parametrize("changes", [0, 1])
+def test_of_a_scene_that_has_ended_an_anchor_stays(changes):
+    layout, ids = shown("aaaabbbbbbbbbbbb", changes)
+    options = {"history_frames": 2.5, "window": 4}
+    # Twelve blocks besides those of the newest frame, half of them for the scene that ended with frame 3.
+    assert kept_of(layout, ids, 15, **options, episodes=1)[3] == 6
+    assert 3 not in kept_of(layout, ids, 15, **options)
+    assert kept_of(layout, ids, 15, **options, episodes=2)[3] == 4
+
+
+def test_the_newest_scenes_have_anchors():
+    layout, ids = shown("aabbccdddddd")
+    assert {1, 3, 5} & set(kept_of(layout, ids, 11, history_frames=2, window=2, episodes=2)) == {3, 5}
+    assert {1, 3, 5} & set(kept_of(layout, ids, 11, history_frames=2, window=2, episodes=1)) == {5}
+
+
+def test_a_scene_that_comes_back_is_no_new_one():
+    layout, ids = shown("aabbccbbbbbbaaaaaa")
+    options = {"history_frames": 2, "window": 2, "episodes": 2}
+    # While b is shown again, a and c have the anchors; and when a is, b and c.
+    assert {1, 3, 5} & set(kept_of(layout, ids, 11, **options)) == {1, 5}
+    assert {1, 3, 5, 11} & set(kept_of(layout, ids, 17, **options)) == {5, 11}
+
+
+def test_a_window_takes_along_what_is_in_it():
+    layout, ids = shown("aaaabbbbbbbbbbbb")
+    policy = PackCache(selection="changed", history_frames=2, window=4, episodes=1)
+    computed = retention(layout, policy, 4, ids)
+    anchor = set(computed.blocks.frame_blocks(3))
+
+    def of_anchor(found: np.ndarray) -> set[int]:
+        return anchor & set(found.tolist())
+
+    # Frame 3 is in the window for the last time while frame 7 is made.
+    assert of_anchor(computed.sliding_blocks(7)) == of_anchor(computed.past(7)) != set()
+    for frame in (8, 12):
+        assert of_anchor(computed.past(frame))
+        window = computed.blocks.frame_blocks(frame - 4).start
+        history = computed.history_blocks(frame)
+        assert computed.sliding_blocks(frame).tolist() == history[history >= window].tolist()
+
+
 def test_options_that_cannot_work_together_are_refused_by_name():
     def refused(options: dict[str, Any]) -> str:
         with pytest.raises(ConfigError) as error:
@@ -178,5 +237,9 @@ def test_options_that_cannot_work_together_are_refused_by_name():
     assert "changed_tokens is for selection = changed, not for spatial" in refused({"changed_tokens": 3})
     assert "history_frames of selection = changed must be 1 or more, not 0.5" in refused(
         {"selection": "changed", "history_frames": 0.5}
+    )
+    assert "episodes is for selection = changed, not for spatial" in refused({"episodes": 1})
+    assert "history_frames of episodes must be above 1, not 1" in refused(
+        {"selection": "changed", "history_frames": 1.0, "episodes": 1}
     )
     assert "changed_tokens must be 1 or more" in refused({"selection": "changed", "changed_tokens": 0})

@@ -1,4 +1,4 @@
-"""``episodes`` in the engine: anchors of scenes that have ended live on behind the window, and stay where it left them."""
+"""``episodes`` in the engine: anchors of scenes that have ended live on behind the window, where it left them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vllm_packcache.core.layout import VideoLayout
-from vllm_packcache.core.policies.base import Tokens
+from vllm_packcache.core.policies.base import Int64, Tokens
 
 
 def scene_ends(layout: VideoLayout, first: int, frame: int, tokens: Tokens) -> list[int]:
@@ -43,10 +43,11 @@ def distinct_scenes(layout: VideoLayout, frame: int, ends: Iterable[int], count:
         tokens: ids of the sequence.
     """
 
-    def picture(of: int) -> np.ndarray:
+    def picture(of: int) -> Int64:
         return tokens(layout.frame_start(of), layout.frame_start(of + 1))
 
-    shown, found = [picture(frame - 1)], []
+    shown = [picture(frame - 1)]
+    found: list[int] = []
     for end in ends:
         if len(found) == count:
             break
