@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vllm_packcache.core.layout import CONDITION, VideoLayout
@@ -46,12 +47,11 @@ class ChangedBlocks:
         # Of what is older than the window only scenes that have ended stay.
         held = {block for block in before if frame - tags[block] <= policy.window or tags[block] in ends}
         held |= set(blocks_of[frame - 1])
-        # As many as are kept evenly, unless the frame that leaves the window could take too many with it.
-        keep = len(evenly)
-        if frame > policy.window:
-            keep = min(
-                keep, max(0, len(before) - len(blocks_of[frame - 1 - policy.window]) + len(blocks_of[frame - 1]))
-            )
+        # As many as H frames take, and no more than are kept evenly; fewer where the frame that leaves the window could
+        # take too many along.
+        keep = math.ceil(min(policy.history_frames, frame) * layout.tokens_per_frame / size - 1e-6)
+        leaving = blocks_of[frame - 1 - policy.window] if frame > policy.window else []
+        keep = max(0, min(keep, len(evenly), len(before) + len(blocks_of[frame - 1]) - len(leaving)))
         anchors = self._anchors(frame, [end for end in ends if any(tags[block] == end for block in before)], blocks_of)
         shown = max((end + 1 for end in ends if frame - end <= policy.window + 1), default=0)
 

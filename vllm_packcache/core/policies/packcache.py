@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -110,7 +111,9 @@ class PackCache(Policy):
         return self.episodes > 0
 
     def most_past_blocks(self, blocks: BlockMap) -> int:
-        """Condition blocks, and what a history takes whose every frame is rounded up."""
+        """Condition blocks, and what a history takes: where each frame has its share, every frame is rounded up."""
+        if self._follows_changes(blocks):
+            return len(blocks.condition_blocks) + self._budget_blocks(blocks, self.window)
         return len(blocks.condition_blocks) + _most_history_blocks(
             self, blocks.layout.tokens_per_frame, blocks.block_size
         )
@@ -131,29 +134,30 @@ class PackCache(Policy):
 
     def past_blocks_of(self, blocks: BlockMap, frame: int, before: BlockIndices, tokens: Tokens) -> BlockIndices:
         """The same, with what changed first: see `vllm_packcache.core.policies.change`."""
-        if self._keeps_everything(frame) or (self.changed_tokens > blocks.block_size and not self.episodes):
+        if self._keeps_everything(frame) or not self._follows_changes(blocks):
             return self.past_blocks(blocks, frame)
         condition, evenly = self._condition_blocks(blocks), self._history_blocks(blocks, frame)
         newest = blocks.frame_blocks(frame - 1)
-        had, keep = before[before >= blocks.condition_blocks.stop], len(evenly)
+        had = before[before >= blocks.condition_blocks.stop]
+        available = len(had) + len(newest)
         # The frame that leaves the window is the last that may turn out to be the last of its scene.
         oldest, leaves = max(0, frame - self.window), max(0, frame - 1 - self.window)
         ends = scene_ends(blocks.layout, leaves, frame, tokens) if self.episodes else []
         held = had
         if oldest:
             leaving = blocks.frame_blocks(leaves)
+            # Whatever is left of it: the number of blocks does not depend on tokens.
+            available -= len(leaving)
             if leaves not in ends:
                 # What is older is of scenes that have ended.
                 held = had[(had < leaving.start) | (had >= leaving.stop)]
-            # As many as there are whatever is left of the frame that leaves the window.
-            keep = min(keep, max(0, len(had) - len(leaving) + len(newest)))
         held = np.concatenate([held, np.arange(newest.start, newest.stop)])
         kept = keep_changed(
             blocks,
             frame,
             held,
             evenly,
-            keep,
+            max(0, min(available, len(evenly), self._budget_blocks(blocks, frame))),
             tokens,
             self.changed_tokens,
             scene=max([oldest, *(end + 1 for end in ends)]),
@@ -175,6 +179,15 @@ class PackCache(Policy):
         count = max(1, int(room / (self.episodes + 1) + 1e-6))
         scenes = distinct_scenes(blocks.layout, frame, lived, self.episodes, tokens)
         return np.concatenate([had[:0], *(select("spatial", blocks, scene, count) for scene in scenes)])
+
+    def _follows_changes(self, blocks: BlockMap) -> bool:
+        """Whether what changed can make a difference: a block cannot have more changed tokens than tokens."""
+        return self.reads_tokens and (self.changed_tokens <= blocks.block_size or self.episodes > 0)
+
+    def _budget_blocks(self, blocks: BlockMap, frame: int) -> int:
+        """Blocks that H frames take, or all before ``frame`` if those are fewer."""
+        tokens = min(self.history_frames, frame) * blocks.layout.tokens_per_frame
+        return math.ceil(tokens / blocks.block_size - 1e-6)
 
     def _keeps_everything(self, frame: int) -> bool:
         return frame <= min(self.window, self.history_frames)
