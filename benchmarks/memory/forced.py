@@ -1,9 +1,9 @@
 """The likeliest tokens of a video, each after the true ones before it, under many policies at once.
 
-What lives is known before anything is computed, since the true tokens are, so no cache drops or turns anything: keys and
-values of the whole video have a place of their own, and a frame is one pass that gathers the ones it may read. What a
-token leaves in the deeper layers depends on what its frame could read. Policies that have kept the same up to a frame
-share everything up to it; where they part, each overwrites the frames behind what they share.
+Since the true tokens are known, so is what lives, before anything is computed. There is no cache that drops and turns:
+keys and values of the whole video have a place each, and a frame is one pass that gathers those it may read. What a
+token leaves in the deeper layers depends on what its frame could read, so policies that have kept the same up to a
+frame share everything up to it; where they part, each overwrites the frames behind what they share.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.training.llama import Llama, rotary_table, rotate
+from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
 
@@ -70,7 +70,7 @@ class _Video:
 
     def likeliest(self) -> list[Int64]:
         nothing = np.zeros(0, dtype=np.int64)
-        self._pass(nothing, 0, self._layout.condition_tokens, nothing)
+        self._pass(nothing, CONDITION, nothing)
         self._unturned = self._condition_keys.clone()
         self._go_on(0, range(len(self._plans)))
         return self._found
@@ -81,20 +81,22 @@ class _Video:
             return
         parts = defaultdict(list)
         for number in numbers:
-            past = self._retentions[number].past(frame).tobytes()
-            parts[past, self._plans[number].positions.window_start(frame)].append(number)
+            past = self._retentions[number].past(frame)
+            parts[past.tobytes(), self._plans[number].positions.window_start(frame)].append(number)
         for (_, window_start), sharing in parts.items():
-            start = self._layout.frame_start(frame)
-            retention = self._retentions[sharing[0]]
-            size, tail = retention.block_size, retention.blocks.tail_start(frame)
-            past = retention.past(frame)[:, None] * size + np.arange(size)
-            self._turn(window_start)
             asked = np.flatnonzero(self._asked[frame])
-            live = np.concatenate([past.reshape(-1), np.arange(tail * size, start)])
-            best = self._pass(live, start, self._layout.frame_start(frame + 1), asked)
+            self._turn(window_start)
+            best = self._pass(self._past(frame, self._retentions[sharing[0]]), frame, asked)
             for number in sharing:
                 self._found[number][frame, asked] = best
             self._go_on(frame + 1, sharing)
+
+    def _past(self, frame: int, retention: Retention) -> Int64:
+        """Tokens before ``frame`` that live while it is made."""
+        size = retention.block_size
+        blocks = retention.past(frame)[:, None] * size + np.arange(size)
+        tail = np.arange(retention.blocks.tail_start(frame) * size, self._layout.frame_start(frame))
+        return np.concatenate([blocks.reshape(-1), tail])
 
     def _turn(self, window_start: int) -> None:
         """Put the condition where a window that starts at a frame sees it.
@@ -107,18 +109,18 @@ class _Video:
             self._condition_keys.copy_(rotate(self._unturned, self._cos[gone], self._sin[gone]))
             self._gone = gone
 
-    def _pass(self, past: Int64, start: int, stop: int, asked: Int64) -> Int64:
-        """Keys and values of the tokens from ``start`` to ``stop``, which read those of ``past`` and one another.
+    def _pass(self, past: Int64, frame: int, asked: Int64) -> Int64:
+        """Keys and values of the tokens of ``frame``, which read those of ``past`` and one another.
 
         Args:
-            past: indices of tokens.
-            start: first token.
-            stop: behind the last.
-            asked: which of them are asked about.
+            past: tokens before the frame.
+            frame: 0 or more, or `CONDITION`.
+            asked: which of the frame's tokens are asked about.
 
         Returns:
             The most likely token after each of ``asked``.
         """
+        start, stop = self._layout.frame_start(frame), self._layout.frame_start(frame + 1)
         own = slice(start, stop)
         live = torch.from_numpy(np.concatenate([past, np.arange(start, stop)]))
         mask = torch.full((stop - start, len(live)), float("-inf")).triu(len(past) + 1)
@@ -132,12 +134,11 @@ class _Video:
             if number == len(self._model.layers) - 1:
                 # Nobody reads what the last layer makes of the others.
                 rows = torch.from_numpy(asked)
-                x, normed, mask, cos, sin = (own_rows[rows] for own_rows in (x, normed, mask, cos, sin))
+                x, normed, mask, cos, sin = (of_all[rows] for of_all in (x, normed, mask, cos, sin))
             queries = rotate(attention.q_proj(normed).view(len(x), *keys.shape[1:]), cos, sin)
-            y = F.scaled_dot_product_attention(
-                *(z.transpose(0, 1)[None] for z in (queries, keys[live], values[live])), attn_mask=mask
-            )
-            x = x + attention.o_proj(y[0].transpose(0, 1).flatten(1))
+            q, k, v = (each.transpose(0, 1)[None] for each in (queries, keys[live], values[live]))
+            read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
+            x = x + attention.o_proj(read.transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         best: Int64 = self._model.logits(self._model.model.norm(x)).argmax(-1).numpy()
         return best
