@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.training.llama import Llama, rotary_table, rotate
+from vllm_packcache.core.blocks import BlockMap
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
@@ -70,7 +71,7 @@ class _Video:
 
     def likeliest(self) -> list[Int64]:
         nothing = np.zeros(0, dtype=np.int64)
-        self._pass(nothing, CONDITION, nothing)
+        self._pass(nothing, CONDITION, nothing, nothing)
         self._unturned = self._condition_keys.clone()
         self._go_on(0, range(len(self._plans)))
         return self._found
@@ -86,7 +87,8 @@ class _Video:
         for (_, window_start), sharing in parts.items():
             asked = np.flatnonzero(self._asked[frame])
             self._turn(window_start)
-            best = self._pass(self._past(frame, self._retentions[sharing[0]]), frame, asked)
+            past = self._past(frame, self._retentions[sharing[0]])
+            best = self._pass(past, frame, asked, self._shifts(past, self._retentions[sharing[0]].blocks, window_start))
             for number in sharing:
                 self._found[number][frame, asked] = best
             self._go_on(frame + 1, sharing)
@@ -97,6 +99,13 @@ class _Video:
         blocks = retention.past(frame)[:, None] * size + np.arange(size)
         tail = np.arange(retention.blocks.tail_start(frame) * size, self._layout.frame_start(frame))
         return np.concatenate([blocks.reshape(-1), tail])
+
+    def _shifts(self, past: Int64, blocks: BlockMap, window_start: int) -> Int64:
+        """By how many positions each of ``past`` is nearer: what outlives the window keeps the place of its oldest frame."""
+        behind = np.flatnonzero(past >= len(blocks.condition_blocks) * blocks.block_size)
+        frames = np.full(len(past), window_start)
+        frames[behind] = blocks.tags(past[behind] // blocks.block_size)
+        return np.maximum(0, window_start - frames) * self._layout.tokens_per_frame
 
     def _turn(self, window_start: int) -> None:
         """Put the condition where a window that starts at a frame sees it.
@@ -109,13 +118,14 @@ class _Video:
             self._condition_keys.copy_(rotate(self._unturned, self._cos[gone], self._sin[gone]))
             self._gone = gone
 
-    def _pass(self, past: Int64, frame: int, asked: Int64) -> Int64:
+    def _pass(self, past: Int64, frame: int, asked: Int64, shifts: Int64) -> Int64:
         """Keys and values of the tokens of ``frame``, which read those of ``past`` and one another.
 
         Args:
             past: tokens before the frame.
             frame: 0 or more, or `CONDITION`.
             asked: which of the frame's tokens are asked about.
+            shifts: see `_shifts`.
 
         Returns:
             The most likely token after each of ``asked``.
@@ -125,6 +135,8 @@ class _Video:
         live = torch.from_numpy(np.concatenate([past, np.arange(start, stop)]))
         mask = torch.full((stop - start, len(live)), float("-inf")).triu(len(past) + 1)
         cos, sin = self._cos[own], self._sin[own]
+        nearer = torch.from_numpy(np.flatnonzero(shifts))
+        shift = torch.from_numpy(shifts)[nearer]
         x = self._model.model.embed_tokens(self._ids[own])
         for number, layer in enumerate(self._model.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -136,7 +148,10 @@ class _Video:
                 rows = torch.from_numpy(asked)
                 x, normed, mask, cos, sin = (of_all[rows] for of_all in (x, normed, mask, cos, sin))
             queries = rotate(attention.q_proj(normed).view(len(x), *keys.shape[1:]), cos, sin)
-            q, k, v = (each.transpose(0, 1)[None] for each in (queries, keys[live], values[live]))
+            held = keys[live]
+            if len(nearer):
+                held[nearer] = rotate(held[nearer], self._cos[shift], self._sin[shift])
+            q, k, v = (each.transpose(0, 1)[None] for each in (queries, held, values[live]))
             read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
             x = x + attention.o_proj(read.transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
