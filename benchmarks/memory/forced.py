@@ -101,7 +101,7 @@ class _Video:
         return np.concatenate([blocks.reshape(-1), tail])
 
     def _shifts(self, past: Int64, blocks: BlockMap, window_start: int) -> Int64:
-        """By how many positions each of ``past`` is nearer: what outlives the window stays at its oldest frame's place."""
+        """By how many positions each of ``past`` is nearer: what outlives the window stays at its oldest place."""
         behind = np.flatnonzero(past >= len(blocks.condition_blocks) * blocks.block_size)
         frames = np.full(len(past), window_start)
         frames[behind] = blocks.tags(past[behind] // blocks.block_size)
