@@ -29,11 +29,11 @@ LONG_WINDOW = 12
 BUDGET = 2.0
 """H at which positions are compared, and everything in films."""
 
-FILMS = {"returned_to_condition": (3, 8), "returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
+FILMS = {"returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
 """Frames with which the shots of a film begin, of which the last is the return that is asked about.
 
-It is to the scene of the condition, which is kept for ever; to the other scene after 5 frames, more than the paper's
-window and fewer than `LONG_WINDOW`; and to the other scene after 13 frames, more than both.
+It is to the scene that only frames have shown, not the condition: after 5 frames, more than the paper's window and fewer
+than `LONG_WINDOW`, and after 13, more than both.
 """
 
 
