@@ -186,7 +186,7 @@ def test_result_has_every_policy_and_measure(measured):
         }
         for own in part["variants"].values():
             assert own["scores"].keys() == measures.keys()
-    # The model is good enough for right tokens to mean something; what copies the frame before has none. It knows no cuts.
+    # The model is good enough for right tokens to mean something; it knows no cuts.
     assert result["variants"][FULL_CACHE]["scores"][CHANGED]["mean"] > 0.8
     assert result["films"]["variants"][FULL_CACHE]["scores"]["returned_soon"]["mean"] < 0.9
 
