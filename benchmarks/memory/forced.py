@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.training.llama import Llama, rotary_table, rotate
-from vllm_packcache.core.blocks import BlockMap
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
@@ -66,13 +65,10 @@ class _Video:
         self._cos, self._sin = (table[:, None] for table in rotary_table(size, 0, len(ids)))
         shape = (size.num_hidden_layers, len(ids), size.num_attention_heads, size.head_dim)
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
-        self._condition_keys = self._keys[:, : self._layout.condition_tokens]
-        self._gone = 0
 
     def likeliest(self) -> list[Int64]:
         nothing = np.zeros(0, dtype=np.int64)
-        self._pass(nothing, CONDITION, nothing, nothing)
-        self._unturned = self._condition_keys.clone()
+        self._pass(nothing, nothing, CONDITION, nothing)
         self._go_on(0, range(len(self._plans)))
         return self._found
 
@@ -86,57 +82,42 @@ class _Video:
             parts[past.tobytes(), self._plans[number].positions.window_start(frame)].append(number)
         for (_, window_start), sharing in parts.items():
             asked = np.flatnonzero(self._asked[frame])
-            self._turn(window_start)
-            past = self._past(frame, self._retentions[sharing[0]])
-            best = self._pass(past, frame, asked, self._shifts(past, self._retentions[sharing[0]].blocks, window_start))
+            best = self._pass(*self._past(frame, window_start, self._retentions[sharing[0]]), frame, asked)
             for number in sharing:
                 self._found[number][frame, asked] = best
             self._go_on(frame + 1, sharing)
 
-    def _past(self, frame: int, retention: Retention) -> Int64:
-        """Tokens before ``frame`` that live while it is made."""
-        size = retention.block_size
-        blocks = retention.past(frame)[:, None] * size + np.arange(size)
-        tail = np.arange(retention.blocks.tail_start(frame) * size, self._layout.frame_start(frame))
-        return np.concatenate([blocks.reshape(-1), tail])
+    def _past(self, frame: int, window_start: int, retention: Retention) -> tuple[Int64, Int64]:
+        """Tokens that live while ``frame`` is made, and by how much the window has left the first of them behind.
 
-    def _shifts(self, past: Int64, blocks: BlockMap, window_start: int) -> Int64:
-        """By how many positions each of ``past`` is nearer: what outlives the window stays at its oldest place."""
-        behind = np.flatnonzero(past >= len(blocks.condition_blocks) * blocks.block_size)
-        frames = np.full(len(past), window_start)
-        frames[behind] = blocks.tags(past[behind] // blocks.block_size)
-        return np.maximum(0, window_start - frames) * self._layout.tokens_per_frame
-
-    def _turn(self, window_start: int) -> None:
-        """Put the condition where a window that starts at a frame sees it.
-
-        Only distances count. Where the window slides, frames come nearer to the condition and keep their distances to
-        each other: the same as if the condition came nearer to them, which has the fewest keys to turn.
+        Only distances count. Where the window slides, frames come nearer to the condition, and to what has outlived the
+        window, and keep their distances to each other: the same as if only these moved, which are few.
         """
-        gone = window_start * self._layout.tokens_per_frame
-        if gone != self._gone:
-            self._condition_keys.copy_(rotate(self._unturned, self._cos[gone], self._sin[gone]))
-            self._gone = gone
+        size, blocks = retention.block_size, retention.past(frame)
+        # The tag of a block of the condition is none of a frame: it stays as if it were of the first.
+        tags = np.maximum(retention.blocks.tags(blocks), 0)
+        behind = (window_start - tags) * self._layout.tokens_per_frame
+        past = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+        tail = np.arange(retention.blocks.tail_start(frame) * size, self._layout.frame_start(frame))
+        return np.concatenate([past, tail]), behind[behind > 0].repeat(size)
 
-    def _pass(self, past: Int64, frame: int, asked: Int64, shifts: Int64) -> Int64:
+    def _pass(self, past: Int64, behind: Int64, frame: int, asked: Int64) -> Int64:
         """Keys and values of the tokens of ``frame``, which read those of ``past`` and one another.
 
         Args:
             past: tokens before the frame.
+            behind: by how much the first of them are nearer than their indices say.
             frame: 0 or more, or `CONDITION`.
             asked: which of the frame's tokens are asked about.
-            shifts: see `_shifts`.
 
         Returns:
             The most likely token after each of ``asked``.
         """
         start, stop = self._layout.frame_start(frame), self._layout.frame_start(frame + 1)
         own = slice(start, stop)
-        live = torch.from_numpy(np.concatenate([past, np.arange(start, stop)]))
+        live, turned = torch.from_numpy(np.concatenate([past, np.arange(start, stop)])), torch.from_numpy(behind)
         mask = torch.full((stop - start, len(live)), float("-inf")).triu(len(past) + 1)
         cos, sin = self._cos[own], self._sin[own]
-        nearer = torch.from_numpy(np.flatnonzero(shifts))
-        shift = torch.from_numpy(shifts)[nearer]
         x = self._model.model.embed_tokens(self._ids[own])
         for number, layer in enumerate(self._model.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -148,10 +129,10 @@ class _Video:
                 rows = torch.from_numpy(asked)
                 x, normed, mask, cos, sin = (of_all[rows] for of_all in (x, normed, mask, cos, sin))
             queries = rotate(attention.q_proj(normed).view(len(x), *keys.shape[1:]), cos, sin)
-            held = keys[live]
-            if len(nearer):
-                held[nearer] = rotate(held[nearer], self._cos[shift], self._sin[shift])
-            q, k, v = (each.transpose(0, 1)[None] for each in (queries, held, values[live]))
+            read_keys = keys[live]
+            moved = read_keys[: len(behind)]
+            moved.copy_(rotate(moved, self._cos[turned], self._sin[turned]))
+            q, k, v = (each.transpose(0, 1)[None] for each in (queries, read_keys, values[live]))
             read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
             x = x + attention.o_proj(read.transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))

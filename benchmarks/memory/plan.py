@@ -15,7 +15,8 @@ FAMILIES = {
     FULL_CACHE: "everything",
     "packcache": "as the paper says",
     "changed": "packcache, what changed first",
-    "changed, absolute": "the same, positions of the whole video",
+    "changed, episodes": "the same, and an anchor of the scene that ended",
+    "changed, absolute": "what changed first, positions of the whole video",
     "packcache, absolute": "as the paper says, positions of the whole video",
     "evenly": "as many blocks of every frame of the same window",
     "last frames": "whole frames",
@@ -29,11 +30,11 @@ LONG_WINDOW = 12
 BUDGET = 2.0
 """H at which positions are compared, and everything in films."""
 
-FILMS = {"returned_to_condition": (3, 8), "returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
+FILMS = {"returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
 """Frames with which the shots of a film begin, of which the last is the return that is asked about.
 
-It is to the scene of the condition, which is kept for ever; to the other scene after 5 frames, more than the paper's
-window and fewer than `LONG_WINDOW`; and to the other scene after 13 frames, more than both.
+It is to the scene that only frames have shown, not the condition: after 5 frames, more than the paper's window and
+fewer than `LONG_WINDOW`, and after 13, more than both.
 """
 
 
@@ -70,7 +71,7 @@ class MemoryPlan:
     @property
     def film_variants(self) -> tuple[Variant, ...]:
         """Every policy of films."""
-        families = ("packcache", "changed", "evenly", "last frames")
+        families = ("packcache", "changed", "changed, episodes", "evenly", "last frames")
         return (_full(), *(_variant(family, BUDGET) for family in families))
 
 
@@ -87,6 +88,7 @@ def _variant(family: str, budget: float) -> Variant:
         "packcache": ("packcache", paper),
         "packcache, absolute": ("packcache", {**paper, "positions": "absolute"}),
         "changed": ("packcache", changed),
+        "changed, episodes": ("packcache", {**changed, "episodes": 1}),
         "changed, absolute": ("packcache", {**changed, "positions": "absolute"}),
         "evenly": ("packcache", {**history, "decay": 1}),
         "last frames": ("sliding_window", {"window": int(budget), "positions": "rebase"}),
@@ -96,5 +98,5 @@ def _variant(family: str, budget: float) -> Variant:
     return Variant(SHAPE, f"{family}, H = {budget:g}", policy, options, family, budget)
 
 
-FULL = MemoryPlan(worlds=200, films=100)
+FULL = MemoryPlan(worlds=200, films=50)
 QUICK = MemoryPlan(worlds=2, films=2, budgets=(2,), beside=(2,), frames=9)

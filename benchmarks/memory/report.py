@@ -75,7 +75,8 @@ def _means(first: str, means: Means, measures: Mapping[str, str]) -> Table:
 def _films(films: Mapping[str, Any]) -> str:
     return (
         f"**Returns**: tokens right in the first frame after a cut back to a scene, {films['films']} films of two "
-        "worlds. The model was never trained on cuts."
+        "worlds; remembered: by how much that is more than without the shot that it returns to. The model was never "
+        "trained on cuts."
     )
 
 
