@@ -53,7 +53,7 @@ class MemoryPlan:
 
     worlds: int
     films: int
-    budgets: tuple[float, ...] = (1, 1.25, 1.5, 2, 3, 4)
+    budgets: tuple[float, ...] = (1, 1.0625, 1.125, 1.25, 1.5, 2, 3, 4)
     beside: tuple[float, ...] = (1, 2, 4)
     first_frame: int = 5
     frames: int = TRAINED_FRAMES
