@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.margins import numbers
 from tests.runner import shorter
-from tests.serving.conftest import prompt, run, sampling, schedule_asynchronously
+from tests.serving.conftest import prompt, run, sampling, schedule_asynchronously, video
 from vllm_packcache.config.server import ServerConfig
 
 CONFIG = {"selection": "changed", "history_frames": 1.5, "window": 5}
-
-
-def video(condition: int, frame: int, frames: int, seed: int, share: float = 0.08) -> list[int]:
-    """A condition, and given frames in which some places change from one to the next."""
-    random = numbers(seed)
-    picture = random.integers(0, 256, frame)
-    ids = [*prompt(condition, seed=seed)]
-    for _ in range(frames):
-        picture = np.where(random.random(frame) < share, random.integers(0, 256, frame), picture)
-        ids += picture.tolist()
-    return ids
 
 
 def requests(first_seed: int = 0) -> list[tuple[list[int], Any]]:
