@@ -60,7 +60,10 @@ class PackCache(Policy):
         check_range("gamma_condition", self.gamma_condition, 0, 1)
         check_range("changed_tokens", self.changed_tokens, 1, MAX_TOKENS_PER_FRAME)
         if self.changed_tokens != 1 and self.selection != "changed":
-            raise ValueError(f"changed_tokens is for selection = changed, not for {self.selection}")
+            raise ValueError(
+                f"changed_tokens is for selection = changed, not for {self.selection}, where it must be 1, not "
+                f"{self.changed_tokens}"
+            )
         if self.selection == "changed":
             # The newest frame is kept whole.
             check_range("history_frames of selection = changed", self.history_frames, 1)
