@@ -28,6 +28,7 @@ CONFIGS = [
         ("full", {}),
         ("packcache", {"history_frames": 1.0, "window": 4, "selection": "changed"}),
         ("packcache", {"history_frames": 1.6, "window": 3, "selection": "changed", "changed_tokens": 2}),
+        ("packcache", {"history_frames": 2.5, "window": 3, "selection": "changed", "episodes": 2}),
     ]
 ]
 
