@@ -14,7 +14,7 @@ from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
 
-PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection"
+PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
 )
@@ -595,7 +595,9 @@ REQUEST_OPTIONS = ", ".join(
         "condition_tokens",
         "condition_image_tokens",
         "frames",
+        "changed_tokens",
         "decay",
+        "episodes",
         "gamma_condition",
         "gamma_text",
         "history_frames",
@@ -631,6 +633,22 @@ REQUEST_OPTIONS = ", ".join(
             {"packcache_history_frames": 10**400},
             "packcache_history_frames must be above 0 and at most 1048576, not inf",
         ),
+        (
+            {"packcache_selection": "changed", "packcache_history_frames": 0.9},
+            "packcache_history_frames of selection = changed must be 1 or more, not 0.9",
+        ),
+        (
+            {"packcache_changed_tokens": 2},
+            "packcache_changed_tokens is for selection = changed, not for spatial, where it must be 1, not 2",
+        ),
+        (
+            {"packcache_selection": "changed", "packcache_changed_tokens": 0},
+            "packcache_changed_tokens must be 1 or more and at most 1048576, not 0",
+        ),
+        (
+            {"packcache_selection": "changes"},
+            "packcache_selection: input should be 'spatial', 'rows', 'tail', 'random' or 'changed', not 'changes'",
+        ),
         ({"packcache_tokens_per_frame": 0}, "packcache_tokens_per_frame must be 1 or more, not 0"),
         (
             {"packcache_tokens_per_frame": 1.5},
@@ -657,6 +675,21 @@ REQUEST_OPTIONS = ", ".join(
 )
 def test_a_wrong_request_is_refused_in_one_sentence(server, extra_args, message):
     assert refusal(lambda: server.plan(extra_args, 300)) == message
+
+
+def test_a_request_cannot_choose_by_changes_under_another_policy():
+    server = ServerConfig.parse("sliding_window", {"layout": {"grid": [16, 16]}})
+
+    message = refusal(lambda: server.plan({"packcache_selection": "changed"}, 300))
+
+    assert message.startswith("packcache_selection is no known option: known are ")
+
+
+def test_a_request_may_choose_by_changes_whatever_the_server_does(server):
+    policy = server.plan({"packcache_selection": "changed", "packcache_changed_tokens": 3}, 300).policy
+
+    assert policy.reads_tokens
+    assert not server.plan({"packcache_window": 3}, 300).policy.reads_tokens
 
 
 def test_a_request_must_give_the_frame_where_the_server_has_none(server_without_layout):

@@ -143,6 +143,36 @@ def test_it_says_the_same_in_whatever_order_it_is_asked(layout, policy, block_si
         assert one.past(frame).tolist() == decided[frame]
 
 
+def flicker(layout: VideoLayout, frames: int) -> np.ndarray:
+    """Ids of a video in which every place changes from frame to frame."""
+    return np.concatenate([np.zeros(layout.condition_tokens), np.arange(frames).repeat(layout.tokens_per_frame)])
+
+
+@quick
+@given(layout=small_layouts(), policy=policies, block_size=st.integers(1, 9), still=st.booleans())
+def test_where_nothing_changes_and_where_everything_does(layout, policy, block_size, still):
+    frames = 16
+    ids = video(layout, frames, 0, share=0) if still else flicker(layout, frames)
+    expected = ChangedBlocks(Plan(layout, policy, Positions(layout)), block_size, ids.tolist())
+    computed = retention(layout, policy, block_size, ids)
+    condition = computed.blocks.condition_blocks.stop
+    for frame in range(frames):
+        past = computed.past(frame)
+        assert set(past[past >= condition].tolist()) == expected.of(frame)
+
+
+def test_a_video_that_stands_still_is_kept_evenly_and_one_that_flickers_by_its_last_frames():
+    # Eight blocks a frame, and room for two frames: half of it is the last one's.
+    layout, size, frames = VideoLayout(FrameLayout(32), 16), 4, 12
+    policy = PackCache(selection="changed", history_frames=2, window=4)
+    still = retention(layout, policy, size, video(layout, frames, 0, share=0))
+    evenly = Retention(layout, PackCache(history_frames=2, window=4), size)
+    flickers = retention(layout, policy, size, flicker(layout, frames))
+    for frame in range(frames):
+        assert still.past(frame).tolist() == evenly.past(frame).tolist()
+        assert flickers.past(frame).tolist() == [*range(4), *range(4 + 8 * max(0, frame - 2), 4 + 8 * frame)]
+
+
 def test_what_is_not_finished_is_not_looked_at():
     layout = VideoLayout(FrameLayout(10), 5)
     ids = video(layout, 12, 0)

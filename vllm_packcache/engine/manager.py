@@ -79,6 +79,7 @@ class Held:
         frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
         quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
         decided: tokens, from the start, of which the policy has said what they read.
+        passes: that have been scheduled of the frame being made, where frames are made in passes.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
@@ -91,6 +92,7 @@ class Held:
     frame_ends: int = 0
     quiet_until: int = 0
     decided: int = 0
+    passes: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
 
@@ -283,14 +285,35 @@ class RetentionManager(FullAttentionManager):
         """
         video = self.video(request)
         stop = self.own_tokens(request.request_id, stop)
-        if video is None or stop <= video.decided:
+        if video is None:
             return
         layout, retention = video.retention.layout, video.retention
+        if self._config.family.role == "canvas" and retention.policy.reads_tokens:
+            # With a pass in flight vLLM counts its frame as computed, whose ids come with the last of its passes.
+            making = layout.frame_of(self.own_tokens(request.request_id, request.num_tokens))
+            stop = min(stop, layout.frame_start(making + 1))
+        if stop <= video.decided:
+            return
         for frame in range(layout.frame_of(video.decided), layout.frame_of(stop - 1) + 1):
             past = retention.past(frame)
             video.decided = layout.frame_start(frame + 1)
             if retention.policy.reads_tokens and frame != CONDITION:
                 self.decisions.setdefault(request.request_id, []).append(Decision(self.stream, frame, past))
+
+    def take_decisions(self, request: Request) -> list[Decision]:
+        """What the workers must be told of a request by now: what its tokens read that have been scheduled.
+
+        A request that found no room may come back with a shorter chunk than has been decided about. What workers hear
+        too early they could forget before it is read.
+        """
+        name = request.request_id
+        video, decisions = self.video(request), self.decisions.pop(name)
+        assert video is not None, "only of a video anything is decided"
+        last = video.retention.layout.frame_of(self.own_tokens(name, request.num_computed_tokens) - 1)
+        later = [decision for decision in decisions if decision.frame > last]
+        if later:
+            self.decisions[name] = later
+        return decisions[: len(decisions) - len(later)]
 
     def own_tokens(self, request_id: str, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens are in this KV cache group."""
@@ -533,7 +556,7 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
         told: dict[str, list[Decision]] = {}
         for manager in retention_managers(scheduler.kv_cache_manager):
             for name in [name for name in manager.decisions if name in output.num_scheduled_tokens]:
-                told.setdefault(name, []).extend(manager.decisions.pop(name))
+                told.setdefault(name, []).extend(manager.take_decisions(scheduler.requests[name]))
         if told:
             setattr(output, DECISIONS, told)
         return output

@@ -333,6 +333,11 @@ HOOKS: tuple[Hook, ...] = (
         "prompt_token_ids, prompt_embeds, mm_features, sampling_params, resumable",
         "request: what arrives",
     ),
+    Hook(
+        "vllm.multimodal.inputs",
+        "MultiModalFeatureSpec.mm_position; PlaceholderRange: offset, length",
+        "request: where pictures without ids are",
+    ),
     Hook("vllm.sampling_params:SamplingParams", "extra_args", "request: its options"),
     Hook(
         "vllm.v1.request:Request",
@@ -406,9 +411,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _SCHEDULER,
         "schedule(self, throttle_prefills): "
-        "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
+        "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots, "
+        "scheduled_spec_decode_tokens, _update_after_schedule",
         "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers "
-        "what lives of videos whose policy reads tokens",
+        "what lives of videos whose policy reads tokens; passes of a canvas are counted as they are scheduled",
         wrapper="vllm_packcache.engine.manager:tell_workers",
         ends=_RETENTION,
     ),

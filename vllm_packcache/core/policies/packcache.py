@@ -68,7 +68,10 @@ class PackCache(Policy):
         check_range("gamma_condition", self.gamma_condition, 0, 1)
         check_range("changed_tokens", self.changed_tokens, 1, MAX_TOKENS_PER_FRAME)
         if self.changed_tokens != 1 and self.selection != "changed":
-            raise ValueError(f"changed_tokens is for selection = changed, not for {self.selection}")
+            raise ValueError(
+                f"changed_tokens is for selection = changed, not for {self.selection}, where it must be 1, not "
+                f"{self.changed_tokens}"
+            )
         check_range("episodes", self.episodes, 0, MAX_EPISODES)
         if self.episodes and self.selection != "changed":
             raise ValueError(f"episodes is for selection = changed, not for {self.selection}")
