@@ -14,7 +14,7 @@ from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
 
-PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection"
+PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
 )
@@ -595,6 +595,7 @@ REQUEST_OPTIONS = ", ".join(
         "condition_tokens",
         "condition_image_tokens",
         "frames",
+        "changed_tokens",
         "decay",
         "gamma_condition",
         "gamma_text",

@@ -407,8 +407,8 @@ HOOKS: tuple[Hook, ...] = (
         _SCHEDULER,
         "schedule(self, throttle_prefills): "
         "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
-        "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers what "
-        "lives of videos whose policy reads tokens",
+        "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers "
+        "what lives of videos whose policy reads tokens",
         wrapper="vllm_packcache.engine.manager:tell_workers",
         ends=_RETENTION,
     ),
