@@ -165,12 +165,21 @@ def explain(
         str,
         typer.Option(help="Name of a policy. A preset's options are packcache's: others take its layout alone."),
     ] = "packcache",
-    frames: Annotated[int, typer.Option(min=1, max=1000, help="Frames of the video.")] = 12,
+    frames: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Frames of the video; 12, or all of --sequence.")
+    ] = None,
     condition_tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
+    sequence: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with the video's token ids, condition and frames, as a demo writes it: for selection: "
+            "changed, which depends on them."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture too, as PNG or SVG.")] = None,
 ) -> None:
     """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
@@ -182,7 +191,12 @@ def explain(
     with one_sentence("calibrate"):
         check_format("--out", out)
         explanation = explaining.explain(
-            config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
+            config,
+            policy,
+            frames=frames,
+            condition_tokens=condition_tokens,
+            block_size=block_size,
+            sequence=sequence,
         )
         explaining.print_text(explanation, Console(highlight=False))
         if out is not None:

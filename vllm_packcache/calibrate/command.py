@@ -9,11 +9,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from vllm_packcache.calibrate import attention, report
@@ -48,6 +48,7 @@ from vllm_packcache.tools import files
 from vllm_packcache.tools.figures import check_format
 from vllm_packcache.tools.machine import about
 from vllm_packcache.tools.progress import counting
+from vllm_packcache.tools.sequences import VideoIds
 
 DEMO, MASKED_DEMO = "demo", bundle.PRESET
 """Name the bundled models, and the presets of their layouts."""
@@ -62,15 +63,6 @@ ALL_QUERIES = "all queries"
 
 LEAST_FRAMES = 6
 """Of a video: a line through fewer than three distances says nothing."""
-
-
-class _Line(BaseModel):
-    """A line of ``--sequences``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    token_ids: list[int]
-    condition_tokens: Annotated[int, Field(ge=0)]
 
 
 def run(
@@ -345,7 +337,7 @@ def _read(path: Path, server: ServerConfig, videos: int | None, frames: int | No
         if len(read) == videos:
             break
         try:
-            line = _Line.model_validate_json(text)
+            line = VideoIds.model_validate_json(text)
             read.append(_video(line.token_ids, line.condition_tokens, server))
         except ValidationError as error:
             first = error.errors()[0]
