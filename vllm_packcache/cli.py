@@ -221,14 +221,16 @@ def calibrate(
     frames: Annotated[
         int | None, typer.Option(min=6, help="Frames of a video; as trained, or as the file's shortest has.")
     ] = None,
-    target: Annotated[float, typer.Option(help="Share of all attention that is to be kept.")] = 0.8,
+    target: Annotated[
+        float, typer.Option(help="Share that is to be kept: of all attention, and of what changes.")
+    ] = 0.8,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a picture as PNG or SVG.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers and what is needed to repeat them.")
     ] = None,
 ) -> None:
-    """Measure how a model's attention decays over time, and suggest options that keep a share of it."""
+    """Measure how attention decays over time and how much changes in the videos, and suggest options that keep it."""
     with one_sentence("calibrate"):
         from vllm_packcache.calibrate.command import run
 

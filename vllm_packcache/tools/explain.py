@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +27,7 @@ from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
-from vllm_packcache.tools.sequences import read_video
+from vllm_packcache.tools.sequences import lookup, read_video
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,7 +321,7 @@ def explain(
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
         # A stream is the end of the sequence, with a condition of its own.
-        tokens = None if ids is None else partial(_slice, ids[condition_tokens - layout.condition_tokens :])
+        tokens = None if ids is None else lookup(ids[condition_tokens - layout.condition_tokens :])
         retention = Retention(layout, config.policy, block_size, tokens)
         check_policy(retention, frames)
         return Explanation(title, retention, positions, frames, unconditional)
@@ -332,10 +332,6 @@ def explain(
         return explanation(layout, *others)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _slice(ids: Int64, start: int, stop: int) -> Int64:
-    return ids[start:stop]
 
 
 def _ids(path: Path | None, condition_tokens: int | None, usual: int) -> tuple[Int64, int]:

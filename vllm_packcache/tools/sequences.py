@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_packcache.config.errors import ConfigError, shown, shown_path
+from vllm_packcache.core.policies.base import Int64, Tokens
 
 FORM = '{"token_ids": [...], "condition_tokens": n}'
 """What one video looks like."""
@@ -72,6 +74,15 @@ def write_video(path: Path, token_ids: list[int], condition_tokens: int) -> None
     """
     video = VideoIds(token_ids=token_ids, condition_tokens=condition_tokens)
     path.write_text(video.model_dump_json() + "\n", encoding="utf-8")
+
+
+def lookup(ids: Int64) -> Tokens:
+    """What a policy asks for tokens, of a sequence that is known as a whole."""
+    return partial(_between, ids)
+
+
+def _between(ids: Int64, start: int, stop: int) -> Int64:
+    return ids[start:stop]
 
 
 def _first(error: Any) -> str:
