@@ -75,12 +75,16 @@ def demo(
     image: Annotated[Path | None, typer.Option(help="A picture to start from; a scene is made up without one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo"),
+    config: Annotated[
+        str,
+        typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
+    ] = "demo",
 ) -> None:
     """Turn a picture and a sentence into a video, with and without packcache."""
     with one_sentence("demo"):
         from vllm_packcache.demo.run import run_demo
 
-        run_demo(image, prompt, out)
+        run_demo(image, prompt, out, config)
 
 
 @app.command()
@@ -150,12 +154,16 @@ def demo_masked(
     image: Annotated[Path | None, typer.Option(help="A picture to start from; text to video without one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo-masked"),
+    config: Annotated[
+        str,
+        typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
+    ] = "demo_masked",
 ) -> None:
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
     with one_sentence("demo"):
         from vllm_packcache.demo.masked.run import run_masked_demo
 
-        run_masked_demo(image, prompt, out)
+        run_masked_demo(image, prompt, out, config)
 
 
 @app.command()
