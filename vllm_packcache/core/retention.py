@@ -178,7 +178,7 @@ class Retention:
                 f"it keeps {len(past)} blocks, up to block {past[-1]}, and said that it keeps {self._most_past} at "
                 "most (most_past_blocks)",
             )
-        if self._window is not None:
+        if self._window is not None and not self.policy.outlives_window:
             history = past[np.searchsorted(past, self.blocks.condition_blocks.stop) :]
             oldest = max(0, frame - self._window)
             if len(history) and history[0] < self.blocks.frame_blocks(oldest).start:
@@ -210,6 +210,16 @@ class Retention:
         if shared and tail_start not in self.blocks.condition_blocks:
             history = np.append(history, tail_start)
         return history
+
+    def sliding_blocks(self, frame: int) -> BlockIndices:
+        """Those of `history_blocks` that a window which slides before ``frame`` is made takes along, ascending.
+
+        What has outlived the window stays where it was when it left: at the place of the window's oldest frame.
+        """
+        history = self.history_blocks(frame)
+        if self._window is None or not self.policy.outlives_window:
+            return history
+        return history[np.searchsorted(history, self.blocks.frame_blocks(max(0, frame - self._window)).start) :]
 
     def most_blocks(self, ahead: int = 0) -> int | None:
         """Blocks that the request holds at most, however long it grows; None: as many as its length takes.

@@ -343,7 +343,7 @@ class RetentionManager(FullAttentionManager):
         self.totals.freed_blocks += freed
         self.totals.slides += slides
         if slides and video.positions.window is not None:
-            self.totals.rotated_blocks += slides * len(video.retention.history_blocks(frame))
+            self.totals.rotated_blocks += slides * len(video.retention.sliding_blocks(frame))
 
     def _record(self, request: Request, video: Held | None, num_tokens: int) -> None:
         """Keep account of a video that has blocks for ``num_tokens`` tokens."""

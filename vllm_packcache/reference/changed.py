@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vllm_packcache.core.layout import CONDITION, VideoLayout
@@ -40,28 +41,62 @@ class ChangedBlocks:
         for distance, share in enumerate(policy.kept_tokens(layout.tokens_per_frame, frame), 1):
             own = blocks_of[frame - distance]
             evenly |= {own[place] for place in spread_order(len(own))[: -(-share // size)]}
-        if policy.changed_tokens > size:
+        if policy.changed_tokens > size and not policy.episodes:
             return evenly
-        before = self._lives[-1]
-        held = {block for block in before if frame - tags[block] <= policy.window} | set(blocks_of[frame - 1])
-        # As many as are kept evenly, unless the frame that leaves the window could take too many with it.
-        keep = len(evenly)
-        if frame > policy.window:
-            keep = min(
-                keep, max(0, len(before) - len(blocks_of[frame - 1 - policy.window]) + len(blocks_of[frame - 1]))
-            )
+        before, ends = self._lives[-1], self._scene_ends(frame)
+        # Of what is older than the window only scenes that have ended stay.
+        held = {block for block in before if frame - tags[block] <= policy.window or tags[block] in ends}
+        held |= set(blocks_of[frame - 1])
+        # As many as H frames take, and no more than are kept evenly; fewer where the frame that leaves the window could
+        # take too many along.
+        keep = math.ceil(min(policy.history_frames, frame) * layout.tokens_per_frame / size - 1e-6)
+        leaving = blocks_of[frame - 1 - policy.window] if frame > policy.window else []
+        keep = max(0, min(keep, len(evenly), len(before) + len(blocks_of[frame - 1]) - len(leaving)))
+        anchors = self._anchors(frame, [end for end in ends if any(tags[block] == end for block in before)], blocks_of)
+        shown = max((end + 1 for end in ends if frame - end <= policy.window + 1), default=0)
 
         def order(block: int) -> tuple[int, bool, int, int]:
-            own, changed = blocks_of[tags[block]], size
-            if tags[block] < frame - 1:
+            own, changed = blocks_of[tags[block]], 0
+            if tags[block] == frame - 1:
+                changed = size + 2
+            elif block in anchors:
+                changed = size + 1
+            elif tags[block] >= shown:
                 places = range(block * size, (block + 1) * size)
                 changed = sum(self._ids[place] != self._ids[place + layout.tokens_per_frame] for place in places)
-            if changed < policy.changed_tokens:
-                changed = 0
+                if changed < policy.changed_tokens:
+                    changed = 0
             rank = spread_order(len(own)).tolist().index(own.index(block))
             return -changed, changed == 0 and block not in evenly, frame - tags[block], rank
 
         return set(sorted(held, key=order)[:keep])
+
+    def _differ(self, one: int, other: int) -> bool:
+        """Whether most tokens of two frames differ."""
+        length = self._layout.tokens_per_frame
+        first, second = self._layout.frame_start(one), self._layout.frame_start(other)
+        return 2 * sum(self._ids[first + i] != self._ids[second + i] for i in range(length)) > length
+
+    def _scene_ends(self, frame: int) -> list[int]:
+        """Frames before ``frame`` - 1 that the next frame shows another scene than, newest first."""
+        if not self._policy.episodes:
+            return []
+        return [end for end in reversed(range(frame - 1)) if self._differ(end, end + 1)]
+
+    def _anchors(self, frame: int, ends: list[int], blocks_of: dict[int, list[int]]) -> set[int]:
+        """Blocks that stay of scenes that have ended, those not counted which the newest frame shows again."""
+        scenes, policy = [frame - 1], self._policy
+        for end in ends:
+            if len(scenes) <= policy.episodes and all(self._differ(end, scene) for scene in scenes):
+                scenes.append(end)
+        # What a history has besides its newest frame is divided among the scenes that have ended and the one shown.
+        room = (policy.history_frames - 1) * self._layout.tokens_per_frame
+        share = max(1, int(room / (policy.episodes + 1) / self._size + 1e-6))
+        return {
+            blocks_of[scene][place]
+            for scene in scenes[1:]
+            for place in spread_order(len(blocks_of[scene])).tolist()[:share]
+        }
 
 
 def tag(layout: VideoLayout, block_size: int, block: int) -> int:

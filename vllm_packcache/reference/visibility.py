@@ -31,7 +31,7 @@ class Live:
         # What of the condition lives does not depend on ids.
         policy = plan.policy
         if isinstance(policy, PackCache) and self._changed is not None:
-            policy = replace(policy, selection="spatial", changed_tokens=1)
+            policy = replace(policy, selection="spatial", changed_tokens=1, episodes=0)
         self._retention = Retention(plan.layout, policy, block_size)
 
     def blocks(self, token: int) -> Tensor:
@@ -100,7 +100,8 @@ def positions(plan: Plan | None, block_size: int, num_tokens: int, frame: int) -
     """Model positions of every token, as key and as query, while ``frame`` is made.
 
     One token after the other, as the method is told: a token's index in the sequence, less the tokens of the frames
-    that the window has left behind. A token in a block of the condition keeps the position that it was made at.
+    that the window has left behind. A token in a block of the condition keeps the position that it was made at, and one
+    in a block that the window has left behind the position that it had then.
 
     Args:
         plan: layout, policy and positions of the request; None: positions are indices.
@@ -120,7 +121,9 @@ def positions(plan: Plan | None, block_size: int, num_tokens: int, frame: int) -
     for token in range(num_tokens):
         own = layout.frame_of(token)
         in_condition_block = token // block_size * block_size < condition
-        made_for = own if in_condition_block else frame
+        made_for = own
+        if not in_condition_block:
+            made_for = frame if window is None else min(frame, tag(layout, block_size, token // block_size) + window)
         dropped = 0 if window is None or own == CONDITION else max(0, made_for - window)
         index = token - dropped * length
         if scale is None:

@@ -214,8 +214,10 @@ class Explanation:
         first = layout.frame_start(0)
         if self.positions.axes == 3:
             first += layout.frame.frame_start_tokens
-        tokens = first + frames * layout.tokens_per_frame
-        return self.positions.of(tokens, self.positions.window_start(made))[TIME]
+        window_start = self.positions.window_start(made)
+        # What outlives the window stays at the place of its oldest frame.
+        tokens = first + np.maximum(frames, window_start) * layout.tokens_per_frame
+        return self.positions.of(tokens, window_start)[TIME]
 
     @cached_property
     def overview(self) -> Overview:

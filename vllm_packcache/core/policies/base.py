@@ -86,6 +86,14 @@ class Policy(ABC):
         """
         return None
 
+    @property
+    def outlives_window(self) -> bool:
+        """Whether blocks of older frames than those of `history_window` may live all the same.
+
+        Where positions are re-based, they stay at the place that the oldest frame of the window has.
+        """
+        return False
+
     def check(self, frame: FrameLayout) -> None:
         """Check the options against the shape of a frame.
 

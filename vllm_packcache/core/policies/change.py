@@ -13,6 +13,8 @@ from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.policies.base import Int64, Tokens
 from vllm_packcache.core.policies.selection import spread_rank
 
+_NOTHING: BlockIndices = np.empty(0, dtype=np.int64)
+
 
 def changed_tokens(blocks: BlockMap, first: int, frame: int, tokens: Tokens) -> Int64:
     """How many tokens of each block differ from the same place of the next frame.
@@ -40,12 +42,15 @@ def keep_changed(
     keep: int,
     tokens: Tokens,
     threshold: int,
+    scene: int = 0,
+    anchors: BlockIndices = _NOTHING,
 ) -> BlockIndices:
     """The blocks of the history that are kept while ``frame`` is made.
 
-    The newest frame cannot be compared yet: all of its tokens count as changed. Blocks with more changed tokens come
-    first, then newer frames, then those that a selection of each frame spread evenly would take first. A block in which
-    fewer than ``threshold`` tokens changed is kept only where the others leave room: what ``evenly`` names first.
+    The newest frame comes first, then the anchors of scenes that have ended, then what changed in the scene that is
+    shown: blocks with more changed tokens first, then newer frames, then those that a selection of each frame spread
+    evenly would take first. A block in which fewer than ``threshold`` tokens changed, or of a scene that has ended, is
+    kept only where the others leave room: what ``evenly`` names first.
 
     Args:
         blocks: tags of the request's logical blocks.
@@ -55,20 +60,22 @@ def keep_changed(
         keep: number of blocks, at most those of ``held``.
         tokens: ids of the sequence.
         threshold: changed tokens from which on a block counts as changed.
+        scene: the first frame of the scene that is shown.
+        anchors: blocks of older frames.
 
     Returns:
         ``keep`` of ``held``, ascending.
     """
     if keep == len(held):
         return held
-    layout, size = blocks.layout, blocks.block_size
-    changed = np.full(len(held), size, dtype=np.int64)
-    compared = changed_tokens(blocks, int(held[0]), frame, tokens)
-    known = held < held[0] + len(compared)
-    changed[known] = compared[held[known] - held[0]]
-    changed[changed < threshold] = 0
-    # A block has the tag of its newest token.
-    frames = ((held + 1) * size - 1 - layout.condition_tokens) // layout.tokens_per_frame
+    size, frames = blocks.block_size, blocks.tags(held)
+    # The newest frame cannot be compared yet.
+    changed = np.where(frames == frame - 1, size + 2, 0)
+    seen = np.flatnonzero((frames >= scene) & (frames < frame - 1))
+    if len(seen):
+        compared = changed_tokens(blocks, int(held[seen[0]]), frame, tokens)[held[seen] - held[seen[0]]]
+        changed[seen] = np.where(compared < threshold, 0, compared)
+    changed[np.isin(held, anchors, assume_unique=True)] = size + 1
     rank = np.empty(len(held), dtype=np.int64)
     for tag in np.unique(frames).tolist():
         own, tagged = frames == tag, blocks.frame_blocks(tag)
