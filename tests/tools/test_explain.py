@@ -43,7 +43,7 @@ TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
 TINY_TEXT = """\
 JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial,\x20
-changed_tokens 1, positions rebase)
+changed_tokens 1, episodes 0, positions rebase)
 condition 8 tokens, 6 frames of 16 tokens, 13 blocks of 8
 C condition   # frame being made   1 previous frame   2 the one before that, and so on   · dropped
 positions: where the model sees each retained frame's first token, oldest first

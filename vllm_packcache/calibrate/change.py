@@ -121,9 +121,10 @@ class Changes:
             before = np.cumsum([0, *(int((frame >= policy.changed_tokens).sum()) for frame in counts)]).tolist()
             for frame in range(policy.window, video.frames + 1):
                 if frame not in room:
-                    history = policy.past_blocks(blocks, frame) >= blocks.condition_blocks.stop
-                    # The last frame is not compared yet, and is kept whole.
-                    room[frame] = int(history.sum()) - len(blocks.frame_blocks(frame - 1))
+                    # No block more than the budget, and none more than where nothing changes; the last frame is not
+                    # compared yet, and is kept whole.
+                    kept = min(len(policy.past_blocks(blocks, frame)), policy.most_past_blocks(blocks))
+                    room[frame] = kept - len(blocks.condition_blocks) - len(blocks.frame_blocks(frame - 1))
                 changed = before[frame - 1] - before[frame - policy.window]
                 held += min(changed, max(0, room[frame]))
                 all_of_them += changed
