@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -661,6 +662,22 @@ REQUEST_OPTIONS = ", ".join(
 )
 def test_a_wrong_request_is_refused_in_one_sentence(server, extra_args, message):
     assert refusal(lambda: server.plan(extra_args, 300)) == message
+
+
+def test_of_frames_that_are_embeddings_nobody_knows_what_changed():
+    changed, spatial = (ServerConfig.parse("packcache", name) for name in ("demo_changed", "demo"))
+
+    def made(server, condition, token_ids=None):
+        params = SimpleNamespace(extra_args={"packcache_condition_tokens": condition})
+        return server.request_of(params, token_ids, 300)
+
+    assert refusal(lambda: made(changed, 288)) == (
+        "packcache_condition_tokens is 288, and the prompt of 300 tokens is sent as embeddings: what is kept of its "
+        "frames depends on their token ids, so send those"
+    )
+    assert made(changed, 300) is not None
+    assert made(changed, 288, [0] * 300) is not None
+    assert made(spatial, 288) is not None
 
 
 def test_a_request_must_give_the_frame_where_the_server_has_none(server_without_layout):

@@ -312,7 +312,15 @@ class ServerConfig:
             ConfigError: an option or the prompt is wrong; the message names it.
         """
         extra_args = None if params is None else params.extra_args
-        return self.request(extra_args, num_prompt_tokens if token_ids is None else token_ids)
+        made = self.request(extra_args, num_prompt_tokens if token_ids is None else token_ids)
+        for stream in () if made is None or token_ids is not None else made.streams:
+            condition = stream.start + stream.plan.layout.condition_tokens
+            if stream.plan.policy.reads_tokens and condition < num_prompt_tokens:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}condition_tokens is {condition}, and the prompt of {num_prompt_tokens} tokens is "
+                    "sent as embeddings: what is kept of its frames depends on their token ids, so send those"
+                )
+        return made
 
     def request(self, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
         """What a request makes and keeps, one that opts out included; None: it is no video.
