@@ -481,6 +481,17 @@ def test_a_video_of_the_demo_in_a_picture(tmp_path: Path) -> None:
     assert np.count_nonzero(np.all(pixels == (0x7F, 0xBF, 0x5A), axis=1)) > 100
 
 
+def test_what_outlives_the_window_has_a_bar_at_the_place_of_its_oldest_frame(tmp_path: Path) -> None:
+    """A scene of one picture, one of another: of the first an anchor stays."""
+    pictures = [*[[1] * 16] * 3, *[[2] * 16] * 6]
+    path = tmp_path / "video.json"
+    write_video(path, [0] * 8 + [token for picture in pictures for token in picture], 8)
+    source = json.dumps({**json.loads(CHANGED), "history_frames": 2, "episodes": 1})
+    explanation = explain(source, "packcache", block_size=4, sequence=path)
+    assert explanation.overview.retained[8].tolist() == [2, 6, 7, 8]
+    assert list(_position_bars(explanation, 8)) == [(-1, 0, 8), (5, 8, 24), (2, 8, 24), (1, 24, 40), (0, 40, 56)]
+
+
 @pytest.mark.parametrize(
     "form",
     [

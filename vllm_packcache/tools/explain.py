@@ -686,7 +686,8 @@ def _position_bars(explanation: Explanation, made: int) -> Iterator[tuple[int, i
     if condition_stop:
         yield IN_CONDITION, 0, condition_stop
     starts = explanation.seen_at(retained, made)
-    following = explanation.seen_at(retained + 1, made)
+    # Not where the next frame is seen: several are at the place of the window's oldest, where some outlive the window.
+    following = starts + (scale[TIME] if scale else explanation.retention.layout.tokens_per_frame)
     shades = np.minimum(made - retained, OLDEST_SHADE)
     # Neighbours of one colour are one bar: a full cache retains as many frames as the video has.
     first = np.flatnonzero((np.diff(shades, prepend=-1) != 0) | (np.append(-1, following[:-1]) != starts))
