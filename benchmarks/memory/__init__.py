@@ -2,7 +2,8 @@
 
 Every token is asked for after the true ones before it, so that mistakes do not add up and what is measured is what the
 cache holds. Two things tell policies apart: tokens that differ from the frame before, and cells of objects that come
-out from behind the pillar, which nothing but older frames knows.
+out from behind the pillar, which nothing but older frames knows. Films add a third: what a cut back to a scene shows,
+which nothing but the frames before the cut away from it knows.
 """
 
 from __future__ import annotations

@@ -5,23 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.memory import plot, report
-from benchmarks.memory.plan import FULL, QUICK, MemoryPlan
-from benchmarks.memory.runs import MEASURES, processes, run
+from benchmarks.memory.plan import FILMS, FULL, QUICK, MemoryPlan
+from benchmarks.memory.runs import MEASURES, Counts, processes, run_films, run_worlds
 from benchmarks.protocol import Benchmark, Session
 from benchmarks.quality.variants import BLOCK_SIZE
 from benchmarks.report.parts import Result
-from benchmarks.statistics import mean_of_videos
+from benchmarks.statistics import Float64, mean_of_videos
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
 
 PAPER = "packcache, H = 2"
-"""What others are compared with, world by world."""
+"""What others are compared with, video by video."""
+
+Values = dict[str, dict[str, Float64]]
+"""By variant and measure, of each video."""
+
+Means = dict[str, dict[str, dict[str, float] | None]]
+"""By variant and measure, over videos."""
 
 
 def measure(plan: MemoryPlan, session: Session) -> dict[str, Any]:
-    """Ask about every world under every policy."""
-    counts = run(plan, processes(), session.console)
+    """Ask about every world and every film under every policy."""
     span = slice(plan.first_frame - 1, plan.frames)
-    values = {name: {key: own[key].of_videos(span) for key in MEASURES} for name, own in counts.items()}
+    worlds = _by_video(run_worlds(plan, processes(), session.console), span)
+    films = _by_video(run_films(plan, processes(), session.console), slice(None))
+    scores = _means(worlds)
     return {
         "machine": {"processes": processes(), "threads_per_process": 1},
         "model": "the bundled one",
@@ -32,23 +39,49 @@ def measure(plan: MemoryPlan, session: Session) -> dict[str, Any]:
         "notes": [
             "every token is asked for after the true ones before it: mistakes do not add up",
             "live tokens: what is held of the past when the last frame begins",
-            "differences are of the same worlds: the interval is that of the mean of the differences",
+            "differences are of the same videos: the interval is that of the mean of the differences",
+            "films: the model was never trained on cuts, so differences tell more than the shares",
+            "films: asked for is what differs from the frame before the cut, without what no frame of the scene showed",
         ],
         "variants": {
             variant.name: {
                 "family": variant.family,
                 "config": variant.server.as_mapping(),
                 "live_tokens": variant.live_tokens(plan.frames - 1),
-                "scores": {key: mean_of_videos(values[variant.name][key]) for key in MEASURES},
+                "scores": scores[variant.name],
             }
             for variant in plan.variants
         },
-        "differences": {
-            f"{name} - {PAPER}": {key: mean_of_videos(own[key] - values[PAPER][key]) for key in MEASURES}
-            for name, own in values.items()
-            if name != PAPER
+        "differences": _differences(worlds),
+        "films": {
+            "films": plan.films,
+            "cuts": {kind: list(cuts) for kind, cuts in FILMS.items()},
+            "variants": {
+                variant.name: {"config": variant.server.as_mapping(), "scores": own}
+                for variant, own in zip(plan.film_variants, _means(films).values(), strict=True)
+            },
+            "differences": _differences(films),
         },
     }
+
+
+def _by_video(counts: Counts, span: slice) -> Values:
+    return {name: {key: count.of_videos(span) for key, count in own.items()} for name, own in counts.items()}
+
+
+def _means(values: Values) -> Means:
+    return {name: {key: mean_of_videos(found) for key, found in own.items()} for name, own in values.items()}
+
+
+def _differences(values: Values) -> Means:
+    """Of everybody and the paper's rule, video by video."""
+    return _means(
+        {
+            f"{name} - {PAPER}": {key: found - values[PAPER][key] for key, found in own.items()}
+            for name, own in values.items()
+            if name != PAPER
+        }
+    )
 
 
 def targets(result: Result) -> list[dict[str, Any]]:
@@ -75,5 +108,7 @@ MEMORY = Benchmark(
     long=report.long,
     short=report.short,
     draw=plot.draw,
-    same=lambda result, plan, quick: result.get("worlds") == plan.worlds,
+    same=lambda result, plan, quick: (
+        result.get("worlds") == plan.worlds and result.get("films", {}).get("films") == plan.films
+    ),
 )

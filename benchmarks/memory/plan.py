@@ -1,8 +1,8 @@
-"""What `benchmarks.memory` runs: worlds, and policies at several budgets."""
+"""What `benchmarks.memory` runs: worlds with policies at several budgets, and films with policies at one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,16 @@ FAMILIES = {
 LONG_WINDOW = 12
 """W of what looks at changes, and of what is spread evenly beside it."""
 
+BUDGET = 2.0
+"""H at which positions are compared, and everything in films."""
+
+FILMS = {"returned_to_condition": (3, 8), "returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
+"""Frames with which the shots of a film begin, of which the last is the return that is asked about.
+
+It is to the scene of the condition, which is kept for ever; to the other scene after 5 frames, more than the paper's
+window and fewer than `LONG_WINDOW`; and to the other scene after 13 frames, more than both.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -33,45 +43,58 @@ class MemoryPlan:
 
     Args:
         worlds: V, held-out worlds that every policy gets.
-        budgets: H, frames of history.
+        films: of each kind of `FILMS`, as many.
+        budgets: H of what looks at changes, frames of history.
+        beside: H of what it is compared with.
         first_frame: the first one that counts: before it nothing has been dropped. People count from 1.
-        frames: T.
+        frames: T of a world.
     """
 
     worlds: int
+    films: int
     budgets: tuple[float, ...] = (1, 1.25, 1.5, 2, 3, 4)
+    beside: tuple[float, ...] = (1, 2, 4)
     first_frame: int = 5
     frames: int = TRAINED_FRAMES
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Every policy at every budget that it can have, each with a name of its own."""
-        return tuple(self._variants())
+        """Every policy of worlds at every budget, each with a name of its own."""
+        return (
+            _full(),
+            *(_variant("changed", budget) for budget in self.budgets),
+            *(_variant(family, budget) for family in ("packcache", "evenly", "last frames") for budget in self.beside),
+            *(_variant(family, BUDGET) for family in ("changed, absolute", "packcache, absolute", "attention sink")),
+        )
 
-    def _variants(self) -> Iterator[Variant]:
-        yield _variant(FULL_CACHE, None, "full", {})
-        for budget in self.budgets:
-            changed = {"history_frames": budget, "window": LONG_WINDOW, "selection": "changed"}
-            evenly = {"history_frames": budget, "window": LONG_WINDOW, "decay": 1}
-            paper = {"history_frames": budget, "window": 4}
-            recent = CONDITION_TOKENS + round(budget * SHAPE.frame_tokens)
-            for family, policy, options in (
-                ("packcache", "packcache", paper),
-                ("packcache, absolute", "packcache", {**paper, "positions": "absolute"}),
-                ("changed", "packcache", changed),
-                ("changed, absolute", "packcache", {**changed, "positions": "absolute"}),
-                ("evenly", "packcache", evenly),
-                ("last frames", "sliding_window", {"window": int(budget), "positions": "rebase"}),
-                ("attention sink", "attention_sink", {"sink_tokens": 16, "recent_tokens": recent}),
-            ):
-                if family != "last frames" or budget == int(budget):
-                    yield _variant(family, budget, policy, options)
+    @property
+    def film_variants(self) -> tuple[Variant, ...]:
+        """Every policy of films."""
+        families = ("packcache", "changed", "evenly", "last frames")
+        return (_full(), *(_variant(family, BUDGET) for family in families))
 
 
-def _variant(family: str, budget: float | None, policy: str, options: Mapping[str, Any]) -> Variant:
-    name = family if budget is None else f"{family}, H = {budget:g}"
-    return Variant(SHAPE, name, policy, options, family, budget)
+def _full() -> Variant:
+    return Variant(SHAPE, FULL_CACHE, "full", {}, FULL_CACHE, None)
 
 
-FULL = MemoryPlan(worlds=200)
-QUICK = MemoryPlan(worlds=2, budgets=(2,), frames=7)
+def _variant(family: str, budget: float) -> Variant:
+    history = {"history_frames": budget, "window": LONG_WINDOW}
+    changed = {**history, "selection": "changed"}
+    paper = {"history_frames": budget, "window": 4}
+    recent = CONDITION_TOKENS + round(budget * SHAPE.frame_tokens)
+    policies: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+        "packcache": ("packcache", paper),
+        "packcache, absolute": ("packcache", {**paper, "positions": "absolute"}),
+        "changed": ("packcache", changed),
+        "changed, absolute": ("packcache", {**changed, "positions": "absolute"}),
+        "evenly": ("packcache", {**history, "decay": 1}),
+        "last frames": ("sliding_window", {"window": int(budget), "positions": "rebase"}),
+        "attention sink": ("attention_sink", {"sink_tokens": 16, "recent_tokens": recent}),
+    }
+    policy, options = policies[family]
+    return Variant(SHAPE, f"{family}, H = {budget:g}", policy, options, family, budget)
+
+
+FULL = MemoryPlan(worlds=200, films=100)
+QUICK = MemoryPlan(worlds=2, films=2, budgets=(2,), beside=(2,), frames=9)

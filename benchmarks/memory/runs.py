@@ -1,69 +1,88 @@
-"""Every world under every policy: which tokens the model would have made, given the true past."""
+"""Every world and film under every policy: which tokens the model would have made, given the true past."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
 from benchmarks.engine_process import child_environment
-from benchmarks.memory.plan import MemoryPlan
-from benchmarks.quality.decoder import VideoCache, forced
+from benchmarks.memory.forced import likeliest
+from benchmarks.memory.plan import FILMS, MemoryPlan
 from benchmarks.quality.variants import BLOCK_SIZE, Variant
 from benchmarks.statistics import Count
 from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.tokenizer import MODEL_DIR, VideoTokenizer, world_prompt
-from vllm_packcache.demo.world import make_world
+from vllm_packcache.demo.world import GRID, Video, make_film, make_world
 from vllm_packcache.tools.progress import counting
 
 Int64 = npt.NDArray[np.int64]
 
+Bool = npt.NDArray[np.bool_]
+
 CHANGED, RETURNED = "changed_tokens_right", "returned_cells_right"
 MEASURES = {CHANGED: "changed tokens right, %", RETURNED: "cells that come out from behind the pillar right, %"}
+FILM_MEASURES = {
+    "returned_to_condition": "scene of the condition, away for 5 frames, %",
+    "returned_soon": "other scene, away for 5 frames, %",
+    "returned_late": "other scene, away for 13 frames, %",
+}
+"""By kind of `FILMS`: of the first frame after a return, the tokens that are right."""
+
+Scores = dict[str, tuple[Int64, Int64]]
+"""Of one video under one policy, by measure and frame: how many are right, and of how many; [T] each."""
+
+Counts = dict[str, dict[str, Count]]
+"""By variant and measure, each of shape [V, T]."""
 
 
-class Scores(NamedTuple):
-    """Of one world under one policy, by frame: how many are right, and of how many; [T] each."""
+def run_worlds(plan: MemoryPlan, processes: int, console: Console) -> Counts:
+    """Ask about what changes in every world."""
+    body = partial(_world, plan.variants, plan.frames)
+    return _run(body, plan.variants, plan.worlds, "worlds", processes, console)
 
-    changed: tuple[Int64, Int64]
-    returned: tuple[Int64, Int64]
 
-
-def run(plan: MemoryPlan, processes: int, console: Console) -> dict[str, dict[str, Count]]:
-    """Counts by variant and measure, each of shape [V, T]."""
-    variants = plan.variants
-    seeds = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.worlds)
-    context = multiprocessing.get_context("spawn")
-    found: list[list[Scores]] = []
-    with (
-        counting(console, "worlds") as progress,
-        child_environment({"OMP_NUM_THREADS": "1"}),
-        ProcessPoolExecutor(processes, context) as pool,
-    ):
-        task = progress.add_task("asking", total=plan.worlds)
-        for scores in pool.map(partial(_world, variants, plan.frames), seeds):
-            found.append(scores)
-            progress.advance(task)
-    return {
-        variant.name: {
-            CHANGED: _count([scores[number].changed for scores in found]),
-            RETURNED: _count([scores[number].returned for scores in found]),
-        }
-        for number, variant in enumerate(variants)
-    }
+def run_films(plan: MemoryPlan, processes: int, console: Console) -> Counts:
+    """Ask about the first frame after a return, by kind of `FILMS`."""
+    body = partial(_films, plan.film_variants)
+    return _run(body, plan.film_variants, plan.films, "films", processes, console)
 
 
 def processes() -> int:
     """As many as there are cores."""
     return os.cpu_count() or 1
+
+
+def _run(
+    body: Callable[[int], list[Scores]],
+    variants: Sequence[Variant],
+    count: int,
+    what: str,
+    processes: int,
+    console: Console,
+) -> Counts:
+    context = multiprocessing.get_context("spawn")
+    found: list[list[Scores]] = []
+    with (
+        counting(console, what) as progress,
+        child_environment({"OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(processes, context) as pool,
+    ):
+        task = progress.add_task("asking", total=count)
+        for scores in pool.map(body, range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + count)):
+            found.append(scores)
+            progress.advance(task)
+    return {
+        variant.name: {key: _count([scores[number][key] for scores in found]) for key in found[0][number]}
+        for number, variant in enumerate(variants)
+    }
 
 
 def _count(parts: list[tuple[Int64, Int64]]) -> Count:
@@ -76,22 +95,34 @@ def _model() -> tuple[Llama, VideoTokenizer]:
     return load_pretrained(MODEL_DIR), VideoTokenizer()
 
 
-def _world(variants: tuple[Variant, ...], frames: int, seed: int) -> list[Scores]:
+def _world(variants: Sequence[Variant], frames: int, seed: int) -> list[Scores]:
     """Body of a process: one world under every policy."""
-    model, tokenizer = _model()
     world = make_world(seed)
-    truth = true_frames(tokenizer, world, frames)
-    prompt = np.array(world_prompt(tokenizer, world))
-    ids = np.concatenate([prompt, sequence(tokenizer, truth[1:])])
-    changed = truth[1:] != truth[:-1]
+    truth = np.stack([world.frame_ids(frame) for frame in range(frames + 1)])
     returned = np.stack([world.emerging(frame) for frame in range(1, frames + 1)])
-    scores = []
-    for variant in variants:
-        video = VideoCache(model.size, variant.plan(), BLOCK_SIZE, frames, _reader(ids))
-        right = forced(model, video, ids, len(prompt)).reshape(truth[1:].shape) == truth[1:]
-        scores.append(Scores(*(((right & asked).sum((1, 2)), asked.sum((1, 2))) for asked in (changed, returned))))
-    return scores
+    return _ask(variants, world, {CHANGED: truth[1:] != truth[:-1], RETURNED: returned})
 
 
-def _reader(ids: Int64) -> Callable[[int, int], Int64]:
-    return lambda start, stop: ids[start:stop]
+def _films(variants: Sequence[Variant], seed: int) -> list[Scores]:
+    """Body of a process: one film of every kind under every policy."""
+    found: list[Scores] = [{} for _ in variants]
+    for kind, cuts in FILMS.items():
+        film, last = make_film(seed, cuts), cuts[-1]
+        asked = np.zeros((last, GRID, GRID), dtype=bool)
+        # What looks as it did before the cut, as the walls do, can be copied.
+        asked[-1] = film.known(last) & (film.frame_ids(last) != film.frame_ids(last - 1))
+        for scores, own in zip(found, _ask(variants, film, {kind: asked}), strict=True):
+            scores.update(own)
+    return found
+
+
+def _ask(variants: Sequence[Variant], video: Video, asked: Mapping[str, Bool]) -> list[Scores]:
+    """What every policy gets right of the tokens that each measure asks for, [T, rows, columns]."""
+    model, tokenizer = _model()
+    masks = list(asked.values())
+    truth = true_frames(tokenizer, video, len(masks[0]))[1:]
+    ids = np.concatenate([np.array(world_prompt(tokenizer, video)), sequence(tokenizer, truth)])
+    wanted = np.any(masks, axis=0).reshape(len(truth), -1)
+    found = likeliest(model, [variant.plan() for variant in variants], BLOCK_SIZE, ids, wanted)
+    right = [best.reshape(truth.shape) == truth for best in found]
+    return [{key: ((own & mask).sum((1, 2)), mask.sum((1, 2))) for key, mask in asked.items()} for own in right]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.training.llama import KeyValueCache, Llama, LlamaSize, rotary_table, rotate
 from vllm_packcache.core.plan import Plan
-from vllm_packcache.core.policies.base import Tokens
 from vllm_packcache.core.retention import Retention
 
 Int64 = npt.NDArray[np.int64]
@@ -32,27 +31,21 @@ class VideoCache(KeyValueCache):
         plan: what the video keeps, and where the model sees it; one axis.
         block_size: tokens of a KV-cache block.
         frames: T, frames of the video.
-        tokens: ids of the video, for a policy that reads them; it is asked for those of frames that are finished.
     """
 
-    def __init__(self, size: LlamaSize, plan: Plan, block_size: int, frames: int, tokens: Tokens | None = None) -> None:
+    def __init__(self, size: LlamaSize, plan: Plan, block_size: int, frames: int) -> None:
         self._plan = plan
-        self._retention = Retention(plan.layout, plan.policy, block_size, tokens)
-        length = plan.layout.frame_start(frames)
+        self._retention = Retention(plan.layout, plan.policy, block_size)
+        tokens = plan.layout.frame_start(frames)
         most = self._retention.most_blocks()
         # What a frame drops is dropped when the frame begins.
-        bounded = length if most is None else most * block_size + plan.layout.tokens_per_frame
-        super().__init__(size, min(length, bounded))
+        bounded = tokens if most is None else most * block_size + plan.layout.tokens_per_frame
+        super().__init__(size, min(tokens, bounded))
         self._turn = rotary_table(size, int(plan.positions.slide_shifts[0, 0]), 1)
         # Logical indices of the tokens that are held of before the frame being made, and that frame's first.
         self._past = np.zeros(0, dtype=np.int64)
         self._first = 0
         self._window_start = 0
-
-    @property
-    def frame_tokens(self) -> int:
-        """F."""
-        return self._plan.layout.tokens_per_frame
 
     @property
     def next_position(self) -> int:
@@ -133,27 +126,6 @@ def generate(
             window = max(SMALLEST_WINDOW, window // 2) if len(wrong) else 2 * window
         made.append(frame)
     return np.array(made)
-
-
-@torch.inference_mode()
-def forced(model: Llama, cache: VideoCache, ids: Int64, condition: int) -> Int64:
-    """The most likely visual tokens of a video, each after the true ones before it.
-
-    Args:
-        model: the model.
-        cache: an empty cache.
-        ids: of the condition and T whole frames.
-        condition: tokens of the condition.
-
-    Returns:
-        Token ids, [T, F - 1]: the first token of a frame is none of the picture's.
-    """
-    _best(model, cache, ids[:condition].tolist())
-    found = []
-    for number, frame in enumerate(ids[condition:].reshape(-1, cache.frame_tokens)):
-        cache.begin(number)
-        found.append(_best(model, cache, frame.tolist())[:-1])
-    return np.array(found)
 
 
 def _best(model: Llama, cache: VideoCache, ids: list[int]) -> Int64:

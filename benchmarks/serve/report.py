@@ -82,11 +82,12 @@ def _measures(loads: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[fl
 
 
 def _measured(result: Result) -> str:
-    video = result["video"]
+    video, policy = result["video"], result["policy"]
     return (
         f"videos of {video['frames']} frames of {video['tokens_per_frame']:,} tokens, each generated from a condition "
-        f"of {video['condition_tokens']:,}, sent over HTTP to two servers, stock vLLM and packcache, with the same KV "
-        f"pool of {result['pool_blocks']:,} blocks, large enough for "
+        f"of {video['condition_tokens']:,}, sent over HTTP to two servers, stock vLLM and packcache "
+        f"({listed([f'{name} = {policy[name]}' for name in ('selection', 'history_frames', 'window')])}), "
+        f"with the same KV pool of {result['pool_blocks']:,} blocks, large enough for "
         f"{result['pool_blocks'] // result['peak_blocks_of_a_video'][STOCK]} such videos with their full cache."
     )
 
@@ -146,8 +147,8 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
     yield f"Many requests at once: {_measured(result)} {_why(result)}"
     yield provenance(result)
     yield (
-        f"Load: {result['load']['videos']} videos at once, as many as packcache has room for, on both servers; medians "
-        f"of {len(result['load']['rounds'])} rounds."
+        f"Load: {result['load']['videos']} videos at once, on both servers; medians of "
+        f"{len(result['load']['rounds'])} rounds."
     )
     yield _table(result, list(_loads(result)))
     yield "Loads that were tried to find how many videos run together to their end without a preemption:"
