@@ -106,7 +106,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     [
         ("demo", "emu3", "--config: 'emu3' has not the layout of the bundled model's videos: give a configuration with "
          "layout: demo"),
-        ("demo-masked", "demo_changed", "--config: 'demo_changed' has not the layout of the bundled model's videos: "
+        ("demo-masked", "lumos1_256p", "--config: 'lumos1_256p' has not the layout of the bundled model's videos: "
          "give a configuration with layout: demo_masked"),
         ("demo", "nope", "'nope' is neither a file nor a preset"),
         ("demo", '{"layout": "demo", "changed_tokens": 2}', "changed_tokens is for selection = changed, not for"),
