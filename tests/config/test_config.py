@@ -644,6 +644,14 @@ REQUEST_OPTIONS = ", ".join(
             "packcache_changed_tokens is for selection = changed, not for spatial, where it must be 1, not 2",
         ),
         (
+            {"packcache_episodes": 1},
+            "packcache_episodes is for selection = changed, not for spatial, where it must be 0, not 1",
+        ),
+        (
+            {"packcache_selection": "changed", "packcache_episodes": 1, "packcache_history_frames": 1},
+            "packcache_history_frames of episodes must be above 1, not 1.0",
+        ),
+        (
             {"packcache_selection": "changed", "packcache_changed_tokens": 0},
             "packcache_changed_tokens must be 1 or more and at most 1048576, not 0",
         ),

@@ -74,7 +74,10 @@ class PackCache(Policy):
             )
         check_range("episodes", self.episodes, 0, MAX_EPISODES)
         if self.episodes and self.selection != "changed":
-            raise ValueError(f"episodes is for selection = changed, not for {self.selection}")
+            raise ValueError(
+                f"episodes is for selection = changed, not for {self.selection}, where it must be 0, not "
+                f"{self.episodes}"
+            )
         if self.selection == "changed":
             # The newest frame is kept whole; an anchor is what there is room for besides.
             check_range(
