@@ -68,11 +68,13 @@ def test_preempted_requests_choose_the_same_again(
         "packcache",
         CONFIG,
         max_num_batched_tokens=128,
+        max_num_seqs=shorter(12, 8),
         num_gpu_blocks_override=shorter(60, 22),
         max_model_len=shorter(1856, 640),
         variant=f"crowded {asynchronous}",
     )
-    check(llm, reference, CONFIG, [*requests(0)[:3], *shorter(requests(20)[:3], []), *shorter(requests(40)[:2], [])])
+    batch = [own for seed in shorter((0, 20, 40, 60), (0,)) for own in requests(seed)[:3]]
+    check(llm, reference, CONFIG, batch)
     assert preemptions
 
 
