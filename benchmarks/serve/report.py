@@ -17,6 +17,9 @@ RATIO = "throughput packcache / stock"
 PREEMPTIONS, USAGE = "preemptions", "most of the KV pool in use"
 RANKS = (*(f"p{rank}" for rank in PERCENTILES), "max")
 
+SHOWN = ("selection", "history_frames", "window")
+"""Options of the policy that are told; results of before there were selections lack one."""
+
 NAMES = {
     "capacity packcache / stock": "videos at once without a preemption, packcache / stock",
     RATIO: f"throughput by {CLOCKS[CPU]}, packcache / stock",
@@ -86,7 +89,7 @@ def _measured(result: Result) -> str:
     return (
         f"videos of {video['frames']} frames of {video['tokens_per_frame']:,} tokens, each generated from a condition "
         f"of {video['condition_tokens']:,}, sent over HTTP to two servers, stock vLLM and packcache "
-        f"({listed([f'{name} = {policy[name]}' for name in ('selection', 'history_frames', 'window')])}), "
+        f"({listed([f'{name} = {policy[name]}' for name in SHOWN if name in policy])}), "
         f"with the same KV pool of {result['pool_blocks']:,} blocks, large enough for "
         f"{result['pool_blocks'] // result['peak_blocks_of_a_video'][STOCK]} such videos with their full cache."
     )
