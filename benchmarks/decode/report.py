@@ -49,7 +49,9 @@ def goals(result: Result) -> list[Goal]:
     names = NAMES | {grown: f"packcache at {grown}, the same live length"}
     if frames is None:
         return [*goals_of_ratios(result, names, summaries), Goal("full / packcache, end to end", NOT_MEASURED, "", "")]
-    summaries[LAST_OF_CHANGED] = frames["last"]["ratios"]["full / changed, least"][CPU]
+    # Results of before there was a selection by changes lack it.
+    if "changed" in frames["policies"]:
+        summaries[LAST_OF_CHANGED] = frames["last"]["ratios"]["full / changed, least"][CPU]
     for name, own in frames["end_to_end"]["ratios"].items():
         summaries[f"{END_TO_END}{name}"] = own[CPU]
         names[f"{END_TO_END}{name}"] = f"{name}, end to end over {len(frames['frames'])} frames"
