@@ -16,7 +16,17 @@ V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 ON_BOTH = frozenset(
     f"serving/test_{name}.py"
-    for name in ("tokens", "positions", "async", "schedules", "failures", "interruptions", "tensor_parallel")
+    for name in (
+        "tokens",
+        "changed",
+        "episodes",
+        "positions",
+        "async",
+        "schedules",
+        "failures",
+        "interruptions",
+        "tensor_parallel",
+    )
 )
 """Files whose tests are run on both runners, relative to this folder."""
 

@@ -9,10 +9,16 @@ from typing import Any
 from benchmarks.model import ModelShape
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Retention, some_tokens
 
 SEED = 0
 POLICY = PackCache()
+CHANGED = PackCache(selection="changed", window=12)
+"""The same budget, what changed first, over a longer window."""
+
+CHANGED_LEAST = dataclasses.replace(CHANGED, history_frames=1.0625)
+"""The smallest budget that remembers no less than `POLICY`: see `benchmarks.memory`."""
+
 BLOCK_SIZE = 32
 
 FRAMES = 13
@@ -24,9 +30,9 @@ and prefill, which is not timed, runs in several engines at once."""
 
 LASTING = ("full", "packcache")
 BESIDE_LAST_FRAME = ("short", "opt_out", "absolute")
-BESIDE_FRAMES = ("last 2 frames", "attention sink", "last frame")
+BESIDE_FRAMES = ("changed", "changed, least", "last 2 frames", "attention sink", "last frame")
 """Engines that live all the time, those that live beside them first, and those that then take the place of these:
-each has a KV cache for the longest sequence, and no more than five need fit into memory."""
+each has a KV cache for the longest sequence, and no more than seven need fit into memory."""
 
 STOCK = ("full", "short")
 WITH_PLUGIN = ("packcache", "opt_out")
@@ -46,7 +52,10 @@ END_TO_END = (
 )
 """What the time of all frames is, for those who read the result."""
 
-FRAME_RATIOS = {f"full / {name}": ("full", name) for name in ("packcache", *BESIDE_FRAMES)}
+AT_ONE_BUDGET = "changed / packcache"
+FRAME_RATIOS = {f"full / {name}": ("full", name) for name in ("packcache", *BESIDE_FRAMES)} | {
+    AT_ONE_BUDGET: ("changed", "packcache")
+}
 """Ratios of step times frame by frame."""
 
 
@@ -153,13 +162,15 @@ class DecodePlan:
     def policies(self) -> dict[str, Policy]:
         """What is timed frame by frame: engines, and what each keeps.
 
-        All but ``full`` and the paper's baseline, ``last frame``, keep the same number of tokens once there are
-        frames to drop: the condition and two frames, up to blocks that are kept whole.
+        All but ``full``, ``changed, least`` and the paper's baseline, ``last frame``, keep the same number of tokens
+        once there are frames to drop: the condition and two frames, up to blocks that are kept whole.
         """
         condition_and_frames = self.condition_tokens + int(POLICY.history_frames * self.tokens_per_frame)
         return {
             "full": Full(),
             "packcache": POLICY,
+            "changed": CHANGED,
+            "changed, least": CHANGED_LEAST,
             "last 2 frames": SlidingWindow(window=2),
             "attention sink": AttentionSink(sink_tokens=BLOCK_SIZE, recent_tokens=condition_and_frames - BLOCK_SIZE),
             "last frame": SlidingWindow(window=1),
@@ -180,7 +191,8 @@ class DecodePlan:
 
     def retention(self, tokens_per_frame: int, policy: Policy = POLICY) -> Retention:
         """What ``policy`` keeps of a request of frames of ``tokens_per_frame``."""
-        return Retention(VideoLayout(FrameLayout(tokens_per_frame), self.condition_tokens), policy, BLOCK_SIZE)
+        layout = VideoLayout(FrameLayout(tokens_per_frame), self.condition_tokens)
+        return Retention(layout, policy, BLOCK_SIZE, some_tokens)
 
     def options(self, tokens_per_frame: int) -> dict[str, Any]:
         """Request options that say of frames of ``tokens_per_frame`` what `retention` knows, to an engine's policy."""

@@ -14,6 +14,8 @@ from vllm_packcache.tools.figures import new_figure, save
 _STYLES = {
     "full": ("#9aa0a6", "o"),
     "packcache": ("#2f6fde", "o"),
+    "changed": ("#d1495b", "v"),
+    "changed, least": ("#d1495b", "P"),
     "last 2 frames": ("#2a9d8f", "s"),
     "attention sink": ("#e9a23b", "^"),
     "last frame": ("#7b5ea7", "D"),

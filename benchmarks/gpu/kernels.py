@@ -469,7 +469,7 @@ def _time_rotation(plan: KernelPlan, device: torch.device, clock: Clock) -> dict
     from vllm_packcache.worker.keys.kernel import RotationKernel
 
     shape = plan.geometry
-    logical = plan.retention(PACKCACHE).history_blocks(plan.frames - 1)
+    logical = plan.retention(PACKCACHE).sliding_blocks(plan.frames - 1)
     blocks = torch.from_numpy(np.random.default_rng(SEED).permutation(plan.blocks)[logical])
     angles = _angles(plan)
     kinds = torch.zeros(len(blocks), shape.block_size, dtype=torch.int64)

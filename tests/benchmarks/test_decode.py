@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -71,6 +72,8 @@ def test_json_says_how_to_repeat_it(measured):
         "gamma_text": 1.0,
         "gamma_condition": 1.0,
         "selection": "spatial",
+        "changed_tokens": 1,
+        "episodes": 0,
     }
     assert written["command"]
 
@@ -158,18 +161,26 @@ def test_every_frame_is_timed_with_every_policy(measured):
         for clock in CLOCKS:
             assert set(frame[clock]) == set(plan.policies)
             assert all(len(own) == plan.frame_rounds and min(own) > 0 for own in frame[clock].values())
-        assert set(frame["ratios"]) == {f"full / {name}" for name in plan.policies if name != "full"}
+        ratios = {f"full / {name}" for name in plan.policies if name != "full"}
+        assert set(frame["ratios"]) == {*ratios, "changed / packcache"}
 
 
 def test_policies_keep_equally_many_tokens(measured):
-    history = {"packcache": 2, "last 2 frames": 2, "attention sink": 2, "last frame": 1}
+    history = {
+        "packcache": 2,
+        "changed": 2,
+        "changed, least": 1.0625,
+        "last 2 frames": 2,
+        "attention sink": 2,
+        "last frame": 1,
+    }
     # What is kept of a frame is rounded up to blocks, and so is the condition; packcache keeps something of four.
-    most_blocks = {"packcache": 5} | dict.fromkeys(("last 2 frames", "attention sink", "last frame"), 2)
+    most_blocks = dict.fromkeys(history, 2) | {"packcache": 5}
     for frame in measured[1]["frames"]["frames"]:
         live = frame["live_tokens"]
         assert live["full"] == frame["prompt_tokens"]
         for name, frames in history.items():
-            dropped = max(0, frame["frame"] - frames) * 197
+            dropped = int(max(0, frame["frame"] - frames) * 197)
             rounding = most_blocks[name] * 32 if dropped else 0
             assert 0 <= live[name] - (frame["prompt_tokens"] - dropped) <= rounding
 
@@ -187,7 +198,17 @@ def test_end_to_end_is_the_sum_of_the_frames(measured):
             assert whole["ratios"][name][clock]["samples"] == [a / b for a, b in pairs]
     assert frames["last"]["ratios"] == frames["frames"][-1]["ratios"]
     judged = {target["ratio"]: target["value"] for target in measured[1]["targets"]}
-    assert judged["end to end: full / packcache"] == whole["ratios"]["full / packcache"]["cpu_seconds"]["median"]
+    for ratio in ("full / packcache", "full / changed, least", "changed / packcache"):
+        assert judged[f"end to end: {ratio}"] == whole["ratios"][ratio]["cpu_seconds"]["median"]
+    last = frames["last"]["ratios"]["full / changed, least"]["cpu_seconds"]["median"]
+    assert judged["full / changed, least, the middle of the last frame"] == last
+
+
+def test_choosing_is_timed_against_a_frame(measured):
+    frames = measured[1]["frames"]
+    choosing = frames["choosing"]
+    assert choosing["frame_seconds"] == np.median(frames["end_to_end"]["cpu_seconds"]["changed"]) / 13
+    assert 0 < choosing["share"] == choosing["seconds"] / choosing["frame_seconds"] < 1
 
 
 def test_picture_tells_the_ratios(measured, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,17 @@ from vllm_packcache.core.plan import Plan
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""
     return numbers(seed).integers(0, 256, length).tolist()
+
+
+def video(condition: int, frame: int, frames: int, seed: int, share: float = 0.08) -> list[int]:
+    """A condition, and given frames in which some places change from one to the next."""
+    random = numbers(seed)
+    picture = random.integers(0, 256, frame)
+    ids = [*prompt(condition, seed=seed)]
+    for _ in range(frames):
+        picture = np.where(random.random(frame) < share, random.integers(0, 256, frame), picture)
+        ids += picture.tolist()
+    return ids
 
 
 def sampling(max_tokens: int, **options: Any) -> Any:
