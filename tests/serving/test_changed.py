@@ -69,8 +69,8 @@ def test_preempted_requests_choose_the_same_again(
         CONFIG,
         max_num_batched_tokens=128,
         max_num_seqs=shorter(12, 8),
-        num_gpu_blocks_override=shorter(60, 22),
-        max_model_len=shorter(1856, 640),
+        num_gpu_blocks_override=shorter(60, 18),
+        max_model_len=shorter(1856, 512),
         variant=f"crowded {asynchronous}",
     )
     batch = [own for seed in shorter((0, 20, 40, 60), (0,)) for own in requests(seed)[:3]]
