@@ -13,8 +13,6 @@ from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.policies.base import Int64, Tokens
 from vllm_packcache.core.policies.selection import spread_rank
 
-_NOTHING: BlockIndices = np.empty(0, dtype=np.int64)
-
 
 def changed_tokens(blocks: BlockMap, first: int, frame: int, tokens: Tokens) -> Int64:
     """How many tokens of each block differ from the same place of the next frame.
@@ -42,8 +40,8 @@ def keep_changed(
     keep: int,
     tokens: Tokens,
     threshold: int,
-    scene: int = 0,
-    anchors: BlockIndices = _NOTHING,
+    scene: int,
+    anchors: BlockIndices,
 ) -> BlockIndices:
     """The blocks of the history that are kept while ``frame`` is made.
 
