@@ -33,6 +33,10 @@ TIMED = [
     "rebase / absolute",
     "frame 30 / frame 10",
     "end to end: full / packcache",
+    "full / changed, least, the middle of the last frame",
+    "end to end: full / changed, least",
+    "end to end: changed / packcache",
+    "choosing what changed / a frame",
 ]
 COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
 
@@ -175,7 +179,8 @@ def test_policies_keep_equally_many_tokens(measured):
         "last frame": 1,
     }
     # What is kept of a frame is rounded up to blocks, and so is the condition; packcache keeps something of four.
-    most_blocks = dict.fromkeys(history, 2) | {"packcache": 5}
+    # What changed has whole blocks beside the one that the last frame leaves to the frame being made.
+    most_blocks = dict.fromkeys(history, 2) | {"packcache": 5, "changed": 3, "changed, least": 3}
     for frame in measured[1]["frames"]["frames"]:
         live = frame["live_tokens"]
         assert live["full"] == frame["prompt_tokens"]
