@@ -632,8 +632,12 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(json_path: Path | None) -> int:
+def run(json_path: Path | None, *, quick: bool = False) -> int:
     """Check, time, print, and write to ``json_path``, if there is one.
+
+    Args:
+        json_path: the file.
+        quick: few samples of whole steps.
 
     Returns:
         0; 1 if a kernel is wrong, and 2 if nothing can be measured here: then no times are written. 1 also if an
@@ -645,7 +649,7 @@ def run(json_path: Path | None) -> int:
     if reason is None:
         device = torch.device("cuda", torch.cuda.current_device())
         result["machine"] = _machine(device)
-        status = _measure_if_right(result, LUMOS, device)
+        status = _measure_if_right(result, LUMOS, device, quick)
     else:
         status = 2
         result |= {"measured": False, "reason": f"not measured: {reason}"}
@@ -656,7 +660,7 @@ def run(json_path: Path | None) -> int:
     return status
 
 
-def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.device) -> int:
+def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.device, quick: bool) -> int:
     start = time.monotonic()
     checks = check(device)
     result["checks"] = {name: own._asdict() | {"passed": own.passed} for name, own in checks.items()}
@@ -673,7 +677,7 @@ def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.de
     }
     result["plan"]["geometry"]["dtype"] = str(plan.geometry.dtype)
     result |= measure(plan, device, Clock(device))
-    result["engine"], judged_steps = _measure_engines(result["rotation"]["copy_bytes_per_second"], device)
+    result["engine"], judged_steps = _measure_engines(result["rotation"]["copy_bytes_per_second"], device, quick)
     result["targets"] = targets(result) + judged_steps
     result["seconds"] = time.monotonic() - start
     _print(result)
@@ -682,7 +686,9 @@ def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.de
     return 1 if failed else 0
 
 
-def _measure_engines(copy_bandwidth: float, device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _measure_engines(
+    copy_bandwidth: float, device: torch.device, quick: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Whole steps of vLLM, where it is installed, and their ratios with bounds."""
     if find_spec("vllm") is None:
         return {"measured": False, "reason": "not measured: vLLM is not installed here"}, []
@@ -692,7 +698,8 @@ def _measure_engines(copy_bandwidth: float, device: torch.device) -> tuple[dict[
         return {"measured": False, "reason": f"not measured: vllm-packcache is not installed here: {remedy}"}, []
     from benchmarks.gpu import engine
 
-    section = engine.measure(engine.LUMOS, copy_bandwidth, _free_bytes(device))
+    plan = engine.QUICK if quick else engine.LUMOS
+    section = engine.measure(plan, copy_bandwidth, _free_bytes(device))
     return section, engine.targets(section)
 
 
@@ -726,4 +733,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and what is needed to repeat them")
-    return run(parser.parse_args(arguments).json)
+    parser.add_argument("--quick", action="store_true", help="of whole steps measure what is judged, with few samples")
+    given = parser.parse_args(arguments)
+    return run(given.json, quick=given.quick)

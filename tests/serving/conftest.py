@@ -55,15 +55,16 @@ def generate(llm: Any, ids: list[int], max_tokens: int, **options: Any) -> list[
 
 def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     """Engines that are made from now on schedule steps ahead, which vLLM's CPU platform would switch off, or do not."""
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
 
-    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    platform = type(current_platform)
+    check = platform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def deciding(cls: Any, vllm_config: Any) -> None:
         check(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = wanted
 
-    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
+    patch.setattr(platform, "check_and_update_config", classmethod(deciding))
 
 
 @pytest.fixture
