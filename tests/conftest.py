@@ -33,8 +33,8 @@ for _name in ("http_proxy", "https_proxy", "all_proxy", "vllm_api_key"):
 if not torch.cuda.is_available():
     # Our own kernels are interpreted whichever runner is used.
     os.environ["TRITON_INTERPRET"] = "1"
-if V2:
-    interpreted.prepare()
+    if V2:
+        interpreted.prepare()
 
 ON_DEVICE: dict[str, Any] = {"enforce_eager": True}
 """How engines run: on a GPU decoding is replayed from full CUDA graphs, and engines share the memory."""

@@ -366,7 +366,12 @@ class Clock:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        return graph.replay
+
+        # A graph knows addresses only: what lies there lives as long as the work that made it.
+        def replay(kept: Work = work) -> None:
+            graph.replay()
+
+        return replay
 
     def seconds(self, works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
         """Samples of each of ``works``; one round more is run, and dropped, to warm up."""
@@ -649,18 +654,24 @@ def run(json_path: Path | None, *, quick: bool = False) -> int:
     if reason is None:
         device = torch.device("cuda", torch.cuda.current_device())
         result["machine"] = _machine(device)
-        status = _measure_if_right(result, LUMOS, device, quick)
+        status = _measure_if_right(result, LUMOS, device)
     else:
         status = 2
         result |= {"measured": False, "reason": f"not measured: {reason}"}
-    if not result["measured"]:
+    if result["measured"]:
+        _print(result)
+        if json_path is not None:
+            # Engines take minutes: what there is by now outlives whatever ends them.
+            files.write(json_path, result)
+        status = _add_engines(result, device, quick)
+    else:
         print(result["reason"], file=sys.stderr)
     if json_path is not None:
         files.write(json_path, result)
     return status
 
 
-def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.device, quick: bool) -> int:
+def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.device) -> int:
     start = time.monotonic()
     checks = check(device)
     result["checks"] = {name: own._asdict() | {"passed": own.passed} for name, own in checks.items()}
@@ -677,17 +688,27 @@ def _measure_if_right(result: dict[str, Any], plan: KernelPlan, device: torch.de
     }
     result["plan"]["geometry"]["dtype"] = str(plan.geometry.dtype)
     result |= measure(plan, device, Clock(device))
-    result["engine"], judged_steps = _measure_engines(result["rotation"]["copy_bytes_per_second"], device, quick)
-    result["targets"] = targets(result) + judged_steps
+    result["engine"] = {"measured": False, "reason": "not measured: the measurement was ended before"}
+    result["targets"] = targets(result)
     result["seconds"] = time.monotonic() - start
-    _print(result)
-    failed = [own["failed"] for own in result["engine"].get("runs", {}).values() if "failed" in own]
+    return 0
+
+
+def _add_engines(result: dict[str, Any], device: torch.device, quick: bool) -> int:
+    start = time.monotonic()
+    section, judged_steps = _measure_engines(result["rotation"]["copy_bytes_per_second"], device, quick)
+    result["engine"] = section
+    result["targets"] += judged_steps
+    result["seconds"] += time.monotonic() - start
+    _print_engines(section)
+    _print_targets(result["targets"])
+    failed = [own["failed"] for own in section.get("runs", {}).values() if "failed" in own]
     print(*failed, sep="\n", end="", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _measure_engines(
-    copy_bandwidth: float, device: torch.device, quick: bool
+    copy_bandwidth: float, device: torch.device, quick: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Whole steps of vLLM, where it is installed, and their ratios with bounds."""
     if find_spec("vllm") is None:
@@ -718,13 +739,19 @@ def _print(result: Mapping[str, Any]) -> None:
     print()
     for step, own in result["compaction"].items():
         print(f"compaction, {step}: {own['median'] * 1e6:.1f} us a step")
-    if result["engine"]["measured"]:
+
+
+def _print_engines(section: Mapping[str, Any]) -> None:
+    if section["measured"]:
         from benchmarks.gpu import engine
 
-        print(*engine.lines(result["engine"]), sep="\n")
+        print(*engine.lines(section), sep="\n")
     else:
-        print(f"whole steps: {result['engine']['reason']}")
-    for target in result["targets"]:
+        print(f"whole steps: {section['reason']}")
+
+
+def _print_targets(judged_ratios: Sequence[Mapping[str, Any]]) -> None:
+    for target in judged_ratios:
         bound = f">= {target['at_least']}" if "at_least" in target else f"<= {target['at_most']}"
         print(f"{target['ratio']:<60} {target['value']:>7.3f}  {bound:<8} {'met' if target['met'] else 'MISSED'}")
 
