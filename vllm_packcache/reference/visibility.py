@@ -101,7 +101,7 @@ def positions(plan: Plan | None, block_size: int, num_tokens: int, frame: int) -
 
     One token after the other, as the method is told: a token's index in the sequence, less the tokens of the frames
     that the window has left behind. A token in a block of the condition keeps the position that it was made at, and one
-    in a block that the window has left behind the position that it had then.
+    in a block that outlives the window the position that it had when the window left it behind.
 
     Args:
         plan: layout, policy and positions of the request; None: positions are indices.
@@ -123,7 +123,9 @@ def positions(plan: Plan | None, block_size: int, num_tokens: int, frame: int) -
         in_condition_block = token // block_size * block_size < condition
         made_for = own
         if not in_condition_block:
-            made_for = frame if window is None else min(frame, tag(layout, block_size, token // block_size) + window)
+            made_for = frame
+            if window is not None and plan.policy.outlives_window:
+                made_for = min(frame, tag(layout, block_size, token // block_size) + window)
         dropped = 0 if window is None or own == CONDITION else max(0, made_for - window)
         index = token - dropped * length
         if scale is None:
