@@ -24,6 +24,9 @@ BLOCK_SIZE = 32
 FRAMES = 13
 """Latent frames of the video of the paper: 48 pictures."""
 
+TIMED_FRAMES = (0, 1, 2, 3, 7, 12)
+"""Those of them that are timed: between two, what a step reads grows evenly with every policy, or not at all."""
+
 THREADS = 1
 """OpenMP threads of each engine. With one, no step waits for a thread that other processes keep from running,
 and prefill, which is not timed, runs in several engines at once."""
@@ -47,8 +50,9 @@ RATIOS = {
 
 END_TO_END = (
     "sum over all frames of tokens per frame x seconds of a step in the middle of the frame, round by round: a step's "
-    "time is linear in the number of tokens that it reads. Without the prefill of the condition, and without the "
-    "slides of the window, which are in the first step of a frame (see sliding_frame)"
+    "time is linear in the number of tokens that it reads, and those of frames between timed ones are interpolated. "
+    "Without the prefill of the condition, and without the slides of the window, which are in the first step of a "
+    "frame (see sliding_frame)"
 )
 """What the time of all frames is, for those who read the result."""
 
@@ -76,12 +80,12 @@ STAGES = {
     **_timed("late and early frame", prefill=20, decode=5),
     **_timed("all frames from the condition on", prefill=0, decode=20),
     "starting engines of other policies": 15,
-    # Four engines with a policy prefill all frames before it anew, 4 s a frame on two cores; what stock vLLM reads
+    # Six engines with a policy prefill all frames before it anew, 6 s a frame on two cores; what stock vLLM reads
     # in its steps grows, what the others read does not.
     **{
         stage: seconds
-        for frame in range(FRAMES)
-        for stage, seconds in _timed(f"frame {frame}", prefill=4 * frame + 1, decode=5 + frame // 3).items()
+        for frame in TIMED_FRAMES
+        for stage, seconds in _timed(f"frame {frame}", prefill=6 * frame + 1, decode=7 + frame // 3).items()
     },
 }
 """What is run, in order, and about how many seconds it takes: the remaining time is reckoned from these."""
@@ -96,7 +100,8 @@ class DecodePlan:
         chunk: longest prefill chunk.
         condition_tokens: C, of every request.
         tokens_per_frame: F, of the request whose last frame is timed.
-        frames: its number of frames, the last one included; all of them are timed as well.
+        frames: its number of frames, the last one included.
+        timed_frames: those of them that are timed, from 0 to the last; those between two are interpolated.
         rounds: bursts of each engine at each place of the last frame.
         frame_rounds: bursts of each engine in the middle of each frame.
         growth_tokens_per_frame: F, of the requests that compare an early frame with a late one.
@@ -110,6 +115,7 @@ class DecodePlan:
     condition_tokens: int
     tokens_per_frame: int
     frames: int
+    timed_frames: tuple[int, ...]
     rounds: int
     frame_rounds: int
     growth_tokens_per_frame: int
@@ -217,6 +223,7 @@ FULL = DecodePlan(
     condition_tokens=272,
     tokens_per_frame=4084,
     frames=FRAMES,
+    timed_frames=TIMED_FRAMES,
     rounds=10,
     frame_rounds=3,
     growth_tokens_per_frame=515,
@@ -230,6 +237,7 @@ QUICK = DecodePlan(
     condition_tokens=70,
     tokens_per_frame=197,
     frames=FRAMES,
+    timed_frames=TIMED_FRAMES,
     rounds=2,
     frame_rounds=2,
     growth_tokens_per_frame=131,

@@ -41,7 +41,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         dot = {"markersize": 4, "zorder": 3} if name == POLICY.name else {"markersize": 8, "markerfacecolor": "none"}
         axes.plot(numbers, steps, color=colour, marker=marker, linewidth=1.2, label=_label(name, measured), **dot)
     axes.set_title(
-        f"A video of {len(frames)} frames of {measured['tokens_per_frame']:,} tokens: "
+        f"A video of {numbers[-1] + 1} frames of {measured['tokens_per_frame']:,} tokens: "
         "what it costs to generate a token in the middle of each",
         loc="left",
         fontsize=11,

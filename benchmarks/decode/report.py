@@ -54,7 +54,7 @@ def goals(result: Result) -> list[Goal]:
         summaries[LAST_OF_CHANGED] = frames["last"]["ratios"]["full / changed, least"][CPU]
     for name, own in frames["end_to_end"]["ratios"].items():
         summaries[f"{END_TO_END}{name}"] = own[CPU]
-        names[f"{END_TO_END}{name}"] = f"{name}, end to end over {len(frames['frames'])} frames"
+        names[f"{END_TO_END}{name}"] = f"{name}, end to end over {frames['frames'][-1]['frame'] + 1} frames"
     return goals_of_ratios(result, names, summaries)
 
 
@@ -204,7 +204,7 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
 def _frames(frames: Mapping[str, Any], files: Files) -> Iterator[Paragraph]:
     yield _policies(frames)
     yield f"End to end: {frames['end_to_end']['is']}."
-    yield "**Frame by frame**, in the middle of each:"
+    yield "**Frame by frame**, in the middle of those that were timed:"
     yield _step_table({f"{frame['frame']}": frame for frame in frames["frames"]}, "frame")
     ratios = list(frames["end_to_end"]["ratios"])
     yield Table(

@@ -29,7 +29,7 @@ from benchmarks.decode.plan import (
     DecodePlan,
     described,
 )
-from benchmarks.decode.samples import CLOCKS, CPU, joined, ratios_of, step_times, summed
+from benchmarks.decode.samples import CLOCKS, CPU, frames_stood_for, joined, ratios_of, step_times, summed
 from benchmarks.engine_process import Burst, EngineProcess, EngineSettings, interleave
 from benchmarks.model import write_model
 from vllm_packcache.core.policies import Full
@@ -174,7 +174,7 @@ class Bench:
         }
 
     def frames(self) -> dict[str, Any]:
-        """Time each policy of `DecodePlan.policies` in the middle of every frame.
+        """Time each policy of `DecodePlan.policies` in the middle of the frames `DecodePlan.timed_frames`.
 
         A step's time is linear in the number of tokens it reads, so the middle of a frame stands for its mean.
         What all frames take, end to end, is `END_TO_END`.
@@ -183,7 +183,7 @@ class Bench:
         retentions = {name: plan.retention(plan.tokens_per_frame, policy) for name, policy in plan.policies.items()}
         video = plan.options(plan.tokens_per_frame)
         frames: list[dict[str, Any]] = []
-        for frame in range(plan.frames):
+        for frame in plan.timed_frames:
             prompt = retentions["full"].layout.frame_start(frame) + plan.middle_of_frame
             requests = {
                 name: Request(prompt, retention, {} if name in STOCK else video)
@@ -199,7 +199,7 @@ class Bench:
                     "blocks_as_decided": run.blocks_as_decided,
                 }
             )
-        seconds = summed(frames, scale=plan.tokens_per_frame)
+        seconds = summed(frames, [plan.tokens_per_frame * count for count in frames_stood_for(plan.timed_frames)])
         return {
             "condition_tokens": plan.condition_tokens,
             "tokens_per_frame": plan.tokens_per_frame,

@@ -75,7 +75,7 @@ def _frames() -> dict[str, Any]:
         times = step_times(bursts, FRAME_RATIOS)
         frames.append({"frame": number, "prompt_tokens": 2000 + number, "live_tokens": live, **times})
         frames[-1]["blocks_as_decided"] = True
-    seconds = summed(frames, scale=FULL.tokens_per_frame)
+    seconds = summed(frames, [FULL.tokens_per_frame] * 2)
     return {
         "tokens_per_frame": FULL.tokens_per_frame,
         "choosing": {"seconds": 0.004, "frame_seconds": 40.0, "share": 0.0001},
