@@ -33,8 +33,23 @@ for _name in ("http_proxy", "https_proxy", "all_proxy", "vllm_api_key"):
 if not torch.cuda.is_available():
     # Our own kernels are interpreted whichever runner is used.
     os.environ["TRITON_INTERPRET"] = "1"
-if V2:
-    interpreted.prepare()
+    if V2:
+        interpreted.prepare()
+
+ON_DEVICE: dict[str, Any] = {"enforce_eager": True}
+"""How engines run: on a GPU decoding is replayed from full CUDA graphs, and engines share the memory."""
+if torch.cuda.is_available():
+    # Torch and Triton round the factors of a float32 product to 10 bits where they may: no token is exact then.
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+    ON_DEVICE = {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8],
+        },
+        "gpu_memory_utilization": 0.02,
+        "kv_cache_memory_bytes": 2**30,
+    }
 
 # For `make test-quick`: the suite has more of them.
 settings.register_profile("few", max_examples=15)
@@ -119,13 +134,12 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
         if config is not None:
             additional["kv_cache_policy_config"] = config
         defaults = {"max_model_len": 8192, "block_size": 32, "max_num_batched_tokens": 512, "max_num_seqs": 8}
-        options = {**defaults, "num_gpu_blocks_override": 600, **options}
+        options = {**defaults, "num_gpu_blocks_override": 600, **ON_DEVICE, **options}
         model, variant = str(options.pop("model", checkpoint)), options.pop("variant", None)
         key = repr((model, variant, additional, sorted(options.items())))
         if key not in engines:
             engines[key] = LLM(
                 model,
-                enforce_eager=True,
                 seed=0,
                 additional_config=additional,
                 **{"dtype": "float32", "skip_tokenizer_init": True, **options},

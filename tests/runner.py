@@ -16,7 +16,17 @@ V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 ON_BOTH = frozenset(
     f"serving/test_{name}.py"
-    for name in ("tokens", "positions", "async", "schedules", "failures", "interruptions", "tensor_parallel")
+    for name in (
+        "tokens",
+        "changed",
+        "episodes",
+        "positions",
+        "async",
+        "schedules",
+        "failures",
+        "interruptions",
+        "tensor_parallel",
+    )
 )
 """Files whose tests are run on both runners, relative to this folder."""
 
@@ -44,4 +54,4 @@ def is_for_this_runner(file: Path) -> bool:
 
 def shorter(usual: T, on_v2: T) -> T:
     """``usual``, or what takes fewer steps where steps are interpreted."""
-    return on_v2 if V2 else usual
+    return on_v2 if V2 and os.environ.get("TRITON_INTERPRET") == "1" else usual

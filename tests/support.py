@@ -59,6 +59,17 @@ SUPPORT = (
     Support(
         INSTALLED,
         "V2",
+        "TRITON_ATTN",
+        "by hand on an H100, without vLLM's compiled part: tokens of two videos from full CUDA graphs; our kernels",
+        (
+            "serving/test_tokens.py::test_packcache_equals_reference",
+            "worker/test_rotation_kernel.py",
+            "worker/test_compaction_kernel.py",
+        ),
+    ),
+    Support(
+        INSTALLED,
+        "V2",
         "FLASH_ATTN",
         "not run: what its metadata builder plans with is compacted; keys lie as Triton's, says its source",
         ("worker/test_runner_v2.py::test_backends_plan_with_live_lengths", "hooks/test_vllm_contract.py"),

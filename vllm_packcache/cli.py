@@ -75,12 +75,16 @@ def demo(
     image: Annotated[Path | None, typer.Option(help="A picture to start from; a scene is made up without one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo"),
+    config: Annotated[
+        str,
+        typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
+    ] = "demo",
 ) -> None:
     """Turn a picture and a sentence into a video, with and without packcache."""
     with one_sentence("demo"):
         from vllm_packcache.demo.run import run_demo
 
-        run_demo(image, prompt, out)
+        run_demo(image, prompt, out, config)
 
 
 @app.command()
@@ -150,12 +154,16 @@ def demo_masked(
     image: Annotated[Path | None, typer.Option(help="A picture to start from; text to video without one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to happen, in the demo's words.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos and pictures.")] = Path("out/demo-masked"),
+    config: Annotated[
+        str,
+        typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
+    ] = "demo_masked",
 ) -> None:
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
     with one_sentence("demo"):
         from vllm_packcache.demo.masked.run import run_masked_demo
 
-        run_masked_demo(image, prompt, out)
+        run_masked_demo(image, prompt, out, config)
 
 
 @app.command()
@@ -165,12 +173,21 @@ def explain(
         str,
         typer.Option(help="Name of a policy. A preset's options are packcache's: others take its layout alone."),
     ] = "packcache",
-    frames: Annotated[int, typer.Option(min=1, max=1000, help="Frames of the video.")] = 12,
+    frames: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Frames of the video; 12, or all of --sequence.")
+    ] = None,
     condition_tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
+    sequence: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with the video's token ids, condition and frames, as a demo writes it: for selection: "
+            "changed, which depends on them."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture too, as PNG or SVG.")] = None,
 ) -> None:
     """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
@@ -182,7 +199,12 @@ def explain(
     with one_sentence("calibrate"):
         check_format("--out", out)
         explanation = explaining.explain(
-            config, policy, frames=frames, condition_tokens=condition_tokens, block_size=block_size
+            config,
+            policy,
+            frames=frames,
+            condition_tokens=condition_tokens,
+            block_size=block_size,
+            sequence=sequence,
         )
         explaining.print_text(explanation, Console(highlight=False))
         if out is not None:
@@ -207,14 +229,16 @@ def calibrate(
     frames: Annotated[
         int | None, typer.Option(min=6, help="Frames of a video; as trained, or as the file's shortest has.")
     ] = None,
-    target: Annotated[float, typer.Option(help="Share of all attention that is to be kept.")] = 0.8,
+    target: Annotated[
+        float, typer.Option(help="Share that is to be kept: of all attention, and of what changes.")
+    ] = 0.8,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a picture as PNG or SVG.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers and what is needed to repeat them.")
     ] = None,
 ) -> None:
-    """Measure how a model's attention decays over time, and suggest options that keep a share of it."""
+    """Measure how attention decays over time and how much changes in the videos, and suggest options that keep it."""
     with one_sentence("calibrate"):
         from vllm_packcache.calibrate.command import run
 

@@ -14,6 +14,8 @@ engine          what it runs
 ``packcache``   vLLM with the plugin, packcache switched on
 ``opt_out``     the same, on a request that keeps its whole cache (``packcache_policy=full``)
 ``absolute``    packcache with absolute positions: no key is ever rotated
+``changed``     packcache with ``selection: changed`` over a window of 12, at the same budget
+``changed, ..`` the same at the smallest budget that remembers as much as packcache (see `benchmarks.memory`)
 ``last 2 ...``  sliding window over as many frames as packcache's budget
 ``attention``   attention sink: the first block and as many of the last tokens
 ``last frame``  sliding window over one frame, the baseline of the paper

@@ -11,6 +11,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks.decode import plot, report
 from benchmarks.decode.plan import (
+    AT_ONE_BUDGET,
     BESIDE_FRAMES,
     BESIDE_LAST_FRAME,
     BLOCK_SIZE,
@@ -79,7 +80,10 @@ def targets(result: Result) -> list[dict[str, Any]]:
     growth, generated = result["early_and_late_frame"], result["generated"]
     rebase = result["sliding_frame"][CPU]["rebase / absolute"]
     late = growth["ratios"]["late / early"][CPU]["median"]
-    whole = result["frames"]["end_to_end"]["ratios"]["full / packcache"][CPU]["median"]
+    whole, middle = (
+        {name: own[CPU]["median"] for name, own in result["frames"][part]["ratios"].items()}
+        for part in ("end_to_end", "last")
+    )
     judge = not result["quick"]
     return [
         judged("full / packcache", last["full / packcache"], at_least=3.7, judge=judge),
@@ -87,7 +91,11 @@ def targets(result: Result) -> list[dict[str, Any]]:
         judged("opt_out / full", last["opt_out / full"], at_most=1.02, judge=judge),
         judged("rebase / absolute", rebase, at_most=1.02, judge=judge),
         judged(report.late(result), late, at_most=1.03, judge=judge),
-        judged(f"{report.END_TO_END}full / packcache", whole, at_least=2.2, judge=judge),
+        judged(f"{report.END_TO_END}full / packcache", whole["full / packcache"], at_least=2.2, judge=judge),
+        judged(report.LAST_OF_CHANGED, middle["full / changed, least"], at_least=5.0, judge=judge),
+        judged(f"{report.END_TO_END}full / changed, least", whole["full / changed, least"], at_least=2.7, judge=judge),
+        judged(f"{report.END_TO_END}{AT_ONE_BUDGET}", whole[AT_ONE_BUDGET], at_most=1.01, judge=judge),
+        judged(report.CHOOSING, result["frames"]["choosing"]["share"], at_most=0.01, judge=judge),
         _peak_target("peak blocks, prompted", growth["peak_blocks"]),
         _peak_target("peak blocks, generated", generated["peak_blocks"]),
     ]

@@ -9,14 +9,23 @@ from typing import Any
 from benchmarks.model import ModelShape
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Retention, some_tokens
 
 SEED = 0
 POLICY = PackCache()
+CHANGED = PackCache(selection="changed", window=12)
+"""The same budget, what changed first, over a longer window."""
+
+CHANGED_LEAST = dataclasses.replace(CHANGED, history_frames=1.0625)
+"""The smallest budget that remembers no less than `POLICY`: see `benchmarks.memory`."""
+
 BLOCK_SIZE = 32
 
 FRAMES = 13
 """Latent frames of the video of the paper: 48 pictures."""
+
+TIMED_FRAMES = (0, 1, 2, 3, 7, 12)
+"""Those of them that are timed: between two, what a step reads grows evenly with every policy, or not at all."""
 
 THREADS = 1
 """OpenMP threads of each engine. With one, no step waits for a thread that other processes keep from running,
@@ -24,9 +33,9 @@ and prefill, which is not timed, runs in several engines at once."""
 
 LASTING = ("full", "packcache")
 BESIDE_LAST_FRAME = ("short", "opt_out", "absolute")
-BESIDE_FRAMES = ("last 2 frames", "attention sink", "last frame")
+BESIDE_FRAMES = ("changed", "changed, least", "last 2 frames", "attention sink", "last frame")
 """Engines that live all the time, those that live beside them first, and those that then take the place of these:
-each has a KV cache for the longest sequence, and no more than five need fit into memory."""
+each has a KV cache for the longest sequence, and no more than seven need fit into memory."""
 
 STOCK = ("full", "short")
 WITH_PLUGIN = ("packcache", "opt_out")
@@ -41,12 +50,16 @@ RATIOS = {
 
 END_TO_END = (
     "sum over all frames of tokens per frame x seconds of a step in the middle of the frame, round by round: a step's "
-    "time is linear in the number of tokens that it reads. Without the prefill of the condition, and without the "
-    "slides of the window, which are in the first step of a frame (see sliding_frame)"
+    "time is linear in the number of tokens that it reads, and those of frames between timed ones are interpolated. "
+    "Without the prefill of the condition, and without the slides of the window, which are in the first step of a "
+    "frame (see sliding_frame)"
 )
 """What the time of all frames is, for those who read the result."""
 
-FRAME_RATIOS = {f"full / {name}": ("full", name) for name in ("packcache", *BESIDE_FRAMES)}
+AT_ONE_BUDGET = "changed / packcache"
+FRAME_RATIOS = {f"full / {name}": ("full", name) for name in ("packcache", *BESIDE_FRAMES)} | {
+    AT_ONE_BUDGET: ("changed", "packcache")
+}
 """Ratios of step times frame by frame."""
 
 
@@ -67,12 +80,12 @@ STAGES = {
     **_timed("late and early frame", prefill=20, decode=5),
     **_timed("all frames from the condition on", prefill=0, decode=20),
     "starting engines of other policies": 15,
-    # Four engines with a policy prefill all frames before it anew, 4 s a frame on two cores; what stock vLLM reads
+    # Six engines with a policy prefill all frames before it anew, 6 s a frame on two cores; what stock vLLM reads
     # in its steps grows, what the others read does not.
     **{
         stage: seconds
-        for frame in range(FRAMES)
-        for stage, seconds in _timed(f"frame {frame}", prefill=4 * frame + 1, decode=5 + frame // 3).items()
+        for frame in TIMED_FRAMES
+        for stage, seconds in _timed(f"frame {frame}", prefill=6 * frame + 1, decode=7 + frame // 3).items()
     },
 }
 """What is run, in order, and about how many seconds it takes: the remaining time is reckoned from these."""
@@ -87,7 +100,8 @@ class DecodePlan:
         chunk: longest prefill chunk.
         condition_tokens: C, of every request.
         tokens_per_frame: F, of the request whose last frame is timed.
-        frames: its number of frames, the last one included; all of them are timed as well.
+        frames: its number of frames, the last one included.
+        timed_frames: those of them that are timed, from 0 to the last; those between two are interpolated.
         rounds: bursts of each engine at each place of the last frame.
         frame_rounds: bursts of each engine in the middle of each frame.
         growth_tokens_per_frame: F, of the requests that compare an early frame with a late one.
@@ -101,6 +115,7 @@ class DecodePlan:
     condition_tokens: int
     tokens_per_frame: int
     frames: int
+    timed_frames: tuple[int, ...]
     rounds: int
     frame_rounds: int
     growth_tokens_per_frame: int
@@ -153,13 +168,15 @@ class DecodePlan:
     def policies(self) -> dict[str, Policy]:
         """What is timed frame by frame: engines, and what each keeps.
 
-        All but ``full`` and the paper's baseline, ``last frame``, keep the same number of tokens once there are
-        frames to drop: the condition and two frames, up to blocks that are kept whole.
+        All but ``full``, ``changed, least`` and the paper's baseline, ``last frame``, keep the same number of tokens
+        once there are frames to drop: the condition and two frames, up to blocks that are kept whole.
         """
         condition_and_frames = self.condition_tokens + int(POLICY.history_frames * self.tokens_per_frame)
         return {
             "full": Full(),
             "packcache": POLICY,
+            "changed": CHANGED,
+            "changed, least": CHANGED_LEAST,
             "last 2 frames": SlidingWindow(window=2),
             "attention sink": AttentionSink(sink_tokens=BLOCK_SIZE, recent_tokens=condition_and_frames - BLOCK_SIZE),
             "last frame": SlidingWindow(window=1),
@@ -180,7 +197,8 @@ class DecodePlan:
 
     def retention(self, tokens_per_frame: int, policy: Policy = POLICY) -> Retention:
         """What ``policy`` keeps of a request of frames of ``tokens_per_frame``."""
-        return Retention(VideoLayout(FrameLayout(tokens_per_frame), self.condition_tokens), policy, BLOCK_SIZE)
+        layout = VideoLayout(FrameLayout(tokens_per_frame), self.condition_tokens)
+        return Retention(layout, policy, BLOCK_SIZE, some_tokens)
 
     def options(self, tokens_per_frame: int) -> dict[str, Any]:
         """Request options that say of frames of ``tokens_per_frame`` what `retention` knows, to an engine's policy."""
@@ -205,6 +223,7 @@ FULL = DecodePlan(
     condition_tokens=272,
     tokens_per_frame=4084,
     frames=FRAMES,
+    timed_frames=TIMED_FRAMES,
     rounds=10,
     frame_rounds=3,
     growth_tokens_per_frame=515,
@@ -218,6 +237,7 @@ QUICK = DecodePlan(
     condition_tokens=70,
     tokens_per_frame=197,
     frames=FRAMES,
+    timed_frames=TIMED_FRAMES,
     rounds=2,
     frame_rounds=2,
     growth_tokens_per_frame=131,

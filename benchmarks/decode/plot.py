@@ -14,6 +14,8 @@ from vllm_packcache.tools.figures import new_figure, save
 _STYLES = {
     "full": ("#9aa0a6", "o"),
     "packcache": ("#2f6fde", "o"),
+    "changed": ("#d1495b", "v"),
+    "changed, least": ("#d1495b", "P"),
     "last 2 frames": ("#2a9d8f", "s"),
     "attention sink": ("#e9a23b", "^"),
     "last frame": ("#7b5ea7", "D"),
@@ -39,7 +41,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         dot = {"markersize": 4, "zorder": 3} if name == POLICY.name else {"markersize": 8, "markerfacecolor": "none"}
         axes.plot(numbers, steps, color=colour, marker=marker, linewidth=1.2, label=_label(name, measured), **dot)
     axes.set_title(
-        f"A video of {len(frames)} frames of {measured['tokens_per_frame']:,} tokens: "
+        f"A video of {numbers[-1] + 1} frames of {measured['tokens_per_frame']:,} tokens: "
         "what it costs to generate a token in the middle of each",
         loc="left",
         fontsize=11,

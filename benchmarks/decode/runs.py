@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from rich.progress import Progress
 
 from benchmarks.decode.plan import (
     BLOCK_SIZE,
+    CHANGED,
     END_TO_END,
     FRAME_RATIOS,
     POSITIONED,
@@ -27,11 +29,15 @@ from benchmarks.decode.plan import (
     DecodePlan,
     described,
 )
-from benchmarks.decode.samples import CLOCKS, joined, ratios_of, step_times, summed
+from benchmarks.decode.samples import CLOCKS, CPU, frames_stood_for, joined, ratios_of, step_times, summed
 from benchmarks.engine_process import Burst, EngineProcess, EngineSettings, interleave
 from benchmarks.model import write_model
 from vllm_packcache.core.policies import Full
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.policies.base import Int64
+from vllm_packcache.core.retention import Retention, check_policy
+
+CHOICES = 20
+"""How often what changed is chosen, where that is timed."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class Bench:
         }
 
     def frames(self) -> dict[str, Any]:
-        """Time each policy of `DecodePlan.policies` in the middle of every frame.
+        """Time each policy of `DecodePlan.policies` in the middle of the frames `DecodePlan.timed_frames`.
 
         A step's time is linear in the number of tokens it reads, so the middle of a frame stands for its mean.
         What all frames take, end to end, is `END_TO_END`.
@@ -177,7 +183,7 @@ class Bench:
         retentions = {name: plan.retention(plan.tokens_per_frame, policy) for name, policy in plan.policies.items()}
         video = plan.options(plan.tokens_per_frame)
         frames: list[dict[str, Any]] = []
-        for frame in range(plan.frames):
+        for frame in plan.timed_frames:
             prompt = retentions["full"].layout.frame_start(frame) + plan.middle_of_frame
             requests = {
                 name: Request(prompt, retention, {} if name in STOCK else video)
@@ -193,7 +199,7 @@ class Bench:
                     "blocks_as_decided": run.blocks_as_decided,
                 }
             )
-        seconds = summed(frames, scale=plan.tokens_per_frame)
+        seconds = summed(frames, [plan.tokens_per_frame * count for count in frames_stood_for(plan.timed_frames)])
         return {
             "condition_tokens": plan.condition_tokens,
             "tokens_per_frame": plan.tokens_per_frame,
@@ -204,8 +210,24 @@ class Bench:
             "frames": frames,
             "end_to_end": {"is": END_TO_END} | seconds | {"ratios": ratios_of(seconds, FRAME_RATIOS)},
             "last": {"ratios": frames[-1]["ratios"]},
+            "choosing": self._choosing(median(seconds[CPU]["changed"]) / plan.frames),
             "blocks_as_decided": all(frame["blocks_as_decided"] for frame in frames),
         }
+
+    def _choosing(self, frame_seconds: float) -> dict[str, float]:
+        """How long the host takes to choose what changed of a whole window, once a frame."""
+        layout, seconds = self._plan.retention(self._plan.tokens_per_frame).layout, []
+        for _ in range(CHOICES):
+            retention = Retention(layout, CHANGED, BLOCK_SIZE, self._ids)
+            check_policy(retention, self._plan.frames)
+            start = time.process_time()
+            retention.past(self._plan.frames)
+            seconds.append(time.process_time() - start)
+        return {"seconds": median(seconds), "frame_seconds": frame_seconds, "share": median(seconds) / frame_seconds}
+
+    def _ids(self, start: int, stop: int) -> Int64:
+        """As a scheduler has them: a list."""
+        return np.array(self._tokens[start:stop], dtype=np.int64)
 
     def huge_page_kib(self) -> dict[str, int | None]:
         """Memory of each engine that lies on huge pages; the KV cache should."""

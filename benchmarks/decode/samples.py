@@ -39,12 +39,24 @@ def ratios_of(
     }
 
 
-def summed(parts: Sequence[Mapping[str, Any]], scale: float = 1) -> dict[str, dict[str, list[float]]]:
-    """``scale`` times the sum of the seconds of `step_times`, round by round, by clock and name."""
+def summed(
+    parts: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Sum of the seconds of `step_times`, each part times its weight, round by round, by clock and name."""
+    weighted = np.ones(len(parts)) if weights is None else np.array(weights)
     return {
-        clock: {name: (scale * np.sum([part[clock][name] for part in parts], axis=0)).tolist() for name in own}
+        clock: {name: (weighted @ [part[clock][name] for part in parts]).tolist() for name in own}
         for clock, own in ((clock, parts[0][clock]) for clock in CLOCKS)
     }
+
+
+def frames_stood_for(timed: Sequence[int]) -> list[float]:
+    """How many frames each timed one stands for, where those between two of them are interpolated.
+
+    Args:
+        timed: numbers of frames, ascending from 0; all up to the last one count.
+    """
+    return [float(np.interp(range(timed[-1] + 1), timed, one).sum()) for one in np.eye(len(timed))]
 
 
 def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

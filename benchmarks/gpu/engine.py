@@ -169,6 +169,15 @@ LUMOS = EnginePlan(
         "13 frames, batch 16, full": Run(engines=(FULL, PACKCACHE), batch=16, frames=(12,)),
     },
 )
+QUICK = dataclasses.replace(
+    LUMOS,
+    rounds=4,
+    runs={
+        "13 frames, batch 1": dataclasses.replace(LUMOS.runs["13 frames, batch 1"], frames=(12,)),
+        "13 frames, batch 16": LUMOS.runs["13 frames, batch 16"],
+    },
+)
+"""For a GPU that is there for minutes: every ratio that is judged, of fewer samples."""
 
 
 def measure(plan: EnginePlan, copy_bandwidth: float, free_bytes: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import PackCache
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Retention, some_tokens
 
 BLOCK_SIZE = 16
 """Tokens of a KV-cache block: vLLM's default on a GPU."""
@@ -106,7 +106,8 @@ class Variant:
     def live_tokens(self, frame: int) -> int:
         """Tokens of the past that are read when ``frame`` of a usual video begins."""
         plan = self.plan()
-        return Retention(plan.layout, plan.policy, BLOCK_SIZE).live_tokens(plan.layout.frame_start(frame))
+        retention = Retention(plan.layout, plan.policy, BLOCK_SIZE, some_tokens)
+        return retention.live_tokens(plan.layout.frame_start(frame))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is decoded.
 * Capacity: the most videos that, all sent at once, run together to their end without a preemption. vLLM admits a
   request by the length of its prompt, so a server takes more videos than fit and finds out later. All begin in the
   same step, or nearly, which is the worst case: all are longest at the same time.
-* Load: as many videos as packcache has room for, at once, on both servers. Stock vLLM preempts some, which loses their
+* Load: the same videos at once on both servers, more than stock vLLM has room for. It preempts some, which loses their
   cache and recomputes it.
 
 Throughput is judged by the processor time of the engines, which have one thread each and never wait while there is
@@ -31,6 +31,7 @@ def command(
     pool_videos: Annotated[
         int, typer.Option(min=1, help="Size of the KV pool: videos that it holds with their full cache.")
     ] = 4,
+    videos: Annotated[int, typer.Option(min=1, help="Videos at once where throughput is compared.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="How often both servers get the load.")] = 2,
 ) -> None:
     """Count the videos that a server holds at once with and without packcache, and load it with them over HTTP."""
@@ -42,6 +43,7 @@ def command(
         tokens_per_frame=tokens_per_frame,
         frames=frames,
         pool_videos=pool_videos,
+        load_videos=videos,
         rounds=rounds,
     )
     SERVE.run(json_path, plan=plan)

@@ -38,7 +38,7 @@ def measure(plan: ServePlan, session: Session) -> dict[str, Any]:
         result["engine"] = {name: shlex.join(server.arguments) for name, server in running.items()}
         bench.warm_up()
         result["capacity"] = {name: bench.capacity(name) for name in SERVERS}
-        result["load"] = bench.load(result["capacity"][PACKCACHE]["videos"])
+        result["load"] = bench.load(plan.load_videos)
     return result
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.decode.plan import CHANGED_LEAST
 from benchmarks.decode.plan import QUICK as QUICK_DECODE
 from benchmarks.model import ModelShape
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.policies import Full, PackCache, Policy
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.policies import Full, Policy
+from vllm_packcache.core.retention import Retention, some_tokens
 
 SEED = 0
 BLOCK_SIZE = 32
@@ -19,7 +20,7 @@ THREADS = 1
 """OpenMP threads of each engine: the API server and the client need a core of a small machine."""
 
 STOCK, PACKCACHE = SERVERS = ("stock", "packcache")
-POLICIES: dict[str, Policy] = {STOCK: Full(), PACKCACHE: PackCache()}
+POLICIES: dict[str, Policy] = {STOCK: Full(), PACKCACHE: CHANGED_LEAST}
 
 MODEL = ModelShape(layers=2, heads=8, head_size=128, hidden=256, vocab=512, dtype="bfloat16", bytes_per_element=2)
 """That of `benchmarks.decode`."""
@@ -35,6 +36,7 @@ class ServePlan:
         tokens_per_frame: F.
         frames: T, of every video.
         pool_videos: videos with their full cache that the KV pool has room for, to the block.
+        load_videos: videos that both servers are sent at once, where throughput is compared.
         rounds: how often both servers get the load.
     """
 
@@ -43,6 +45,7 @@ class ServePlan:
     tokens_per_frame: int
     frames: int
     pool_videos: int
+    load_videos: int
     rounds: int
 
     @property
@@ -68,7 +71,7 @@ class ServePlan:
     def held_blocks(self, server: str) -> list[int]:
         """Blocks that one video holds on ``server`` by its policy, while each token after the condition is computed."""
         layout = VideoLayout(FrameLayout(self.tokens_per_frame), self.condition_tokens)
-        retention = Retention(layout, POLICIES[server], BLOCK_SIZE)
+        retention = Retention(layout, POLICIES[server], BLOCK_SIZE, some_tokens)
         # The last token is sampled and never computed.
         return [
             len(segment.past) + token // BLOCK_SIZE + 1 - segment.tail_start
@@ -85,7 +88,13 @@ class ServePlan:
         return self.pool_blocks // self.peak_blocks(server)
 
 
-USUAL = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
+USUAL = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, load_videos=16, rounds=2)
 QUICK = ServePlan(
-    model=QUICK_DECODE.model, condition_tokens=40, tokens_per_frame=40, frames=13, pool_videos=2, rounds=1
+    model=QUICK_DECODE.model,
+    condition_tokens=40,
+    tokens_per_frame=40,
+    frames=13,
+    pool_videos=2,
+    load_videos=6,
+    rounds=1,
 )

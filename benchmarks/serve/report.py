@@ -17,6 +17,9 @@ RATIO = "throughput packcache / stock"
 PREEMPTIONS, USAGE = "preemptions", "most of the KV pool in use"
 RANKS = (*(f"p{rank}" for rank in PERCENTILES), "max")
 
+SHOWN = ("selection", "history_frames", "window")
+"""Options of the policy that are told; results of before there were selections lack one."""
+
 NAMES = {
     "capacity packcache / stock": "videos at once without a preemption, packcache / stock",
     RATIO: f"throughput by {CLOCKS[CPU]}, packcache / stock",
@@ -82,11 +85,12 @@ def _measures(loads: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[fl
 
 
 def _measured(result: Result) -> str:
-    video = result["video"]
+    video, policy = result["video"], result["policy"]
     return (
         f"videos of {video['frames']} frames of {video['tokens_per_frame']:,} tokens, each generated from a condition "
-        f"of {video['condition_tokens']:,}, sent over HTTP to two servers, stock vLLM and packcache, with the same KV "
-        f"pool of {result['pool_blocks']:,} blocks, large enough for "
+        f"of {video['condition_tokens']:,}, sent over HTTP to two servers, stock vLLM and packcache "
+        f"({listed([f'{name} = {policy[name]}' for name in SHOWN if name in policy])}), "
+        f"with the same KV pool of {result['pool_blocks']:,} blocks, large enough for "
         f"{result['pool_blocks'] // result['peak_blocks_of_a_video'][STOCK]} such videos with their full cache."
     )
 
@@ -146,8 +150,8 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
     yield f"Many requests at once: {_measured(result)} {_why(result)}"
     yield provenance(result)
     yield (
-        f"Load: {result['load']['videos']} videos at once, as many as packcache has room for, on both servers; medians "
-        f"of {len(result['load']['rounds'])} rounds."
+        f"Load: {result['load']['videos']} videos at once, on both servers; medians of "
+        f"{len(result['load']['rounds'])} rounds."
     )
     yield _table(result, list(_loads(result)))
     yield "Loads that were tried to find how many videos run together to their end without a preemption:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import tempfile
 import time
 from collections import defaultdict
@@ -23,7 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.engine_process import child_environment, engine_environment
 from benchmarks.model import write_model
-from benchmarks.serve.plan import BLOCK_SIZE, CHUNK, PACKCACHE, SEED, SERVERS, STOCK, THREADS, ServePlan
+from benchmarks.serve.plan import BLOCK_SIZE, CHUNK, PACKCACHE, POLICIES, SEED, SERVERS, STOCK, THREADS, ServePlan
 from vllm_packcache.config.server import REQUEST_PREFIX
 from vllm_packcache.serving.server import ServerError, serving, tokens_in
 
@@ -179,7 +180,7 @@ def servers(plan: ServePlan, console: Console) -> Iterator[dict[str, Server]]:
                 *("--max-num-batched-tokens", str(CHUNK)),
                 # A worker process beside the engine's would make each spin while it waits for the other.
                 *("--distributed-executor-backend", "uni"),
-                *(("--kv-cache-policy", PACKCACHE) if name == PACKCACHE else ()),
+                *(_policy_flags() if name == PACKCACHE else ()),
             ]
             log = Path(folder) / f"{name}.log"
             others = psutil.Process().children()
@@ -188,6 +189,11 @@ def servers(plan: ServePlan, console: Console) -> Iterator[dict[str, Server]]:
             (process,) = set(psutil.Process().children()) - set(others)
             servers[name] = Server(url, arguments, log, process)
         yield servers
+
+
+def _policy_flags() -> tuple[str, ...]:
+    policy = POLICIES[PACKCACHE]
+    return "--kv-cache-policy", policy.name, "--kv-cache-policy-config", json.dumps(dataclasses.asdict(policy))
 
 
 class Bench:

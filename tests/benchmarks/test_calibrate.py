@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_packcache.calibrate import attention, report
+from vllm_packcache.calibrate.change import Changes
 from vllm_packcache.calibrate.command import run
 from vllm_packcache.calibrate.decay import allowed, fit, kept, measured, scale_at, suggest
 from vllm_packcache.calibrate.mass import IMAGE, NEAREST, SEGMENTS, TEXT, Mass, Tally, Video
@@ -143,18 +144,21 @@ def test_no_more_scores_are_held_than_allowed(models: Models, monkeypatch: pytes
         PackCache(history_frames=0.75, window=2, decay=0.4),
         PackCache(history_frames=2, window=4, decay=0.7),
         PackCache(history_frames=2, window=3, decay=0.5, gamma_text=0.5, gamma_condition=0.5),
+        PackCache(history_frames=1.5, window=4, selection="changed", changed_tokens=2),
     ],
 )
 def test_measured_share_is_that_of_a_mask(models: Models, policy: PackCache, condition: tuple[int, int]) -> None:
     """Frames of 7 tokens and blocks of 4: nothing is aligned."""
     layout = VideoLayout(LAYOUT.frame, *condition)
     own = video(2, layout)
+    # Half of the places are as in the frame before.
+    own.token_ids[layout.condition_tokens :: 2] = [7] * len(own.token_ids[layout.condition_tokens :: 2])
     weights, _ = true_weights(models["gqa"], own.token_ids)
     mass = attention.measure(attention.load(models["gqa"]), own, DISTANCES, BLOCK)
-    live = visibility(Plan(layout, policy, Positions(layout)), BLOCK, len(own.token_ids)).numpy()
+    live = visibility(Plan(layout, policy, Positions(layout)), BLOCK, len(own.token_ids), own.token_ids).numpy()
     queries = slice(layout.frame_start(DISTANCES), None)
     expected = (weights * live)[:, :, queries].sum(-1).mean((1, 2))
-    np.testing.assert_allclose(measured(policy, [mass], BLOCK), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(measured(policy, [mass], BLOCK, [own]), expected, atol=1e-5, rtol=0)
     assert expected.max() < 0.99
 
 
@@ -240,6 +244,85 @@ def test_kept_counts_what_the_policy_keeps() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What changes
+
+
+def changing(share: float, tokens_per_frame: int = 16, frames: int = 9, condition: int = 8) -> Video:
+    """A video in whose every frame another share of the blocks of 4 changes, in one token each."""
+    frame = np.zeros(tokens_per_frame, dtype=np.int64)
+    ids = [np.zeros(condition, dtype=np.int64)]
+    for number in range(frames):
+        frame = frame.copy()
+        count = round(share * tokens_per_frame / 4)
+        frame[(np.arange(count) + number) * 4 % tokens_per_frame] += 1
+        ids.append(frame)
+    layout = VideoLayout(FrameLayout(tokens_per_frame), condition)
+    return Video(np.concatenate(ids).tolist(), layout)
+
+
+def test_what_changes_is_counted_by_block() -> None:
+    own = changing(0.25)
+    changes = Changes([own], 4)
+    # In every frame one block more, from the left: it changes in the frame before.
+    places = [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+    assert [counts.tolist() for counts in changes.counts[0]] == [places[number % 4] for number in range(8)]
+    assert changes.by_count.tolist() == [24, 8, 0, 0, 0]
+    assert (changes.tokens, changes.blocks, changes.threshold, changes.told_apart) == (1 / 16, 1 / 4, 1, True)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(FrameLayout(3), 5), VideoLayout(FrameLayout(12), 0)])
+def test_counts_are_those_of_tokens_one_by_one(layout: VideoLayout) -> None:
+    """Blocks that lie in two frames are of the later one."""
+    own = Video(np.random.default_rng(3).integers(3, size=layout.frame_start(FRAMES)).tolist(), layout)
+    expected = np.zeros(BLOCK + 1, dtype=int)
+    for block in range(-(-layout.condition_tokens // BLOCK), layout.frame_start(FRAMES - 1) // BLOCK):
+        places = range(block * BLOCK, (block + 1) * BLOCK)
+        expected[sum(own.token_ids[i] != own.token_ids[i + layout.tokens_per_frame] for i in places)] += 1
+    assert Changes([own], BLOCK).by_count.tolist() == expected.tolist()
+
+
+def test_where_nothing_changes_a_window_costs_nothing() -> None:
+    changes = Changes([changing(0)], 4)
+    assert (changes.tokens, changes.blocks, changes.threshold, changes.told_apart) == (0, 0, 1, True)
+    assert changes.holding(0.5, 5, most=2, target=0.99) == [(window, 1.0) for window in range(1, 6)]
+
+
+def test_where_everything_changes_only_whole_frames_hold_it() -> None:
+    layout = changing(0, 64).layout
+    ids = [0] * 8 + [frame for frame in range(9) for _ in range(64)]
+    changes = Changes([Video(ids, layout)], 4)
+    assert (changes.tokens, changes.blocks, changes.threshold, changes.told_apart) == (1, 1, 1, False)
+    assert changes.holding(1.0, 4, most=4, target=1) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    # The room besides the last frame, which is not compared yet.
+    assert changes.held(changes.policy(2.5, 4, 1.0)) == pytest.approx(1.5 / 3)
+
+
+def test_a_budget_has_room_for_what_changes() -> None:
+    """Of 16 blocks 4 change from frame to frame: with the last frame whole, a window of W takes 4 (W - 1) more."""
+    changes = Changes([changing(0.25, 64)], 4)
+    # Shares are rounded up to blocks.
+    assert changes.holding(0.5, 4, most=4, target=1) == [(1, 1.0), (2, 1.25), (3, 1.5), (4, 1.75)]
+    assert changes.holding(0.5, 4, most=1.6, target=1) == [(1, 1.0), (2, 1.25), (3, 1.5)]
+    assert changes.holding(0.5, 4, most=4, target=0.6) == [(1, 1.0), (2, 1.25), (3, 1.5), (4, 1.5)]
+
+
+def test_noise_in_most_blocks_is_no_change() -> None:
+    """Where more than half of all blocks differ in a token or two, a block must differ in more."""
+    random = np.random.default_rng(0)
+    layout = VideoLayout(FrameLayout(256), 16)
+    still = np.tile(random.integers(100, size=256), (9, 1))
+    for number in range(9):
+        still[number, 16 * number : 16 * number + 16] = 100 + number
+    noisy = np.where(random.random(still.shape) < 0.05, 999 + np.arange(9)[:, None], still)
+    ids = np.concatenate([np.zeros(16, dtype=np.int64), noisy.ravel()]).tolist()
+    changes = Changes([Video(ids, layout)], 16)
+    assert changes.threshold > 1
+    assert changes.tokens > 0.1
+    assert changes.blocks < 0.5
+    assert changes.by_count[14:].sum() >= 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -271,6 +354,27 @@ def test_the_configuration_is_what_was_suggested(demo: tuple[Any, dict[str, Any]
     assert f"{100 * suggestion['kept_measured']:.2f} % measured" in header
     assert suggestion["kept"] >= 0.6
     assert f"wrote {folder / 'out.yaml'}" in called.stdout
+
+
+def test_what_keeps_changes_is_in_the_file_too(demo: tuple[Any, dict[str, Any], Path]) -> None:
+    """As comments, from which a person makes options."""
+    called, result, folder = demo
+    changed = result["changed"]
+    own = changed["suggestion"]
+    lines = (folder / "out.yaml").read_text().splitlines()
+    options = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines[-4:]))
+    assert options == {name: own[name] for name in ("history_frames", "window", "selection", "changed_tokens")}
+    policy = PackCache(**options, decay=own["decay"])
+    assert own["selection"] == "changed"
+    assert 1 <= own["history_frames"] <= result["suggestion"]["history_frames"]
+    assert own["held"] >= result["target"]
+    # Of 2 worlds the first 5 frames of 6.
+    assert sum(changed["blocks_by_tokens"]) == pytest.approx(2 * 5 * 257 / 16, abs=2)
+    assert [policy.window, policy.history_frames] == changed["windows"][-1]
+    said = " ".join(called.stdout.split())
+    assert f"history_frames = {own['history_frames']:g}, window = {own['window']} and changed_tokens = " in said
+    assert f"they keep {100 * own['kept_measured']:.2f} % of all attention, and spread evenly at the same size" in said
+    assert changed["spatial"]["kept_tokens"] == own["kept_tokens"]
 
 
 def test_all_numbers_are_in_the_json(demo: tuple[Any, dict[str, Any], Path]) -> None:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -32,6 +33,10 @@ TIMED = [
     "rebase / absolute",
     "frame 30 / frame 10",
     "end to end: full / packcache",
+    "full / changed, least, the middle of the last frame",
+    "end to end: full / changed, least",
+    "end to end: changed / packcache",
+    "choosing what changed / a frame",
 ]
 COUNTED = ["peak blocks, prompted", "peak blocks, generated"]
 
@@ -71,6 +76,8 @@ def test_json_says_how_to_repeat_it(measured):
         "gamma_text": 1.0,
         "gamma_condition": 1.0,
         "selection": "spatial",
+        "changed_tokens": 1,
+        "episodes": 0,
     }
     assert written["command"]
 
@@ -145,49 +152,81 @@ def test_the_frame_that_slides_is_whole(measured):
 def test_every_frame_is_timed_with_every_policy(measured):
     plan, frames = plans.QUICK, measured[1]["frames"]
     half = (197 - 3 * 32) // 2
-    assert [frame["frame"] for frame in frames["frames"]] == list(range(13))
+    assert [frame["frame"] for frame in frames["frames"]] == [0, 1, 2, 3, 7, 12]
     assert list(frames["policies"]) == list(plan.policies)
     assert frames["policies"]["attention sink"] == {
         "name": "attention_sink",
         "sink_tokens": 32,
         "recent_tokens": 70 + 2 * 197 - 32,
     }
-    for number, frame in enumerate(frames["frames"]):
+    for frame in frames["frames"]:
         assert frame["blocks_as_decided"] is True
-        assert frame["prompt_tokens"] == 70 + number * 197 + half
+        assert frame["prompt_tokens"] == 70 + frame["frame"] * 197 + half
         for clock in CLOCKS:
             assert set(frame[clock]) == set(plan.policies)
             assert all(len(own) == plan.frame_rounds and min(own) > 0 for own in frame[clock].values())
-        assert set(frame["ratios"]) == {f"full / {name}" for name in plan.policies if name != "full"}
+        ratios = {f"full / {name}" for name in plan.policies if name != "full"}
+        assert set(frame["ratios"]) == {*ratios, "changed / packcache"}
 
 
 def test_policies_keep_equally_many_tokens(measured):
-    history = {"packcache": 2, "last 2 frames": 2, "attention sink": 2, "last frame": 1}
+    history = {
+        "packcache": 2,
+        "changed": 2,
+        "changed, least": 1.0625,
+        "last 2 frames": 2,
+        "attention sink": 2,
+        "last frame": 1,
+    }
     # What is kept of a frame is rounded up to blocks, and so is the condition; packcache keeps something of four.
-    most_blocks = {"packcache": 5} | dict.fromkeys(("last 2 frames", "attention sink", "last frame"), 2)
+    # What changed has whole blocks beside the one that the last frame leaves to the frame being made.
+    most_blocks = dict.fromkeys(history, 2) | {"packcache": 5, "changed": 3, "changed, least": 3}
     for frame in measured[1]["frames"]["frames"]:
         live = frame["live_tokens"]
         assert live["full"] == frame["prompt_tokens"]
         for name, frames in history.items():
-            dropped = max(0, frame["frame"] - frames) * 197
+            dropped = int(max(0, frame["frame"] - frames) * 197)
             rounding = most_blocks[name] * 32 if dropped else 0
             assert 0 <= live[name] - (frame["prompt_tokens"] - dropped) <= rounding
+
+
+def test_what_is_read_grows_evenly_between_timed_frames():
+    """So their steps' time may be interpolated, but for whole blocks."""
+    plan = plans.FULL
+    for policy in plan.policies.values():
+        retention = plan.retention(4084, policy)
+        live = [retention.live_tokens(retention.layout.frame_start(frame) + 2042) for frame in range(13)]
+        between = np.interp(range(13), plan.timed_frames, [live[frame] for frame in plan.timed_frames])
+        assert np.abs(between / live - 1).max() < 0.01, policy
 
 
 def test_end_to_end_is_the_sum_of_the_frames(measured):
     frames = measured[1]["frames"]
     whole = frames["end_to_end"]
     assert "Without the prefill of the condition" in whole["is"]
+    # Frames 3 to 6 are 1, 3/4, 1/2 and 1/4 of the third and the rest of the seventh, and so on.
+    stand_for = [1, 1, 1, 2.5, 4.5, 3]
     for clock, name in itertools.product(CLOCKS, plans.QUICK.policies):
         by_round = zip(*(frame[clock][name] for frame in frames["frames"]), strict=True)
-        assert whole[clock][name] == pytest.approx([197 * sum(steps) for steps in by_round], rel=1e-12)
+        expected = [197 * np.dot(stand_for, steps) for steps in by_round]
+        assert whole[clock][name] == pytest.approx(expected, rel=1e-12)
     for name, (above, below) in plans.FRAME_RATIOS.items():
         for clock in CLOCKS:
             pairs = zip(whole[clock][above], whole[clock][below], strict=True)
             assert whole["ratios"][name][clock]["samples"] == [a / b for a, b in pairs]
     assert frames["last"]["ratios"] == frames["frames"][-1]["ratios"]
     judged = {target["ratio"]: target["value"] for target in measured[1]["targets"]}
-    assert judged["end to end: full / packcache"] == whole["ratios"]["full / packcache"]["cpu_seconds"]["median"]
+    for ratio in ("full / packcache", "full / changed, least", "changed / packcache"):
+        assert judged[f"end to end: {ratio}"] == whole["ratios"][ratio]["cpu_seconds"]["median"]
+    last = frames["last"]["ratios"]["full / changed, least"]["cpu_seconds"]["median"]
+    assert judged["full / changed, least, the middle of the last frame"] == last
+
+
+def test_choosing_is_timed_against_a_frame(measured):
+    frames = measured[1]["frames"]
+    choosing = frames["choosing"]
+    assert choosing["frame_seconds"] == np.median(frames["end_to_end"]["cpu_seconds"]["changed"]) / 13
+    assert 0 < choosing["share"] == choosing["seconds"] / choosing["frame_seconds"] < 1
 
 
 def test_picture_tells_the_ratios(measured, tmp_path):

@@ -6,6 +6,8 @@ import datetime
 import json
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,24 @@ def test_samples_are_interleaved_and_the_first_round_is_dropped(clock: gpu.Clock
     assert samples["a"] == [(11**2 - 10**2) / 1000, (15**2 - 14**2) / 1000, (19**2 - 18**2) / 1000]
     assert samples["b"][0] == (7**2 - 6**2) / 1000
     assert all(len(own) == 3 for own in samples.values())
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(clock: gpu.Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses only: memory that is given to others meanwhile would be read, or written to."""
+
+    class Attention:
+        def __call__(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    attention = Attention()
+    alive = weakref.ref(attention)
+    replay = clock.captured(attention)
+    del attention
+    assert alive() is not None
+    replay()
+    del replay
+    assert alive() is None
 
 
 def test_keys_are_split_over_the_whole_gpu(clock: gpu.Clock) -> None:

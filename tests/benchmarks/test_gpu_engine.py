@@ -114,6 +114,14 @@ def test_the_rest_follows_from_the_samples(measured):
     assert measured["runs"]["long"]["seconds_per_video"] == {"packcache": None}
 
 
+def test_the_short_form_has_everything_that_is_judged():
+    judged = {name: run for name, run in LUMOS.runs.items() if gpu_engine.SHORT in run.engines}
+    assert set(gpu_engine.QUICK.runs) == set(judged)
+    for name, run in gpu_engine.QUICK.runs.items():
+        assert (run.engines, run.batch, run.frames) == (judged[name].engines, judged[name].batch, (12,))
+    assert gpu_engine.QUICK.rounds < LUMOS.rounds
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_engines_are_vllms_default():
     video = dataclasses.replace(VIDEO, geometry=dataclasses.replace(VIDEO.geometry, dtype=torch.bfloat16))

@@ -26,7 +26,7 @@ from benchmarks.serve.benchmark import SERVE
 from benchmarks.serve.plan import PACKCACHE, SERVERS, STOCK, ServePlan
 from benchmarks.serve.runs import ServedVideo
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Retention, some_tokens
 from vllm_packcache.serving.server import ServerError
 
 SMALL = ServePlan(
@@ -35,9 +35,10 @@ SMALL = ServePlan(
     tokens_per_frame=40,
     frames=13,
     pool_videos=2,
+    load_videos=6,
     rounds=2,
 )
-PAPER_LIKE = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, rounds=2)
+PAPER_LIKE = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, load_videos=16, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_json_says_how_to_repeat_it(measured):
     assert written["date"]
     assert written["video"] == {"condition_tokens": 40, "tokens_per_frame": 40, "frames": 13}
     assert written["model"]["kv_bytes_per_token"] == 2 * 1 * 2 * 32 * 2
-    assert written["policy"]["window"] == 4
+    assert written["policy"]["window"] == 12
     stock, packcache = (written["engine"][name] for name in SERVERS)
-    assert packcache == f"{stock} --kv-cache-policy packcache"
+    assert packcache.startswith(f"{stock} --kv-cache-policy packcache --kv-cache-policy-config ")
     assert f"--num-gpu-blocks-override {written['pool_blocks'] + 1}" in stock
     # 40 + 13 x 40 tokens but the last, in blocks of 32.
     assert written["peak_blocks_of_a_video"][STOCK] == 18
@@ -90,7 +91,7 @@ def test_capacity_is_where_preemption_begins(measured):
 
 def test_load_is_the_same_on_both_servers(measured):
     load = measured[1]["load"]
-    assert load["videos"] == measured[1]["capacity"][PACKCACHE]["videos"]
+    assert load["videos"] == SMALL.load_videos
     assert len(load["rounds"]) == SMALL.rounds
     for own in load["rounds"]:
         assert set(own) == set(SERVERS)
@@ -147,7 +148,7 @@ def test_table_shows_every_row_and_target(measured):
 @pytest.mark.parametrize("server", SERVERS)
 def test_held_blocks_are_the_live_ones(plan, server):
     layout = VideoLayout(FrameLayout(plan.tokens_per_frame), plan.condition_tokens)
-    retention = Retention(layout, plans.POLICIES[server], plans.BLOCK_SIZE)
+    retention = Retention(layout, plans.POLICIES[server], plans.BLOCK_SIZE, some_tokens)
     computed = range(plan.condition_tokens, plan.condition_tokens + plan.generated_tokens - 1)
     held = [len({*retention.live_blocks(token).tolist(), token // plans.BLOCK_SIZE}) for token in computed]
     assert plan.held_blocks(server) == held
@@ -156,9 +157,9 @@ def test_held_blocks_are_the_live_ones(plan, server):
 
 def test_default_geometry():
     assert PAPER_LIKE.pool_blocks == 4 * 105
-    assert PAPER_LIKE.peak_blocks(PACKCACHE) == 26
+    assert PAPER_LIKE.peak_blocks(PACKCACHE) == 1 + 9 + 9
     assert PAPER_LIKE.fitting_videos(STOCK) == 4
-    assert PAPER_LIKE.fitting_videos(PACKCACHE) == 16
+    assert PAPER_LIKE.fitting_videos(PACKCACHE) == 22
     assert PAPER_LIKE.max_model_len == 3360
 
 

@@ -14,7 +14,7 @@ from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
 
-PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection"
+PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
 )
@@ -341,8 +341,10 @@ def test_another_policy_takes_a_presets_layout_alone(name, policy):
     assert taken == ServerConfig.parse(policy, load_mapping(name))
     # What an operator can write instead.
     alone = ServerConfig.parse(policy, {"layout": name})
-    assert taken == alone
     assert taken.layout is not None
+    assert taken.layout == alone.layout
+    if policy != load_mapping(name)["policy"]:
+        assert taken == alone
 
 
 def test_whose_options_a_configuration_holds():
@@ -595,7 +597,9 @@ REQUEST_OPTIONS = ", ".join(
         "condition_tokens",
         "condition_image_tokens",
         "frames",
+        "changed_tokens",
         "decay",
+        "episodes",
         "gamma_condition",
         "gamma_text",
         "history_frames",
@@ -631,6 +635,30 @@ REQUEST_OPTIONS = ", ".join(
             {"packcache_history_frames": 10**400},
             "packcache_history_frames must be above 0 and at most 1048576, not inf",
         ),
+        (
+            {"packcache_selection": "changed", "packcache_history_frames": 0.9},
+            "packcache_history_frames of selection = changed must be 1 or more, not 0.9",
+        ),
+        (
+            {"packcache_changed_tokens": 2},
+            "packcache_changed_tokens is for selection = changed, not for spatial, where it must be 1, not 2",
+        ),
+        (
+            {"packcache_episodes": 1},
+            "packcache_episodes is for selection = changed, not for spatial, where it must be 0, not 1",
+        ),
+        (
+            {"packcache_selection": "changed", "packcache_episodes": 1, "packcache_history_frames": 1},
+            "packcache_history_frames of episodes must be above 1, not 1.0",
+        ),
+        (
+            {"packcache_selection": "changed", "packcache_changed_tokens": 0},
+            "packcache_changed_tokens must be 1 or more and at most 1048576, not 0",
+        ),
+        (
+            {"packcache_selection": "changes"},
+            "packcache_selection: input should be 'spatial', 'rows', 'tail', 'random' or 'changed', not 'changes'",
+        ),
         ({"packcache_tokens_per_frame": 0}, "packcache_tokens_per_frame must be 1 or more, not 0"),
         (
             {"packcache_tokens_per_frame": 1.5},
@@ -657,6 +685,21 @@ REQUEST_OPTIONS = ", ".join(
 )
 def test_a_wrong_request_is_refused_in_one_sentence(server, extra_args, message):
     assert refusal(lambda: server.plan(extra_args, 300)) == message
+
+
+def test_a_request_cannot_choose_by_changes_under_another_policy():
+    server = ServerConfig.parse("sliding_window", {"layout": {"grid": [16, 16]}})
+
+    message = refusal(lambda: server.plan({"packcache_selection": "changed"}, 300))
+
+    assert message.startswith("packcache_selection is no known option: known are ")
+
+
+def test_a_request_may_choose_by_changes_whatever_the_server_does(server):
+    policy = server.plan({"packcache_selection": "changed", "packcache_changed_tokens": 3}, 300).policy
+
+    assert policy.reads_tokens
+    assert not server.plan({"packcache_window": 3}, 300).policy.reads_tokens
 
 
 def test_a_request_must_give_the_frame_where_the_server_has_none(server_without_layout):

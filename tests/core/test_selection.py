@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,7 +100,10 @@ def test_random_differs_from_frame_to_frame_and_not_from_process_to_process():
 def test_every_selection_is_an_option_and_decides_what_is_kept(selection):
     layout = {"grid": [16, 16], "frame_start_tokens": 1}
     policy = ServerConfig.parse("packcache", {"layout": layout, "selection": selection}).policy
-    retention = Retention(VideoLayout(FrameLayout.from_grid((16, 16), 1), 288, 256), policy, 16)
+    # Where nothing changed, what changed first is what is spread evenly.
+    ids = np.zeros(288 + 9 * 257, dtype=np.int64)
+    layout = VideoLayout(FrameLayout.from_grid((16, 16), 1), 288, 256)
+    retention = Retention(layout, policy, 16, lambda start, stop: ids[start:stop])
 
     frame = 9
     for distance, keep in ((1, 17), (2, 8), (3, 4), (4, 4)):
@@ -110,7 +114,7 @@ def test_every_selection_is_an_option_and_decides_what_is_kept(selection):
 
 def test_an_unknown_selection_and_rows_without_a_grid_are_refused():
     with pytest.raises(
-        ConfigError, match="selection: input should be 'spatial', 'rows', 'tail' or 'random', not 'top'"
+        ConfigError, match="selection: input should be 'spatial', 'rows', 'tail', 'random' or 'changed', not 'top'"
     ):
         ServerConfig.parse("packcache", {"selection": "top"})
     with pytest.raises(ConfigError, match="selection = rows needs grid in the layout"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import LUMOS
+from vllm_packcache.tools.explain import explain
 
 
 @pytest.mark.timeout(500)
@@ -45,6 +47,11 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     ]
     assert "tokens are true" in done.stdout
     assert processes_of(out / "server.log") == []
+    # What explain --sequence reads: of both streams.
+    source = json.dumps({"layout": PRESET, "selection": "changed"})
+    explanation = explain(source, "packcache", sequence=out / "video.json")
+    assert explanation.frames == run.FRAMES
+    assert [own.retention.layout for own in explanation.streams.values()] == [own.plan.layout for own in streams]
 
     tokenizer = VideoTokenizer()
     codes = evaluate.generate(loaded, make_world(run.EXAMPLE), run.FRAMES, "packcache", OPTIONS)

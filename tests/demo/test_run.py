@@ -16,13 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from vllm_packcache.cli import app
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.demo import run
+from vllm_packcache.demo.masked import run as masked
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.world import make_world
+from vllm_packcache.families import LUMOS
 from vllm_packcache.serving.server import ServerError, serving
+from vllm_packcache.tools.explain import explain
+from vllm_packcache.tools.sequences import read_video
 
 COMMAND = str(Path(sys.executable).with_name("vllm-packcache"))
 ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -87,6 +93,41 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     packed = [32 * (end + own) for end, own in zip(ends, kept, strict=True)]
     assert [int(packcache.replace(",", "")) for _, _, packcache, _ in rows] == packed
     assert processes_of(out / "server.log") == []
+    # What explain --sequence reads.
+    video = read_video(out / "video.json", 0)
+    assert video.condition_tokens == CONDITION_TOKENS
+    assert len(video.token_ids) == plan.layout.frame_start(run.FRAMES)
+    explanation = explain("demo_changed", "packcache", sequence=out / "video.json")
+    assert explanation.frames == run.FRAMES
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "words"),
+    [
+        ("demo", "emu3", "--config: 'emu3' has not the layout of the bundled model's videos: give a configuration with "
+         "layout: demo"),
+        ("demo-masked", "lumos1_256p", "--config: 'lumos1_256p' has not the layout of the bundled model's videos: "
+         "give a configuration with layout: demo_masked"),
+        ("demo", "nope", "'nope' is neither a file nor a preset"),
+        ("demo", '{"layout": "demo", "changed_tokens": 2}', "changed_tokens is for selection = changed, not for"),
+    ],
+)  # fmt: skip
+def test_a_configuration_for_other_videos_is_one_sentence(
+    command: str, config: str, words: str, tmp_path: Path
+) -> None:
+    """Before a server is started."""
+    result = CliRunner().invoke(app, [command, "--config", config, "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("vllm-packcache: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_preset_of_what_changed_is_for_the_demo() -> None:
+    assert run.fitting("demo_changed", run.PRESET).policy.reads_tokens
+    source = '{"layout": "demo_masked", "selection": "changed"}'
+    assert masked.fitting(source, masked.PRESET, LUMOS).policy.reads_tokens
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

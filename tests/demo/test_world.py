@@ -1,10 +1,12 @@
 """The toy world: the same for ever from its seed, objects bounce, and hide behind the pillar."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from vllm_packcache.demo import world
-from vllm_packcache.demo.world import GRID, OBJECT_CELLS, make_world, palette
+from vllm_packcache.demo.world import GRID, OBJECT_CELLS, make_film, make_world, palette
 
 SEEDS = range(40)
 
@@ -89,3 +91,34 @@ def test_preview_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["world", "--seed", "3", "--frames", "2", "--out", str(out)])
     world.main()
     assert out.stat().st_size > 500
+
+
+def test_worlds_are_those_that_the_models_were_trained_on():
+    shown = [make_world(seed, photo_share).frame_ids(5) for seed in range(20) for photo_share in (0, 1)]
+    assert hashlib.sha256(np.stack(shown).astype(np.int64).tobytes()).hexdigest()[:16] == "e2c88c34afa52da6"
+
+
+def test_a_film_goes_on_where_a_scene_was_left():
+    film = make_film(3, (3, 5, 9))
+    first, second = film.scenes
+    assert first != second
+    expected = [*((first, k) for k in (0, 1, 2)), *((second, k) for k in (0, 1)), *((first, k) for k in (3, 4, 5, 6))]
+    expected += [(second, k) for k in range(2, 8)]
+    for k, (scene, time) in enumerate(expected):
+        assert (film.frame_ids(k) == scene.frame_ids(time)).all()
+    assert [k for k in range(15) if film.returns(k)] == [5, 9]
+    assert film.prompt == first.prompt
+    assert make_film(3, (3, 5, 9)) == film != make_film(4, (3, 5, 9))
+
+
+def test_what_an_object_has_always_covered_is_not_known():
+    unknown = 0
+    for seed in SEEDS:
+        film = make_film(seed, (3, 5))
+        scene = film.scenes[0]
+        for row, column in np.argwhere(~film.known(5)):
+            unknown += 1
+            assert scene.frame_ids(3)[row, column] == scene.background[row, column]
+            assert all(scene.frame_ids(k)[row, column] != scene.background[row, column] for k in range(3))
+    # An object three tokens wide that has moved three frames uncovers what it covered in the first frame and the last.
+    assert unknown > len(SEEDS) / 2

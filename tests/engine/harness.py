@@ -2,7 +2,8 @@
 
 It follows what ``AsyncScheduler`` does to a request, call by call: slots are allocated when a step is
 scheduled, its output is processed up to two steps later, and the step reads its blocks until then. The
-worker's block table is kept besides, as the worker keeps it: blocks are only ever appended.
+worker's block table is kept besides, as the worker keeps it: blocks are only ever appended. So is the worker's
+retention, which knows no tokens and hears what the scheduler decides.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class InFlight:
 
 @dataclass
 class Served:
-    """A request, what the worker knows of it, and what it keeps by a retention of our own."""
+    """A request, what the worker knows of it, and what it keeps by a retention of our own, which knows all tokens."""
 
     request: Request
     retention: Retention | None
+    worker: Retention | None = None
     worker_table: list[int] = field(default_factory=list)
     in_flight: deque[InFlight] = field(default_factory=deque)
     running: bool = False
@@ -80,7 +82,12 @@ class Served:
 
 
 class Harness:
-    """One pool of blocks and the requests served from it."""
+    """One pool of blocks and the requests served from it.
+
+    Args:
+        distinct_ids: ids that are generated at random; None: those of a token's index.
+        forgets: whether a worker forgets a preempted request, as the V2 runner does.
+    """
 
     def __init__(
         self,
@@ -91,9 +98,13 @@ class Harness:
         block_size: int = BLOCK,
         steps_ahead: int = 0,
         frame_by_frame: bool = False,
+        distinct_ids: int | None = None,
+        forgets: bool = False,
     ) -> None:
         self.config = config
         self.block_size = block_size
+        self._distinct_ids, self._forgets = distinct_ids, forgets
+        self._random = np.random.default_rng(0)
         spec = RetentionSpec.retaining(stock_spec(block_size), config, steps_ahead, frame_by_frame)
         self.kv = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
@@ -119,7 +130,15 @@ class Harness:
         params = SamplingParams(max_tokens=MAX_MODEL_LEN, extra_args=dict(extra_args) if extra_args else None)
         request = Request(f"r{self._count}", token_ids, params, None, block_hasher=self._hasher)
         plan = self.config.plan(params.extra_args, len(token_ids))
-        served = Served(request, plan and Retention(plan.layout, plan.policy, self.block_size))
+        served = Served(request, None)
+        if plan is not None:
+            served.retention = Retention(
+                plan.layout,
+                plan.policy,
+                self.block_size,
+                lambda start, stop: np.array(request.all_token_ids[start:stop], dtype=np.int64),
+            )
+            served.worker = Retention(plan.layout, plan.policy, self.block_size)
         self.served[request.request_id] = served
         return served
 
@@ -129,6 +148,7 @@ class Harness:
         assert not served.running
         blocks, hit, _ = self.kv.get_computed_blocks(request)
         count = min(chunk, request.num_tokens - hit)
+        self.manager.decide(request, hit + count)
         if self.kv.allocate_slots(request, count, hit, blocks) is None:
             return None
         request.num_computed_tokens = hit
@@ -147,6 +167,7 @@ class Harness:
         scheduled = count > 0
         if scheduled:
             served.decided_at = self.processed(served)
+            self.manager.decide(request, request.num_computed_tokens + count)
             new_blocks = self.kv.allocate_slots(request, count)
             scheduled = new_blocks is not None
             if new_blocks is not None:
@@ -163,7 +184,10 @@ class Harness:
         request.num_in_flight_tokens -= step.tokens
         if step.stale or not step.samples:
             return
-        request.append_output_token_ids(request.num_tokens)
+        distinct = self._distinct_ids
+        request.append_output_token_ids(
+            request.num_tokens if distinct is None else int(self._random.integers(distinct))
+        )
         request.num_output_placeholders -= 1
         self.kv.cache_blocks(request, request.num_computed_tokens - request.num_output_placeholders)
 
@@ -175,6 +199,8 @@ class Harness:
         request.num_computed_tokens = 0
         request.num_output_placeholders = 0
         served.running = False
+        if self._forgets and served.worker is not None:
+            served.worker = Retention(served.worker.layout, served.worker.policy, self.block_size)
         for step in served.in_flight:
             step.stale = True
 
@@ -194,13 +220,21 @@ class Harness:
 
     def _launch(self, served: Served, count: int) -> None:
         request = served.request
-        row = Row(served.retention, request.num_computed_tokens, count)
+        first = request.num_computed_tokens
+        request.num_computed_tokens += count
+        request.num_in_flight_tokens += count
+        if request.request_id in self.manager.decisions:
+            assert served.worker is not None, "only what a video keeps is told"
+            served.worker.tell(self.manager.take_decisions(request))
+        if served.worker is not None and served.retention is not None:
+            heard, known = (own.segments(first, first + count) for own in (served.worker, served.retention))
+            for one, other in zip(heard, known, strict=True):
+                assert one._replace(past=one.past.tolist()) == other._replace(past=other.past.tolist())
+        row = Row(served.worker, first, count)
         table = np.array([served.worker_table], dtype=np.int32)
         batch = compact(Step([row], table, self.block_size), self.block_size)
         named = (blocks[: -(-length // self.block_size)] for blocks, length in zip(*batch[:2], strict=True))
         reads = frozenset(np.concatenate(list(named)).tolist())
-        request.num_computed_tokens += count
-        request.num_in_flight_tokens += count
         samples = request.num_computed_tokens == request.num_tokens + request.num_output_placeholders
         request.num_output_placeholders += samples
         served.in_flight.append(InFlight(count, samples, reads))
@@ -235,6 +269,7 @@ class Harness:
             self._check_in_flight(served)
         running = {name for name, served in self.served.items() if served.running}
         assert set(self.manager._videos) <= set(self.served), "the manager remembers requests that are gone"
+        assert set(self.manager.decisions) <= set(self.served)
         assert set(self.manager.req_to_blocks) <= running
 
     def _check_pool(self) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,17 @@ from vllm_packcache.core.plan import Plan
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""
     return numbers(seed).integers(0, 256, length).tolist()
+
+
+def video(condition: int, frame: int, frames: int, seed: int, share: float = 0.08) -> list[int]:
+    """A condition, and given frames in which some places change from one to the next."""
+    random = numbers(seed)
+    picture = random.integers(0, 256, frame)
+    ids = [*prompt(condition, seed=seed)]
+    for _ in range(frames):
+        picture = np.where(random.random(frame) < share, random.integers(0, 256, frame), picture)
+        ids += picture.tolist()
+    return ids
 
 
 def sampling(max_tokens: int, **options: Any) -> Any:
@@ -43,15 +55,16 @@ def generate(llm: Any, ids: list[int], max_tokens: int, **options: Any) -> list[
 
 def schedule_asynchronously(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     """Engines that are made from now on schedule steps ahead, which vLLM's CPU platform would switch off, or do not."""
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
 
-    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    platform = type(current_platform)
+    check = platform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def deciding(cls: Any, vllm_config: Any) -> None:
         check(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = wanted
 
-    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(deciding))
+    patch.setattr(platform, "check_and_update_config", classmethod(deciding))
 
 
 @pytest.fixture

@@ -203,6 +203,7 @@ def test_preempted(ahead: bool, masked_engine: Any, oracle: Any, preemptions: li
     [
         ("packcache", {**CONFIG, "positions": "absolute"}),
         ("packcache", {**CONFIG, "window": 3, "history_frames": 2, "selection": "tail"}),
+        ("packcache", {**CONFIG, "window": 3, "history_frames": 1.5, "selection": "changed", "changed_tokens": 2}),
         ("sliding_window", {"layout": CONFIG["layout"], "window": 1}),
         ("attention_sink", {"layout": CONFIG["layout"], "sink_tokens": 32, "recent_tokens": 64}),
         ("full", {"layout": CONFIG["layout"]}),
@@ -343,7 +344,11 @@ def serve_on_two_ranks(
             json.loads(requests),
             model=str(lumos_model),
             max_model_len=1024,
-            additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
+            # For frames of more than a block.
+            additional_config={
+                "kv_cache_policy": "packcache",
+                "kv_cache_policy_config": {**CONFIG, "layout": {"grid": [5, 9]}},
+            },
         )
 
     def serve(cases: dict[str, Case]) -> dict[str, list[int]]:
@@ -357,6 +362,9 @@ ON_TWO_RANKS = {
     "text to video": TEXT_TO_VIDEO,
     "a video that is continued": CONTINUED,
     "other ways of guidance": OTHER_WAYS,
+    "kept by what changed": Case(14, (5, 9), 2).having(
+        frames=3, steps=2, guidance=2, seed=9, selection="changed", window=3, history_frames=1
+    ),
 }
 
 
@@ -508,3 +516,38 @@ def test_the_published_grid(frames: int, engine: Callable[..., Any], tmp_path: P
     plan = ServerConfig.parse("packcache", "lumos1_384p", family=LUMOS).request(case.extra_args, case.ids)
     drawing = DRAWING if frames == 2 else DRAWING / 3
     assert generate(llm, case) == [published(LumosReference.load(model), case, plan, drawing=drawing)]
+
+
+CHANGED: dict[str, Any] = {
+    "layout": {"grid": [7, 12]}, "selection": "changed", "window": 3, "history_frames": 1.5, "changed_tokens": 2
+}  # fmt: skip
+"""Frames of several blocks, of which some are kept."""
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_blocks_are_kept_by_what_changed(
+    ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[int], monkeypatch: Any
+) -> None:
+    """In both streams, whatever is in flight; after a preemption the same are kept again."""
+    schedule_asynchronously(monkeypatch, ahead)
+    cases = [
+        Case(20, (7, 12)).having(frames=5, steps=2, guidance=3, seed=1),
+        Case(9, (7, 12), 3).having(frames=3, steps=3, guidance=4, seed=4, condition_frames=1),
+        Case(30, (5, 9), 4).having(frames=3, steps=2, guidance=1, seed=5, window=2, history_frames=1),
+        # A model that nobody trained cuts with every frame: some anchors are older than the window.
+        Case(11, (7, 12)).having(frames=5, steps=2, guidance=3, seed=6, window=2, history_frames=2, episodes=1),
+    ]
+    expected = [oracle(case, CHANGED) for case in cases]
+    assert expected[0] != oracle(cases[0].having(selection="spatial", changed_tokens=1), CHANGED)
+    llm = masked_engine("packcache", CHANGED, variant=ahead)
+    core, done = llm.llm_engine.engine_core.engine_core, {}
+    for index, case in enumerate(cases):
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": case.ids}, params(case))
+    step = 0
+    while llm.llm_engine.has_unfinished_requests():
+        done |= {output.request_id: output.outputs[0].token_ids for output in llm.llm_engine.step()}
+        step += 1
+        if step in (6, 17):
+            assert core.reset_prefix_cache(reset_running_requests=True)
+    assert [list(done[str(index)]) for index in range(len(cases))] == expected
+    assert len(preemptions) == 2 * len(cases)

@@ -97,7 +97,7 @@ def test_counts_are_what_the_policy_decides(engine: Any, lines: list[str]) -> No
     # The last token that is computed is one of frame 9.
     held = len(retention.live_blocks(CONDITION + frames * FRAME + 4))
     logical = -(-(CONDITION + frames * FRAME + 4) // BLOCK)
-    rotated = sum(len(retention.history_blocks(frame)) for frame in range(3, frames + 1))
+    rotated = sum(len(retention.sliding_blocks(frame)) for frame in range(3, frames + 1))
     after = grown(llm, before)
     seconds = after.pop(f"{FRAME_SECONDS}:sum")
     assert after == {

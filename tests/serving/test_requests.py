@@ -231,6 +231,30 @@ def test_the_operators_most_tokens_hold_for_frames() -> None:
     assert "max_new_tokens in --override-generation-config" in refusal(lambda: admitted(on, params, [5] * PROMPT))
 
 
+# --------------------------------------------------------------------------- frames without ids
+
+
+def test_frames_without_ids_cannot_be_compared() -> None:
+    on = processor(CAUSAL)
+    params = SamplingParams(extra_args={"packcache_selection": "changed", "packcache_condition_tokens": 60})
+    spatial = SamplingParams(extra_args={"packcache_condition_tokens": 60})
+    embeddings = {"prompt_token_ids": None, "prompt_embeds": [[0.0]] * PROMPT}
+    assert "a prompt of embeddings has none: send token ids" in refusal(
+        lambda: admitted(on, params, [5] * PROMPT, **embeddings)
+    )
+    assert admitted(on, spatial, [5] * PROMPT, **embeddings).max_tokens == FRAME - 10
+
+    def picture(offset: int) -> dict[str, Any]:
+        return {"mm_features": [SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=30))]}
+
+    assert "a picture that the model's own processor places has none" in refusal(
+        lambda: admitted(on, params, [5] * PROMPT, **picture(31))
+    )
+    # One of the condition is not compared.
+    assert admitted(on, params, [5] * PROMPT, **picture(30)).max_tokens == FRAME - 10
+    assert admitted(on, spatial, [5] * PROMPT, **picture(31)).max_tokens == FRAME - 10
+
+
 # --------------------------------------------------------------------------- penalties, places, names
 
 

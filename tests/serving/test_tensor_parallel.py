@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.runner import shorter
-from tests.serving.conftest import prompt
+from tests.serving.conftest import prompt, video
 from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.server import ServerConfig
 
 CONFIG = {"window": 2, "history_frames": 1.5}
-
+FRAME, GIVEN = shorter((67, 8), (50, 6))
 
 Request = tuple[list[int], int, dict[str, Any]]
 """Prompt, tokens to generate, options."""
@@ -32,6 +32,16 @@ def requests() -> dict[str, Request]:
                 "packcache_tokens_per_frame": shorter(50, 17),
                 "packcache_window": 1,
                 "packcache_history_frames": 1,
+            },
+        ),
+        "a video kept by what changed": (
+            video(33, FRAME, GIVEN, seed=4),
+            shorter(200, 20),
+            {
+                "packcache_tokens_per_frame": FRAME,
+                "packcache_condition_tokens": 33,
+                "packcache_window": 4,
+                "packcache_selection": "changed",
             },
         ),
     }

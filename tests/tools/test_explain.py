@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping, presets
+from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.policies import names
 from vllm_packcache.core.positions import TIME
+from vllm_packcache.demo.tokenizer import VideoTokenizer, video_ids
+from vllm_packcache.demo.world import make_world
 from vllm_packcache.reference.visibility import frame_visibility
 from vllm_packcache.tools.explain import (
     DROPPED,
@@ -32,13 +37,13 @@ from vllm_packcache.tools.explain import (
     draw,
     explain,
 )
+from vllm_packcache.tools.sequences import write_video
 
 TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
 TINY_TEXT = """\
-JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial, \
-positions\x20
-rebase)
+JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial,\x20
+changed_tokens 1, episodes 0, positions rebase)
 condition 8 tokens, 6 frames of 16 tokens, 13 blocks of 8
 C condition   # frame being made   1 previous frame   2 the one before that, and so on   · dropped
 positions: where the model sees each retained frame's first token, oldest first
@@ -63,6 +68,24 @@ def run(*arguments: str, columns: int = 120) -> str:
     result = CliRunner().invoke(app, ["explain", *arguments], env={"COLUMNS": str(columns)})
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def moving(layout: VideoLayout, frames: int) -> list[int]:
+    """Ids of a video in which one place after the other changes, more of them from frame to frame."""
+    random = np.random.default_rng(0)
+    frame = random.integers(0, 99, layout.tokens_per_frame)
+    ids = [random.integers(0, 99, layout.condition_tokens)]
+    for number in range(frames):
+        start = number * layout.tokens_per_frame // frames
+        frame = frame.copy()
+        frame[start : start + 3 + number] += 1
+        ids.append(frame)
+    return np.concatenate(ids).tolist()
+
+
+def written(path: Path, layout: VideoLayout, frames: int) -> Path:
+    write_video(path, moving(layout, frames), layout.condition_tokens)
+    return path
 
 
 def shown_positions(output: str) -> list[list[str]]:
@@ -107,8 +130,15 @@ def test_groups_of_blocks_are_powers_of_two(blocks: int) -> None:
 
 @pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("preset", sorted(presets()))
-def test_numbers_and_blocks_agree_with_each_other(preset: str, policy: str) -> None:
-    for explanation in explain(preset, policy, frames=7, condition_tokens=100, block_size=32).streams.values():
+def test_numbers_and_blocks_agree_with_each_other(preset: str, policy: str, tmp_path: Path) -> None:
+    config = ServerConfig.parse(policy, preset)
+    assert config.layout is not None
+    sequence = None
+    if config.policy.reads_tokens:
+        layout = VideoLayout(config.layout.frame_layout(), 100)
+        sequence = written(tmp_path / "video.json", layout, 7)
+    explained = explain(preset, policy, frames=7, condition_tokens=100, block_size=32, sequence=sequence)
+    for explanation in explained.streams.values():
         retention = explanation.retention
         for view in explanation.views():
             live = int(np.count_nonzero(view.states > DROPPED))
@@ -383,6 +413,163 @@ def test_a_short_condition_has_no_image() -> None:
 def test_impossible_numbers_are_named(source: str, options: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         explain(source, "packcache", **{"frames": 3, **options})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What depends on what is seen
+
+CHANGED = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 2, "history_frames": 1.5, "selection": "changed"})
+SMALL = VideoLayout(FrameLayout(16), 8)
+CHANGED_TEXT = """\
+        ┌blocks────────────────┐ live of full  positions
+frame 0 │CC####                │ 24  100 %   8
+frame 1 │CC1111####            │ 40  100 %   8 24
+frame 2 │CC2··21111####        │ 48   86 %   8 24 40
+frame 3 │CC····2·2·1111####    │ 48   67 %   8 24 40
+frame 4 │CC········2·2·1111####│ 48   55 %   8 24 40
+"""
+
+
+def small_video(path: Path) -> Path:
+    """Frames of four blocks of 4. First the last block changes, then the first one, then nothing."""
+    frames = np.zeros((4, 16), dtype=np.int64)
+    frames[1:, 12:] = 1
+    frames[2:, 0] = 1
+    write_video(path, [*range(8), *frames.ravel().tolist()], 8)
+    return path
+
+
+def test_blocks_that_changed_are_shown(tmp_path: Path) -> None:
+    """Six blocks are kept of the past: the last frame's four, what changed, and where room is left what is spread."""
+    path = small_video(tmp_path / "video.json")
+    output = run(CHANGED, "--sequence", str(path), "--frames", "5", "--block-size", "4")
+    assert output.startswith("JSON: packcache for video.json (history_frames 1.5, window 2, ")
+    assert CHANGED_TEXT in output
+
+
+@pytest.mark.parametrize("condition_tokens", [None, 41])
+@pytest.mark.parametrize("preset", ["demo", "demo_masked"])
+def test_every_stream_reads_what_the_reference_sees(preset: str, condition_tokens: int | None, tmp_path: Path) -> None:
+    source = json.dumps({"layout": preset, "selection": "changed", "history_frames": 1.25, "window": 5})
+    config = ServerConfig.parse("packcache", source)
+    assert config.layout is not None
+    usual = 32 + config.layout.condition_image_tokens
+    layout = VideoLayout(config.layout.frame_layout(), usual if condition_tokens is None else condition_tokens)
+    path = written(tmp_path / "video.json", layout, 8)
+    ids = json.loads(path.read_text())["token_ids"]
+    for stream in explain(source, "packcache", sequence=path).streams.values():
+        own = stream.retention.layout
+        plan = Plan(own, stream.retention.policy, stream.positions)
+        assert stream.frames == 8
+        for view in stream.views():
+            seen = frame_visibility(plan, 16, view.tokens.frame, ids[layout.condition_tokens - own.condition_tokens :])
+            assert view.tokens.live == seen.sum()
+            live = [block * 16 for block in np.flatnonzero(view.states > DROPPED).tolist()]
+            assert np.all(seen.numpy()[live])
+
+
+def test_a_video_of_the_demo_in_a_picture(tmp_path: Path) -> None:
+    ids = video_ids(VideoTokenizer(), make_world(10_001), 9)
+    write_video(tmp_path / "video.json", ids.tolist(), 288)
+    source = '{"layout": "demo", "selection": "changed", "window": 12}'
+    path = tmp_path / "x.png"
+    output = run(source, "--sequence", str(tmp_path / "video.json"), "--out", str(path), columns=300)
+    assert "9 frames of 257 tokens" in output
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    # Blocks five frames old, which packcache's usual window of 4 has dropped.
+    assert np.count_nonzero(np.all(pixels == (0x7F, 0xBF, 0x5A), axis=1)) > 100
+
+
+def test_what_outlives_the_window_has_a_bar_at_the_place_of_its_oldest_frame(tmp_path: Path) -> None:
+    """A scene of one picture, one of another: of the first an anchor stays."""
+    pictures = [*[[1] * 16] * 3, *[[2] * 16] * 6]
+    path = tmp_path / "video.json"
+    write_video(path, [0] * 8 + [token for picture in pictures for token in picture], 8)
+    source = json.dumps({**json.loads(CHANGED), "history_frames": 2, "episodes": 1})
+    explanation = explain(source, "packcache", block_size=4, sequence=path)
+    assert explanation.overview.retained[8].tolist() == [2, 6, 7, 8]
+    assert list(_position_bars(explanation, 8)) == [(-1, 0, 8), (5, 8, 24), (2, 8, 24), (1, 24, 40), (0, 40, 56)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda ids: json.dumps(ids),
+        lambda ids: "\ufeff " + json.dumps({"condition_tokens": 8, "token_ids": ids}, indent=1),
+        lambda ids: "\n".join(json.dumps({"token_ids": each, "condition_tokens": 8}) for each in (ids, ids[:8])),
+    ],
+    ids=["list", "object", "videos of calibrate"],
+)
+def test_forms_of_a_sequence(form: Callable[[list[int]], str], tmp_path: Path) -> None:
+    ids = json.loads(small_video(tmp_path / "video.json").read_text())["token_ids"]
+    path = tmp_path / "other"
+    path.write_text(form(ids), encoding="utf-8")
+    options = ["--block-size", "4", "--condition-tokens", "8", "--frames", "5"]
+    assert CHANGED_TEXT in run(CHANGED, "--sequence", str(path), *options)
+    # As many frames as there are, and one more, which is being made.
+    assert "4 frames of 16 tokens" in run(CHANGED, "--sequence", str(path), *options[:-2])
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        (None, [], "'video.json' cannot be read: No such file or directory: give a JSON list of all token ids, or {"),
+        ("[1, 2, x]", [], "'video.json' must hold token ids, not '[1, 2, x]': give"),
+        ("7", [], "'video.json' must hold token ids, not 7: give"),
+        ("", [], "'video.json' must hold token ids, not '': give"),
+        ("[" * 100_000, [], "must hold token ids, not '[["),
+        ("[1, 2] [3]", [], "'video.json': behind the video stands '[3]': give"),
+        ("[1, 2.5]", [], "'video.json': token_ids, item 2: input should be a valid integer, not 2.5: give"),
+        ("[-1]", [], "token_ids, item 1: input should be greater than or equal to 0, not -1"),
+        ("[2147483648]", [], "token_ids, item 1: input should be less than 2147483648, not 2147483648"),
+        (f"[1{'0' * 5000}]", [], "'video.json' must hold token ids, not '[10000"),
+        ('{"token_ids": [1]}', [], "'video.json': condition_tokens: field required: give"),
+        ('{"token_ids": [1], "condition_tokens": "8"}', [], "condition_tokens: input should be a valid integer"),
+        (
+            json.dumps({"token_ids": [], "condition_tokens": 8, "y" * 99: "z" * 99}),
+            [],
+            "extra inputs are not permitted",
+        ),
+        ("\ud800", [], "'video.json' is not text: give"),
+        (json.dumps([0] * 23), [], "23 token ids, of which 8 are condition, must have a whole frame of 16, not 0: "),
+        (json.dumps([0] * 5), [], "5 token ids, of which 8 are condition, must have a whole frame of 16, not 0: "),
+        (
+            json.dumps([0] * 71),
+            ["--frames", "5"],
+            "must have 4 whole frames of 16, not 3: give a longer video or fewer",
+        ),
+        ('{"token_ids": [1], "condition_tokens": 9}', [], "--condition-tokens is 8, and 'video.json' says that its"),
+    ],
+)
+def test_what_is_no_sequence_is_refused_in_a_sentence(
+    content: str | None, options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("video.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    arguments = ["explain", CHANGED, "--condition-tokens", "8", "--sequence", "video.json", *options]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("vllm-packcache: --")
+    assert len(result.stderr) < 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([CHANGED], "depends on what is seen: give the token ids of a video with --sequence FILE"),
+        ([TINY, "--sequence", "x.json"], "what packcache keeps here does not depend on them: leave it out"),
+        (["demo", "--policy", "full", "--sequence", "x.json"], "what full keeps here does not depend on them"),
+    ],
+)
+def test_a_sequence_is_for_policies_that_read_it(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["explain", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_neither_torch_nor_vllm_is_imported() -> None:

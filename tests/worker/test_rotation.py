@@ -175,7 +175,7 @@ def test_a_slide_turns_the_history_and_nothing_else() -> None:
         retention, positions, retention.layout.frame_start(frame), torch.from_numpy(table)
     )
     turned = set(torch.nonzero((keys_in(cache) != before).flatten(1).any(1)).flatten().tolist())
-    assert turned == set(table[retention.history_blocks(frame)].tolist())
+    assert turned == set(table[retention.sliding_blocks(frame)].tolist())
     assert not turned & set(table[list(retention.blocks.condition_blocks)].tolist())
 
 

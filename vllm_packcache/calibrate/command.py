@@ -9,15 +9,16 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from vllm_packcache.calibrate import attention, report
 from vllm_packcache.calibrate import masked as masked_attention
+from vllm_packcache.calibrate.change import Changes
 from vllm_packcache.calibrate.decay import (
     BOOTSTRAP_SEED,
     PAPER_DECAY,
@@ -48,6 +49,7 @@ from vllm_packcache.tools import files
 from vllm_packcache.tools.figures import check_format
 from vllm_packcache.tools.machine import about
 from vllm_packcache.tools.progress import counting
+from vllm_packcache.tools.sequences import VideoIds
 
 DEMO, MASKED_DEMO = "demo", bundle.PRESET
 """Name the bundled models, and the presets of their layouts."""
@@ -57,20 +59,14 @@ DEMO_VIDEOS = 20
 TRAINED = {DEMO: TRAINED_FRAMES, MASKED_DEMO: bundle.TRAINED_FRAMES}
 """Frames of the longest videos that a bundled model was trained on."""
 
+CHANGED_OPTIONS = ("history_frames", "window", "decay", "selection", "changed_tokens")
+"""What a suggestion for ``selection: changed`` sets."""
+
 ALL_QUERIES = "all queries"
 """The one view of a causal model's attention: every token is computed once."""
 
 LEAST_FRAMES = 6
 """Of a video: a line through fewer than three distances says nothing."""
-
-
-class _Line(BaseModel):
-    """A line of ``--sequences``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    token_ids: list[int]
-    condition_tokens: Annotated[int, Field(ge=0)]
 
 
 def run(
@@ -153,9 +149,12 @@ def run(
             f"ci95 are percentiles of {RESAMPLES} bootstrap samples over videos",
             "the fit is least squares on the logarithm of the mean mass",
             "kept: a frame's mass taken as even over its tokens; kept_measured: mass on the blocks that live",
+            "changed: counted in the videos' tokens; the budget of its suggestion is at most that of the other, or the "
+            "usual one",
         ],
         **analyse(masses, server.layout.frame_layout(), target, block_size),
     }
+    result["changed"] = analyse_changes(Changes(chosen, block_size), masses, result)
     suggestion = result["suggestion"]
     if suggestion is not None:
         options = {"history_frames", "window", "decay"}
@@ -245,6 +244,48 @@ def analyse(masses: Mapping[str, Sequence[Mass]], frame: FrameLayout, target: fl
         ],
         "most_kept": float(mean.sum() - mean[OLDER]),
         "curves": {str(window): _curve(window, fitted.decay, mean, frame) for window in windows},
+    }
+
+
+def analyse_changes(
+    changes: Changes, masses: Mapping[str, Sequence[Mass]], analysed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What changes in the videos, and a suggestion for ``selection: changed``, as plain data.
+
+    The window is the longest whose changes find room, to the share that is the target, in the budget that is suggested
+    without it; and the budget is then the least that does.
+
+    Args:
+        changes: of the videos.
+        masses: of them, as for `analyse`.
+        analysed: what that returned, with ``target`` and ``largest_distance``.
+    """
+    frame, decay = changes.videos[0].layout.frame, analysed["fit"]["decay"]
+    other = analysed["suggestion"]
+    most = max(1.0, PackCache.history_frames if other is None else other["history_frames"])
+    windows = changes.holding(decay, analysed["largest_distance"], most, analysed["target"])
+    window, history = windows[-1]
+
+    def described(policy: PackCache) -> dict[str, Any]:
+        of_views = [mass for own in masses.values() for mass in own]
+        layers = measured(policy, of_views, changes.block_size, [*changes.videos] * len(masses))
+        return {
+            **{option: getattr(policy, option) for option in CHANGED_OPTIONS},
+            "kept_tokens": policy.kept_tokens(frame.tokens_per_frame, 2 * policy.window),
+            "kept_measured": float(layers.mean()),
+            "kept_measured_by_layer": layers.tolist(),
+        }
+
+    policy = changes.policy(history, window, decay)
+    spatial = replace(policy, selection="spatial", changed_tokens=1)
+    return {
+        "tokens": changes.tokens,
+        "blocks": changes.blocks,
+        "blocks_by_tokens": changes.by_count.tolist(),
+        "told_apart": changes.told_apart,
+        "windows": windows,
+        "suggestion": {**described(policy), "held": changes.held(policy)},
+        "spatial": described(spatial) if allowed(spatial, frame) else None,
     }
 
 
@@ -345,7 +386,7 @@ def _read(path: Path, server: ServerConfig, videos: int | None, frames: int | No
         if len(read) == videos:
             break
         try:
-            line = _Line.model_validate_json(text)
+            line = VideoIds.model_validate_json(text)
             read.append(_video(line.token_ids, line.condition_tokens, server))
         except ValidationError as error:
             first = error.errors()[0]

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_packcache.calibrate.mass import NEAREST, OLDER, Float64, Mass
+from vllm_packcache.calibrate.mass import NEAREST, OLDER, Float64, Mass, Video
 from vllm_packcache.core.layout import FrameLayout
 from vllm_packcache.core.policies.packcache import MAX_WINDOW, PackCache
 from vllm_packcache.core.retention import Retention
+from vllm_packcache.tools.sequences import lookup
 
 PAPER_DECAY = 0.5
 """rho of the paper."""
@@ -167,17 +168,26 @@ def suggest(mean: Float64, decay: float, frame: FrameLayout, target: float) -> P
     return None
 
 
-def measured(policy: PackCache, masses: Sequence[Mass], block_size: int) -> Float64:
+def measured(
+    policy: PackCache, masses: Sequence[Mass], block_size: int, videos: Sequence[Video] | None = None
+) -> Float64:
     """Share of all attention mass that falls on blocks that live under a policy, by layer, [layers].
 
     Args:
         policy: what is kept.
         masses: of the videos, with the full cache.
         block_size: tokens of a block, as measured with.
+        videos: whose masses they are, one each; needed by a policy that reads tokens.
     """
     by_video = []
-    for mass in masses:
-        retention = Retention(mass.layout, policy, block_size)
+    for number, mass in enumerate(masses):
+        tokens = None
+        if videos is not None:
+            # A stream is the end of the sequence, with a condition of its own.
+            video = videos[number]
+            start = video.layout.condition_tokens - mass.layout.condition_tokens
+            tokens = lookup(np.array(video.token_ids, dtype=np.int64)[start:])
+        retention = Retention(mass.layout, policy, block_size, tokens)
         frames = len(mass.by_block)
         distances = mass.by_segment.shape[-1] - NEAREST
         shares = [

@@ -77,6 +77,38 @@ def sentences(result: Mapping[str, Any]) -> Iterator[str]:
             f"On the blocks that live the suggestion keeps less than the target of {_percent(result['target'])}: "
             "within a frame, attention is not even."
         )
+    if "changed" in result:
+        yield from _about_changes(result)
+
+
+def _about_changes(result: Mapping[str, Any]) -> Iterator[str]:
+    """What changes, and what it takes to keep it."""
+    changed = result["changed"]
+    own, spatial = changed["suggestion"], changed["spatial"]
+    yield _what_changes(result)
+    if not changed["told_apart"]:
+        yield "Most blocks differ in all of their tokens: selection = changed has nothing to choose by."
+    evenly = "" if spatial is None else f", and spread evenly at the same size {_percent(spatial['kept_measured'])}"
+    yield (
+        f"With selection = changed, history_frames = {own['history_frames']:g}, window = {own['window']} and "
+        f"changed_tokens = {own['changed_tokens']} there is room for {_percent(own['held'])} of the blocks that change "
+        f"within the window; they keep {_percent(own['kept_measured'])} of all attention{evenly}."
+    )
+    # Of every budget the longest window: a shorter one costs as much.
+    longest = {history: window for window, history in changed["windows"]}
+    yield (
+        f"Room for {100 * result['target']:g} % of what changes takes "
+        f"{', '.join(f'{history:g} frames for a window of {window}' for history, window in longest.items())}."
+    )
+
+
+def _what_changes(result: Mapping[str, Any]) -> str:
+    changed = result["changed"]
+    return (
+        f"From one frame to the next {_percent(changed['tokens'])} of the tokens differ; "
+        f"{changed['suggestion']['changed_tokens']} or more differ in {_percent(changed['blocks'])} of the blocks of "
+        f"{result['block_size']}."
+    )
 
 
 def _pair(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -110,7 +142,20 @@ def as_yaml(result: Mapping[str, Any]) -> str:
     ]
     header = "".join(f"# {line}\n" for line in lines)
     layout_first = {"layout": result["config"]["layout"], **result["config"]}
-    return header + yaml.safe_dump(layout_first, sort_keys=False, default_flow_style=None)
+    return header + yaml.safe_dump(layout_first, sort_keys=False, default_flow_style=None) + _instead(result)
+
+
+def _instead(result: Mapping[str, Any]) -> str:
+    """The options that keep what changed, for who puts them in the place of the others."""
+    own = result["changed"]["suggestion"]
+    options = {option: own[option] for option in ("history_frames", "window", "selection", "changed_tokens")}
+    lines = [
+        _what_changes(result),
+        f"To keep what changed, {_percent(own['held'])} of it within the window, put these in the place of the options",
+        f"above; they keep {_percent(own['kept_measured'])} of all attention.",
+        *yaml.safe_dump(options, sort_keys=False).splitlines(),
+    ]
+    return "\n" + "".join(f"# {line}\n" for line in lines)
 
 
 def _percent(share: float) -> str:
@@ -170,14 +215,19 @@ def _kept_table(result: Mapping[str, Any]) -> Table:
     for heading in ("H", "W", "decay", "history tokens", "kept, even", "kept, measured", "least of a layer"):
         table.add_column(heading, justify="right")
     named = [] if result["suggestion"] is None else [("suggested", result["suggestion"])]
-    for name, row in [*named, *(("for comparison", other) for other in result["compared"])]:
+    changed = result.get("changed", {})
+    by_change = [
+        (name, changed.get(key)) for name, key in (("changed", "suggestion"), ("the same, spatial", "spatial"))
+    ]
+    others = [*(("for comparison", other) for other in result["compared"]), *((n, r) for n, r in by_change if r)]
+    for name, row in [*named, *others]:
         table.add_row(
             name,
             f"{row['history_frames']:g}",
             f"{row['window']}",
             f"{row['decay']:g}",
             f"{sum(row['kept_tokens']):,}",
-            f"{100 * row['kept']:.2f}",
+            f"{100 * row['kept']:.2f}" if "kept" in row else "",
             f"{100 * row['kept_measured']:.2f}",
             f"{100 * min(row['kept_measured_by_layer']):.2f}",
         )

@@ -36,7 +36,7 @@ from vllm_packcache.core.plan import Plan, Stream, VideoRequest
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import PolicyError, Retention
+from vllm_packcache.core.retention import PolicyError, Retention, some_tokens
 from vllm_packcache.families import DECODER, LUMOS, Family
 from vllm_packcache.families.base import Prompt
 
@@ -684,7 +684,7 @@ def _digest(policy: Policy, layout: LayoutConfig | None) -> str:
         policy.check(video.frame)
     except ValueError:
         return ""
-    retention = Retention(video, policy, max(16, video.frame_start(1) // _PROBE_BLOCKS))
+    retention = Retention(video, policy, max(16, video.frame_start(1) // _PROBE_BLOCKS), some_tokens)
     for frame in _PROBE_FRAMES:
         digest.update(retention.past(frame).tobytes())
         digest.update(b"|")

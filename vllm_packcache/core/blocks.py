@@ -61,6 +61,11 @@ class BlockMap:
             return CONDITION
         return self.layout.frame_of((block + 1) * self.block_size - 1)
 
+    def tags(self, blocks: BlockIndices) -> npt.NDArray[np.int64]:
+        """`tag` of blocks behind the condition."""
+        newest = (blocks + 1) * self.block_size - 1
+        return (newest - self.layout.condition_tokens) // self.layout.tokens_per_frame
+
     def tail_start(self, frame: int) -> int:
         """The first block that holds a token of ``frame``; it and all later ones live while ``frame`` is made."""
         return self.layout.frame_start(frame) // self.block_size

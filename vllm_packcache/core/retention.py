@@ -1,7 +1,8 @@
 """Which KV-cache blocks of a request live: the one truth, shared by scheduler and worker.
 
-Retention is a pure function of (layout, policy, number of computed tokens). Scheduler and worker evaluate it
-each for itself and exchange no messages; a preempted request that is recomputed replays the same decisions.
+Retention is a pure function of (layout, policy, number of computed tokens), and of the ids of finished frames, where
+the policy reads them. Scheduler and worker evaluate it each for itself and exchange no messages; a preempted request
+that is recomputed replays the same decisions.
 
 What a query may read is constant inside a frame: the blocks its policy kept of everything before the frame
 (`Retention.past`), and everything from the first block of the frame on (`BlockMap.tail_start`).
@@ -11,7 +12,7 @@ This module is pure: it knows neither vLLM nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -19,11 +20,31 @@ import numpy as np
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.policies.base import Policy
+from vllm_packcache.core.policies.base import Int64, Policy, Tokens
 
 
 class PolicyError(ValueError):
     """A policy does not do what it must. The message names the policy, the frame and the block."""
+
+
+class Decision(NamedTuple):
+    """What lives of a stream's past while a frame is made, on its way from the scheduler to the workers.
+
+    Workers do not know the ids of tokens in time: what has been sampled last is on its way from the device.
+
+    Args:
+        stream: number of the request's stream.
+        frame: the frame.
+        past: see `Retention.past`.
+    """
+
+    stream: int
+    frame: int
+    past: BlockIndices
+
+
+DECISIONS = "_packcache_decisions"
+"""Attribute of a step's schedule: decisions by request."""
 
 
 class LiveSegment(NamedTuple):
@@ -54,16 +75,22 @@ class Retention:
         layout: the video.
         policy: what to keep.
         block_size: tokens of a KV-cache block.
+        tokens: ids of the request's tokens; only a policy that reads them needs any. Then the decision about a frame
+            follows from that about the frame before: what is asked about later costs time for the frames between, what
+            is asked about again for all of them.
     """
 
-    __slots__ = ("_decided", "_most_past", "_window", "blocks", "layout", "policy")
+    __slots__ = ("_decided", "_most_past", "_remembered", "_tokens", "_window", "blocks", "layout", "policy")
 
-    def __init__(self, layout: VideoLayout, policy: Policy, block_size: int) -> None:
+    def __init__(self, layout: VideoLayout, policy: Policy, block_size: int, tokens: Tokens | None = None) -> None:
         self.layout = layout
         self.policy = policy
         self.blocks = BlockMap(layout, block_size)
-        # A request works on one frame for many steps, and where it enters the next one both are asked about.
+        self._tokens = tokens
+        # A request works on one frame for many steps, and where it enters the next one both are asked about. Where a
+        # decision follows from the one before, one that is forgotten costs all of them: there are more.
         self._decided: dict[int, BlockIndices] = {}
+        self._remembered = _FOLLOWING if policy.reads_tokens else 2
         self._window = _promised(policy, "history_window", lambda: policy.history_window, 1)
         self._most_past = _promised(policy, "most_past_blocks", lambda: policy.most_past_blocks(self.blocks), 0)
 
@@ -81,16 +108,39 @@ class Retention:
         if frame == CONDITION:
             return _NOTHING
         past = self._decided.get(frame)
-        if past is None:
-            past = self._decide(frame)
-            if len(self._decided) == 2:
-                del self._decided[next(iter(self._decided))]
-            self._decided[frame] = past
+        if past is not None:
+            return past
+        if self.policy.reads_tokens:
+            if self._tokens is None:
+                raise self._error(frame, "what it keeps depends on tokens, and nobody has told which blocks")
+            for other in range(max((known + 1 for known in self._decided if known < frame), default=0), frame):
+                self._keep_in_mind(other)
+        return self._keep_in_mind(frame)
+
+    def tell(self, decisions: Sequence[Decision]) -> None:
+        """Take decisions as they are, where a policy reads tokens that are not known here: see `Decision`."""
+        # All of a step are asked about in that step.
+        self._remembered = max(_FOLLOWING, len(decisions) + 2)
+        for decision in decisions:
+            self._remember(decision.frame, decision.past)
+
+    def _keep_in_mind(self, frame: int) -> BlockIndices:
+        past = self._decide(frame)
+        self._remember(frame, past)
         return past
+
+    def _remember(self, frame: int, past: BlockIndices) -> None:
+        self._decided.pop(frame, None)
+        while len(self._decided) >= self._remembered:
+            del self._decided[next(iter(self._decided))]
+        self._decided[frame] = past
 
     def _decide(self, frame: int) -> BlockIndices:
         try:
-            decision = self.policy.past_blocks(self.blocks, frame)
+            if self.policy.reads_tokens:
+                decision = self._decide_by_tokens(frame)
+            else:
+                decision = self.policy.past_blocks(self.blocks, frame)
         except Exception as error:
             raise self._error(frame, f"past_blocks {_raised(error)}") from error
         if not isinstance(decision, np.ndarray) or decision.ndim != 1 or decision.dtype.kind not in "iu":
@@ -105,6 +155,11 @@ class Retention:
         for other, kept in list(self._decided.items())[-1:]:
             self._check_shrinks(*((other, kept, frame, past) if other < frame else (frame, past, other, kept)))
         return past
+
+    def _decide_by_tokens(self, frame: int) -> BlockIndices:
+        assert self._tokens is not None
+        before = self._decided[frame - 1] if frame > 0 else _NOTHING
+        return self.policy.past_blocks_of(self.blocks, frame, before, self._tokens)
 
     def _check_blocks(self, frame: int, past: BlockIndices) -> None:
         if not len(past):
@@ -123,7 +178,7 @@ class Retention:
                 f"it keeps {len(past)} blocks, up to block {past[-1]}, and said that it keeps {self._most_past} at "
                 "most (most_past_blocks)",
             )
-        if self._window is not None:
+        if self._window is not None and not self.policy.outlives_window:
             history = past[np.searchsorted(past, self.blocks.condition_blocks.stop) :]
             oldest = max(0, frame - self._window)
             if len(history) and history[0] < self.blocks.frame_blocks(oldest).start:
@@ -155,6 +210,16 @@ class Retention:
         if shared and tail_start not in self.blocks.condition_blocks:
             history = np.append(history, tail_start)
         return history
+
+    def sliding_blocks(self, frame: int) -> BlockIndices:
+        """Those of `history_blocks` that a window which slides before ``frame`` is made takes along, ascending.
+
+        What has outlived the window stays where it was when it left: at the place of the window's oldest frame.
+        """
+        history = self.history_blocks(frame)
+        if self._window is None or not self.policy.outlives_window:
+            return history
+        return history[np.searchsorted(history, self.blocks.frame_blocks(max(0, frame - self._window)).start) :]
 
     def most_blocks(self, ahead: int = 0) -> int | None:
         """Blocks that the request holds at most, however long it grows; None: as many as its length takes.
@@ -210,6 +275,11 @@ class Retention:
         return np.setdiff1d(before, self.past(to_frame), assume_unique=True)
 
 
+def some_tokens(start: int, stop: int) -> Int64:
+    """Made-up ids of tokens, always the same: how many blocks a policy keeps does not depend on them."""
+    return np.arange(start, stop, dtype=np.int64) * 7919 % 104_729 % 5
+
+
 def check_policy(retention: Retention, frames: int) -> None:
     """Ask for the decisions of a video's first ``frames`` frames, one after the other.
 
@@ -238,6 +308,9 @@ def _promised(policy: Policy, name: str, ask: Callable[[], object], low: int) ->
 def _raised(error: Exception) -> str:
     return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
 
+
+_FOLLOWING = 16
+"""Decisions that are kept in mind where each follows from the one before."""
 
 _NOTHING: BlockIndices = np.empty(0, dtype=np.int64)
 _NOTHING.flags.writeable = False

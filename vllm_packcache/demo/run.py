@@ -27,6 +27,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.policies import PackCache
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
     FRAME_TOKENS,
@@ -38,12 +41,16 @@ from vllm_packcache.demo.tokenizer import (
     shapes,
 )
 from vllm_packcache.demo.world import World, make_world
+from vllm_packcache.families import DECODER, Family
 from vllm_packcache.media.pictures import Pixels, read_picture
 from vllm_packcache.media.videos import SUFFIXES, encode_video
 from vllm_packcache.serving.log import record_of
 from vllm_packcache.serving.server import ServerError, client_of, serving, tokens_in
+from vllm_packcache.tools import sequences
 
 ASSETS = Path(__file__).parent / "assets"
+PRESET = "demo"
+"""Configuration of the server where nobody gives another, and of the layout of the videos."""
 EXAMPLE = 10_001
 """Seed of the world whose picture and sentence the assets are."""
 POLICIES = ("packcache", "full")
@@ -107,18 +114,21 @@ def claimed(out: Path) -> Iterator[Path]:
         yield log
 
 
-def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
+def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PRESET) -> None:
     """Serve the bundled model, make a video twice, and write what came out to ``out``.
 
     Args:
         image: any picture; the example's by default.
         prompt: what is to happen in it; the example's by default, which fits only the example's picture.
         out: folder for the videos (GIF, MP4), the pictures (PNG) and the server's log; it is created.
+        config: of packcache, with the layout of `PRESET`: a preset, a file or JSON text.
 
     Raises:
+        ConfigError: the configuration is wrong, or for other videos.
         OSError: the picture cannot be read, or the folder not be written.
         ServerError: the server did not come up, or failed.
     """
+    fitting(config, PRESET)
     console = Console()
     world = make_world(EXAMPLE) if image is None and prompt is None else None
     prompt = readable((ASSETS / "example_prompt.txt").read_text(encoding="utf-8") if prompt is None else prompt)
@@ -129,7 +139,7 @@ def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
     tell(console, str(image), prompt, tokenizer.encode_text, tokenizer.unk_id, picture - tokenizer.visual_offset)
 
     arguments = [
-        *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", "demo"),
+        *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", config),
         *("--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "8192", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "4"),
         # A message a token, or a worker process that spins beside the engine, would take the engine's time on a small
@@ -149,7 +159,22 @@ def run_demo(image: Path | None, prompt: str | None, out: Path) -> None:
                     for policy in POLICIES
                 ]
         codes = {v.policy: tokenizer.frames_from_ids(v.token_ids) - tokenizer.visual_offset for v in videos}
-        report(console, videos, codes, tokenizer, CONDITION_TOKENS, out, world)
+        report(console, videos, codes, tokenizer, ids, CONDITION_TOKENS, out, world)
+
+
+def fitting(config: str, preset: str, family: Family = DECODER) -> ServerConfig:
+    """What a configuration says, if it is one of packcache for the videos of a preset.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    server, own = (ServerConfig.parse(PackCache.name, source, family=family) for source in (config, preset))
+    if server.layout != own.layout:
+        raise ConfigError(
+            f"--config: {shown(config)} has not the layout of the bundled model's videos: give a configuration with "
+            f"layout: {preset}"
+        )
+    return server
 
 
 def tell(
@@ -287,6 +312,7 @@ def report(
     videos: Sequence[Generated],
     codes: Mapping[str, npt.NDArray[np.int64]],
     tokenizer: VideoTokenizer,
+    prompt: list[int],
     condition: int,
     out: Path,
     world: World | None,
@@ -298,6 +324,7 @@ def report(
         videos: made with packcache and with the full cache.
         codes: codewords of each, by its policy, [T, 16, 16].
         tokenizer: of the pictures.
+        prompt: token ids that both videos follow.
         condition: tokens before the first frame: of one sequence or, with guidance, of two.
         out: folder.
         world: in which the true continuation is known; None: there is none.
@@ -307,6 +334,7 @@ def report(
     pictures = {name: enlarged(tokenizer.decode_frames(own + tokenizer.visual_offset)) for name, own in shown.items()}
     write_video(pictures["packcache"], out / "video")
     write_video(pictures["full"], out / "full")
+    sequences.write_video(out / "video.json", prompt + packed.token_ids, len(prompt))
     contact_sheet(pictures, out / "frames.png")
     draw_resident(packed.resident_tokens, full.resident_tokens, condition, out / "resident.png")
 
@@ -327,6 +355,7 @@ def report(
         ("full.gif", "the same request with its whole cache kept (full.mp4: the same)"),
         ("frames.png", "all frames of both, side by side" + ("" if world is None else ", and the true ones")),
         ("resident.png", "the table above as a picture"),
+        ("video.json", "the video's token ids, for vllm-packcache explain --sequence"),
     ):
         console.print(f"  [bold]{escape(str(out / name))}[/]  {what}", soft_wrap=True)
 

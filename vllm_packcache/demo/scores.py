@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vllm_packcache.demo.tokenizer import VideoTokenizer
-from vllm_packcache.demo.world import World
+from vllm_packcache.demo.world import Video, World
 
 FIRST_HELD_OUT_SEED = 10_000
 """Evaluation uses worlds from this seed on; training starts at a million."""
@@ -23,8 +23,8 @@ def psnr(truth: np.ndarray, shown: np.ndarray) -> np.ndarray:
     return np.minimum(MAX_PSNR, 10 * np.log10(255**2 / np.maximum(error, 1e-9)))
 
 
-def true_frames(tokenizer: VideoTokenizer, video: World, frames: int) -> np.ndarray:
-    """Token ids of frames 0 to ``frames`` of a world, int64 [frames + 1, 16, 16]."""
+def true_frames(tokenizer: VideoTokenizer, video: Video, frames: int) -> np.ndarray:
+    """Token ids of frames 0 to ``frames`` of a video, int64 [frames + 1, 16, 16]."""
     return np.stack([video.frame_ids(k) for k in range(frames + 1)]) + tokenizer.visual_offset
 
 

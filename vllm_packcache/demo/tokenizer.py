@@ -251,8 +251,8 @@ def shapes(codes: np.ndarray) -> tuple[float, bool]:
     return float((codes < palette.num_plain).mean()), bool(np.isin(codes, objects[objects >= 0]).any())
 
 
-def world_prompt(tokenizer: VideoTokenizer, video: world.World) -> list[int]:
-    """The condition of a world: its sentence and its frame 0."""
+def world_prompt(tokenizer: VideoTokenizer, video: world.Video) -> list[int]:
+    """The condition of a video: its sentence and its frame 0."""
     return tokenizer.build_prompt_from_ids(video.prompt, video.frame_ids(0) + tokenizer.visual_offset)
 
 

@@ -12,9 +12,12 @@ Preview: ``python -m vllm_packcache.demo.world --seed 3 --out preview.gif``
 from __future__ import annotations
 
 import argparse
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -38,6 +41,9 @@ PHOTO = "photo"
 """Name of the extra background used only in training: a random picture made of plain-colour patches."""
 PLAIN_LEVELS = np.array([0, 51, 102, 153, 204, 255])
 GREY_LEVELS = np.arange(8, 256, 16)
+
+_FILM = 1
+"""Makes the numbers that a film is drawn from others than those of the world of its seed."""
 
 _FIRST_X, _LAST_X = 1, GRID - 1 - OBJECT_CELLS
 _PERIOD = 2 * (_LAST_X - _FIRST_X)
@@ -261,6 +267,17 @@ class Pillar:
     width: int
 
 
+class Video(Protocol):
+    """What has a sentence and frames: a world, or a film of several."""
+
+    @property
+    def prompt(self) -> str:
+        """The English sentence that describes the video."""
+
+    def frame_ids(self, k: int) -> np.ndarray:
+        """Codebook indices of frame ``k``, int [16, 16]; ``k`` is any integer from 0."""
+
+
 @dataclass(frozen=True)
 class World:
     """One video of the toy world; frame 0 is the conditioning picture, frames 1, 2, ... are the video."""
@@ -343,6 +360,53 @@ class World:
         return mask
 
 
+@dataclass(frozen=True)
+class Film:
+    """A video that cuts from one world to another and returns.
+
+    Time stands still in a scene that is not seen, so that a return shows what followed on the last frame before the
+    cut, however long ago that was.
+
+    Args:
+        scenes: two worlds or more, which take turns.
+        cuts: frames with which a shot begins, ascending; the last shot goes on for ever.
+    """
+
+    scenes: tuple[World, ...]
+    cuts: tuple[int, ...]
+
+    @property
+    def prompt(self) -> str:
+        """The sentence of the first scene: nothing tells of the others before they are seen."""
+        return self.scenes[0].prompt
+
+    def scene(self, k: int) -> int:
+        """Which of the scenes frame ``k`` shows."""
+        return bisect_right(self.cuts, k) % len(self.scenes)
+
+    def time(self, k: int) -> int:
+        """How many frames before ``k`` have shown the same scene."""
+        return sum(self.scene(earlier) == self.scene(k) for earlier in range(k))
+
+    def frame_ids(self, k: int) -> np.ndarray:
+        """Codebook indices of frame ``k``, int [16, 16]; ``k`` is any integer from 0."""
+        return self.scenes[self.scene(k)].frame_ids(self.time(k))
+
+    def returns(self, k: int) -> bool:
+        """Whether frame ``k`` is the first after a cut to a scene that was seen before."""
+        return k in self.cuts and self.time(k) > 0
+
+    def known(self, k: int) -> np.ndarray:
+        """Cells of frame ``k`` that its scene's earlier frames tell, bool [16, 16].
+
+        All but those that show a background which an object has covered in each of them.
+        """
+        world, time = self.scenes[self.scene(k)], self.time(k)
+        shown = [world.frame_ids(earlier) == world.background for earlier in range(time)]
+        uncovered: np.ndarray = np.any(shown, axis=0)
+        return uncovered | (world.frame_ids(time) != world.background)
+
+
 def _photo_background(rng: np.random.Generator) -> np.ndarray:
     """A random picture of plain-colour codewords, int [16, 16]: smooth colour fields with hard edges."""
     steps = len(PLAIN_LEVELS)
@@ -401,6 +465,12 @@ def make_world(seed: int, photo_share: float = 0.0) -> World:
         objects.append(obj)
     background = _photo_background(rng) if is_photo else palette().scenes[scene]
     return World(scene, tuple(objects), pillar, _compose_background(background, pillar))
+
+
+def make_film(seed: int, cuts: Sequence[int]) -> Film:
+    """The film of one seed: two worlds that take turns, and ``cuts`` are the frames with which a shot begins."""
+    seeds = np.random.default_rng((seed, _FILM)).integers(2**62, size=2)
+    return Film(tuple(make_world(int(own)) for own in seeds), tuple(cuts))
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
@@ -23,8 +25,9 @@ from vllm.v1.request import Request
 from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.plan import Stream, VideoRequest
+from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import PolicyError, Retention
+from vllm_packcache.core.retention import DECISIONS, Decision, PolicyError, Retention
 from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 
@@ -76,6 +79,7 @@ class Held:
         frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
         quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
         decided: tokens, from the start, of which the policy has said what they read.
+        passes: that have been scheduled of the frame being made, where frames are made in passes.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
@@ -88,6 +92,7 @@ class Held:
     frame_ends: int = 0
     quiet_until: int = 0
     decided: int = 0
+    passes: int = 0
     blocks: int = 0
     dropped_blocks: int = 0
 
@@ -154,6 +159,8 @@ class RetentionManager(FullAttentionManager):
         """Requests that decode, and the token of each up to which a step may go without asking anything."""
         self.failures: dict[str, str] = {}
         """Requests that cannot go on, and why: the scheduler ends them."""
+        self.decisions: dict[str, list[Decision]] = {}
+        """Of requests whose policy reads tokens: what the workers have not been told yet."""
         self.totals = Totals()
         self._announce(kv_cache_spec)
 
@@ -278,12 +285,35 @@ class RetentionManager(FullAttentionManager):
         """
         video = self.video(request)
         stop = self.own_tokens(request.request_id, stop)
-        if video is None or stop <= video.decided:
+        if video is None:
             return
         layout, retention = video.retention.layout, video.retention
+        if self._config.family.role == "canvas" and retention.policy.reads_tokens:
+            # With a pass in flight vLLM counts its frame as computed, whose ids come with the last of its passes.
+            making = layout.frame_of(self.own_tokens(request.request_id, request.num_tokens))
+            stop = min(stop, layout.frame_start(making + 1))
+        if stop <= video.decided:
+            return
         for frame in range(layout.frame_of(video.decided), layout.frame_of(stop - 1) + 1):
-            retention.past(frame)
+            past = retention.past(frame)
             video.decided = layout.frame_start(frame + 1)
+            if retention.policy.reads_tokens and frame != CONDITION:
+                self.decisions.setdefault(request.request_id, []).append(Decision(self.stream, frame, past))
+
+    def take_decisions(self, request: Request) -> list[Decision]:
+        """What the workers must be told of a request by now: what its tokens read that have been scheduled.
+
+        A request that found no room may come back with a shorter chunk than has been decided about. What workers hear
+        too early they could forget before it is read.
+        """
+        name = request.request_id
+        video, decisions = self.video(request), self.decisions.pop(name)
+        assert video is not None, "only of a video anything is decided"
+        last = video.retention.layout.frame_of(self.own_tokens(name, request.num_computed_tokens) - 1)
+        later = [decision for decision in decisions if decision.frame > last]
+        if later:
+            self.decisions[name] = later
+        return decisions[: len(decisions) - len(later)]
 
     def own_tokens(self, request_id: str, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens are in this KV cache group."""
@@ -336,7 +366,7 @@ class RetentionManager(FullAttentionManager):
         self.totals.freed_blocks += freed
         self.totals.slides += slides
         if slides and video.positions.window is not None:
-            self.totals.rotated_blocks += slides * len(video.retention.history_blocks(frame))
+            self.totals.rotated_blocks += slides * len(video.retention.sliding_blocks(frame))
 
     def _record(self, request: Request, video: Held | None, num_tokens: int) -> None:
         """Keep account of a video that has blocks for ``num_tokens`` tokens."""
@@ -367,6 +397,7 @@ class RetentionManager(FullAttentionManager):
         """The request's blocks; it finished, was aborted or preempted, and starts anew if it comes back."""
         self._videos.pop(request_id, None)
         self.settled.pop(request_id, None)
+        self.decisions.pop(request_id, None)
         self.failures.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
@@ -409,7 +440,8 @@ class RetentionManager(FullAttentionManager):
         self._records[request.request_id] = record
         if made.as_stock:
             return None
-        retention = Retention(plan.layout, plan.policy, self.block_size)
+        tokens = partial(_tokens_of, request, stream.start) if plan.policy.reads_tokens else None
+        retention = Retention(plan.layout, plan.policy, self.block_size, tokens)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
         record.phase = held.phase
@@ -513,6 +545,31 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
         return num_new_tokens
 
     return wrapper
+
+
+def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., SchedulerOutput]:
+    """Wrap ``Scheduler.schedule``: the step says what lives of videos whose policy reads tokens, where it changes."""
+
+    @wraps(schedule)
+    def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = schedule(scheduler, *args, **kwargs)
+        told: dict[str, list[Decision]] = {}
+        for manager in retention_managers(scheduler.kv_cache_manager):
+            for name in [name for name in manager.decisions if name in output.num_scheduled_tokens]:
+                told.setdefault(name, []).extend(manager.take_decisions(scheduler.requests[name]))
+        if told:
+            setattr(output, DECISIONS, told)
+        return output
+
+    return wrapper
+
+
+def _tokens_of(request: Request, first: int, start: int, stop: int) -> Int64:
+    """Ids of the tokens of a stream that begins with the request's token ``first``."""
+    ids = request.all_token_ids[first + start : first + stop]
+    if len(ids) < stop - start:
+        raise PolicyError(f"token {first + start + len(ids)} is not known yet, and the policy reads it")
+    return np.array(ids, dtype=np.int64)
 
 
 def _log_end(request_id: str, why: str) -> None:

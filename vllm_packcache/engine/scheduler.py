@@ -6,11 +6,14 @@ the longest sequence like any others. Every token of a frame sees the whole of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_packcache.engine.manager import retention_managers
+from vllm_packcache.engine.manager import RetentionManager, retention_managers
 from vllm_packcache.families.lumos import CanvasRequest
 
 
@@ -32,7 +35,27 @@ class _WholePictures(Scheduler):
         if num_computed_tokens < made.text_tokens:
             return min(num_new_tokens, made.text_tokens - num_computed_tokens)
         picture = made.conditional.layout.tokens_per_frame
+        if num_computed_tokens > request.num_tokens and self._awaits_ids(managers, request):
+            return 0
         return picture if num_new_tokens >= picture else 0
+
+    def _awaits_ids(self, managers: Sequence[RetentionManager], request: Request) -> bool:
+        """Whether the pass in flight ends a frame, and the next one keeps what the ids of that frame say."""
+        videos = [video for manager in managers if (video := manager.video(request)) is not None]
+        return any(video.retention.policy.reads_tokens and video.passes == 0 for video in videos)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Count the passes of frames, as the workers do."""
+        super()._update_after_schedule(scheduler_output)
+        managers = retention_managers(self.kv_cache_manager)
+        for name in scheduler_output.scheduled_spec_decode_tokens:
+            request = self.requests[name]
+            made = managers[0].request(request)
+            assert isinstance(made, CanvasRequest), "every request of such a model is one"
+            for manager in managers:
+                if (video := manager.video(request)) is not None:
+                    # One more than steps: the last pass commits the frame.
+                    video.passes = (video.passes + 1) % (made.options.steps + 1)
 
 
 class CanvasScheduler(_WholePictures, DiffusionScheduler):

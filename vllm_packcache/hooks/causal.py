@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
+from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
 
@@ -56,6 +57,12 @@ class CausalServing(Serving):
             raise ConfigError(
                 f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
                 "axis_scale out"
+            )
+        if config.policy.reads_tokens and model.enable_prompt_embeds:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: policy {config.name} with these options compares the ids of frames, and a prompt of "
+                "embeddings has none: leave out --enable-prompt-embeds, or let requests of token ids choose the option "
+                f"(for packcache {REQUEST_PREFIX}selection)"
             )
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
@@ -126,8 +133,29 @@ def _check_request(
             "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
             f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
         )
+    if plan.policy.reads_tokens:
+        _check_ids(request, plan.layout)
     total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
     _check_size(made, total, config.position_limit, vllm_config)
+
+
+def _check_ids(request: EngineCoreRequest, layout: VideoLayout) -> None:
+    """Refuse frames without ids to a policy that compares them: all of them would look alike.
+
+    Raises:
+        ConfigError: the prompt is embeddings, or has pictures behind its condition.
+    """
+    if request.prompt_embeds is not None:
+        raise ConfigError(
+            "what this video keeps depends on the ids of its frames, and a prompt of embeddings has none: send token "
+            f"ids, or leave {REQUEST_PREFIX}selection = changed out"
+        )
+    pictures = [feature.mm_position for feature in request.mm_features or ()]
+    if any(picture.offset + picture.length > layout.condition_tokens for picture in pictures):
+        raise ConfigError(
+            "what this video keeps depends on the ids of its frames, and a picture that the model's own processor "
+            f"places has none: send frames as token ids, or leave {REQUEST_PREFIX}selection = changed out"
+        )
 
 
 def _whole_frames(

@@ -333,6 +333,11 @@ HOOKS: tuple[Hook, ...] = (
         "prompt_token_ids, prompt_embeds, mm_features, sampling_params, resumable",
         "request: what arrives",
     ),
+    Hook(
+        "vllm.multimodal.inputs",
+        "MultiModalFeatureSpec.mm_position; PlaceholderRange: offset, length",
+        "request: where pictures without ids are",
+    ),
     Hook("vllm.sampling_params:SamplingParams", "extra_args", "request: its options"),
     Hook(
         "vllm.v1.request:Request",
@@ -405,8 +410,13 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _SCHEDULER,
-        "schedule: _reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots",
-        "scheduler: asked for running and for waiting requests, after every other bound",
+        "schedule(self, throttle_prefills): "
+        "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots, "
+        "scheduled_spec_decode_tokens, _update_after_schedule",
+        "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers "
+        "what lives of videos whose policy reads tokens; passes of a canvas are counted as they are scheduled",
+        wrapper="vllm_packcache.engine.manager:tell_workers",
+        ends=_RETENTION,
     ),
     Hook(
         _SCHEDULER,
@@ -578,6 +588,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V1,
+        "_update_states(self, scheduler_output): finished_req_ids, scheduled_new_reqs",
+        "V1 runner: what the scheduler tells of requests, when they are known",
+        wrapper="vllm_packcache.worker.runner_v1:hear_decisions",
+    ),
+    Hook(
+        _RUNNER_V1,
         "_build_attention_metadata(num_scheduled_tokens, ...): build_metadata",
         "V1 runner: metadata builders learn which requests a step has",
         wrapper="vllm_packcache.worker.runner_v1:publish_step",
@@ -672,6 +688,12 @@ HOOKS: tuple[Hook, ...] = (
         "execute_model(scheduler_output, dummy_run, ...): finish_requests, add_requests, update_requests, "
         "prepare_inputs, prepare_attn, preprocess_state, prepare_attn, prepare_inputs, run_fullgraph",
         "V2 runner: requests end and come, slots are mapped, metadata is built, inputs are made, the model runs",
+    ),
+    Hook(
+        _RUNNER_V2,
+        "update_requests(self, scheduler_output): scheduled_cached_reqs",
+        "V2 runner: what the scheduler tells of requests, when they are known",
+        wrapper="vllm_packcache.worker.runner_v2:hear_decisions",
     ),
     Hook(
         _RUNNER_V2,

@@ -20,7 +20,7 @@ from vllm_packcache.core.layout import CONDITION, Segment
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.families.checkpoint import DecoderConfig, read_config, require, rope_of
 from vllm_packcache.reference.decoder import Decoder, read_weights
-from vllm_packcache.reference.visibility import positions, visibility
+from vllm_packcache.reference.visibility import Live, positions, seen, visibility
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class LlamaReference(Decoder):
         """
         if not token_ids:
             raise ValueError("token_ids must hold at least one token")
-        mask = visibility(plan, block_size, len(token_ids))
+        mask = visibility(plan, block_size, len(token_ids), token_ids)
         return self._forward(token_ids, 0, self.new_cache(len(token_ids)), mask, plan, block_size)
 
     @torch.inference_mode()
@@ -150,11 +150,16 @@ class LlamaReference(Decoder):
             raise ValueError("prompt_ids must hold at least one token and max_tokens be at least 1")
         # The last generated token is never read.
         length = len(prompt_ids) + max_tokens - 1
-        mask = visibility(plan, block_size, length)
         cache = self.new_cache(length)
         tokens = list(prompt_ids)
+        by_tokens = plan is not None and plan.policy.reads_tokens
+        mask = visibility(None if by_tokens else plan, block_size, length)
+        live = Live(plan, block_size, tokens) if plan is not None and by_tokens else None
         logits = []
         for index in range(length):
+            if live is not None:
+                # What lives while a frame is made depends on the frames before it.
+                mask[index] = seen(live, block_size, index, length)
             step = self._forward(tokens[index : index + 1], index, cache, mask, plan, block_size)
             if index >= len(prompt_ids) - 1:
                 logits.append(step)
@@ -169,7 +174,7 @@ class LlamaReference(Decoder):
             float32, [layers, T, G, D].
         """
         cache = self.new_cache(len(token_ids))
-        mask = visibility(plan, block_size, len(token_ids))
+        mask = visibility(plan, block_size, len(token_ids), token_ids)
         self._forward(token_ids, 0, cache, mask, plan, block_size)
         return cache[:, 0]
 

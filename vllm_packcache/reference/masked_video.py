@@ -138,6 +138,10 @@ class MaskedVideo:
             frame: its number.
             ids: [F].
         """
+        # What a policy reads are the ids that the request gets, whatever is committed of them.
+        for stream in (self._conditional, self._unconditional):
+            if stream is not None:
+                stream.token_ids += ids.tolist()
         self._conditional.picture(frame, self._committed(ids))
         if self._unconditional is not None:
             if not self.options.share_history:
@@ -243,6 +247,7 @@ class _Stream:
         self._model, self._plan, self._block_size = model, plan, block_size
         layout = plan.layout
         self._cache = model.new_cache(layout.frame_start(frames))
+        self.token_ids: list[int] = prompt.tolist()
         text = layout.condition_tokens - layout.condition_image_tokens
         self._run(prompt[:text], 0, CONDITION, torch.ones(text, text, dtype=torch.bool).tril())
         for start in range(text, layout.condition_tokens, layout.tokens_per_frame):
@@ -257,7 +262,7 @@ class _Stream:
         Returns:
             float32, [F, hidden].
         """
-        seen = frame_visibility(self._plan, self._block_size, frame)
+        seen = frame_visibility(self._plan, self._block_size, frame, self.token_ids)
         return self._run(ids, self._plan.layout.frame_start(frame), frame, seen[None])
 
     @torch.inference_mode()

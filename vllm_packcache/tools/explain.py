@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_packcache import families
-from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.errors import ConfigError, shown_path
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
+from vllm_packcache.tools.sequences import lookup, read_video
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,9 @@ DROPPED = -2
 """State of a block that was evicted."""
 IN_CONDITION = -1
 """State of a live block of the condition. Live blocks of frames have their temporal distance, 0 or more."""
+
+FRAMES, MOST_FRAMES = 12, 1000
+"""Drawn where nobody says how many, and at most."""
 
 TEXT_TOKENS = 32
 """Tokens of text assumed before the conditioning image, where nobody says how many there are."""
@@ -210,8 +214,10 @@ class Explanation:
         first = layout.frame_start(0)
         if self.positions.axes == 3:
             first += layout.frame.frame_start_tokens
-        tokens = first + frames * layout.tokens_per_frame
-        return self.positions.of(tokens, self.positions.window_start(made))[TIME]
+        window_start = self.positions.window_start(made)
+        # What outlives the window stays at the place of its oldest frame.
+        tokens = first + np.maximum(frames, window_start) * layout.tokens_per_frame
+        return self.positions.of(tokens, window_start)[TIME]
 
     @cached_property
     def overview(self) -> Overview:
@@ -261,36 +267,49 @@ def explain(
     source: str,
     policy: str,
     *,
-    frames: int,
+    frames: int | None = None,
     condition_tokens: int | None = None,
     block_size: int = 16,
+    sequence: Path | None = None,
 ) -> Explanation:
     """Apply a configuration to a video, as a server would.
 
     Args:
         source: name of a preset, a file or JSON text.
         policy: name of a policy.
-        frames: frames of the video.
-        condition_tokens: tokens before frame 0; by default a short text and the conditioning image.
+        frames: frames of the video; by default as many as ``sequence`` has, or `FRAMES`.
+        condition_tokens: tokens before frame 0; by default what ``sequence`` says, or a short text and the conditioning
+            image.
         block_size: tokens of a KV-cache block.
+        sequence: file with the video's token ids, for a policy that reads them, and only for such.
 
     Raises:
-        ConfigError: the configuration is wrong or has no layout, or a number is impossible.
+        ConfigError: the configuration is wrong or has no layout, a number is impossible, or the file has no such video.
     """
     config = ServerConfig.parse(policy, source)
     if config.layout is None:
         raise ConfigError("there is nothing to draw: the configuration has no layout, so give it a grid")
     if block_size < 1:
         raise ConfigError(f"block size must be 1 or more, not {block_size}")
-    if frames < 1:
+    if frames is not None and frames < 1:
         raise ConfigError(f"frames must be 1 or more, not {frames}")
     image_tokens = config.layout.condition_image_tokens
+    frame = config.layout.frame_layout()
+    ids = None
+    if config.policy.reads_tokens:
+        ids, condition_tokens = _ids(sequence, condition_tokens, TEXT_TOKENS + image_tokens)
+        frames = _frames_of(ids, condition_tokens, frame.tokens_per_frame, frames)
+    elif sequence is not None:
+        raise ConfigError(
+            f"--sequence is for policies that look at tokens, such as packcache with selection: changed; what "
+            f"{config.name} keeps here does not depend on them: leave it out"
+        )
+    frames = FRAMES if frames is None else frames
     if condition_tokens is None:
         condition_tokens = TEXT_TOKENS + image_tokens
     elif condition_tokens < image_tokens:
         # As for a request: a prompt shorter than the server's usual image has none.
         image_tokens = 0
-    frame = config.layout.frame_layout()
     family = families.describing(frame, config.layout.axis_scale)
     least = image_tokens + family.least_text_tokens
     if family.least_text_tokens and condition_tokens < least:
@@ -299,12 +318,15 @@ def explain(
             "without any words"
         )
     name = "JSON" if source.lstrip().startswith("{") else Path(source).name
+    title = f"{name}: {config.name}{'' if sequence is None else f' for {sequence.name}'}"
 
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
-        retention = Retention(layout, config.policy, block_size)
+        # A stream is the end of the sequence, with a condition of its own.
+        tokens = None if ids is None else lookup(ids[condition_tokens - layout.condition_tokens :])
+        retention = Retention(layout, config.policy, block_size, tokens)
         check_policy(retention, frames)
-        return Explanation(f"{name}: {config.name}", retention, positions, frames, unconditional)
+        return Explanation(title, retention, positions, frames, unconditional)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)
@@ -312,6 +334,44 @@ def explain(
         return explanation(layout, *others)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _ids(path: Path | None, condition_tokens: int | None, usual: int) -> tuple[Int64, int]:
+    """Token ids of the video to draw, and how many of them are condition.
+
+    Raises:
+        ConfigError: there is no file, or none of a video, or it has another condition than was asked for.
+    """
+    if path is None:
+        raise ConfigError(
+            "what this configuration keeps depends on what is seen: give the token ids of a video with --sequence FILE"
+        )
+    try:
+        video = read_video(path, usual if condition_tokens is None else condition_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"--sequence: {error}") from None
+    if condition_tokens not in (None, video.condition_tokens):
+        raise ConfigError(
+            f"--condition-tokens is {condition_tokens}, and {shown_path(path)} says that its video has "
+            f"{video.condition_tokens}: leave the option out"
+        )
+    return np.array(video.token_ids, dtype=np.int64), video.condition_tokens
+
+
+def _frames_of(ids: Int64, condition_tokens: int, tokens_per_frame: int, frames: int | None) -> int:
+    """How many frames of a video are drawn: ``frames``, or all that it has.
+
+    Raises:
+        ConfigError: it has not so many; the last one drawn need not be finished.
+    """
+    whole = (len(ids) - condition_tokens) // tokens_per_frame
+    if whole >= 1 and (frames is None or frames <= whole + 1):
+        return min(whole, MOST_FRAMES) if frames is None else frames
+    wanted = "a whole frame" if frames is None or whole < 1 else f"{frames - 1} whole frames"
+    raise ConfigError(
+        f"--sequence: {len(ids)} token ids, of which {condition_tokens} are condition, must have {wanted} of "
+        f"{tokens_per_frame}, not {max(0, whole)}: give a longer video or fewer --frames"
+    )
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -626,7 +686,8 @@ def _position_bars(explanation: Explanation, made: int) -> Iterator[tuple[int, i
     if condition_stop:
         yield IN_CONDITION, 0, condition_stop
     starts = explanation.seen_at(retained, made)
-    following = explanation.seen_at(retained + 1, made)
+    # Not where the next frame is seen: several are at the place of the window's oldest, where some outlive the window.
+    following = starts + (scale[TIME] if scale else explanation.retention.layout.tokens_per_frame)
     shades = np.minimum(made - retained, OLDEST_SHADE)
     # Neighbours of one colour are one bar: a full cache retains as many frames as the video has.
     first = np.flatnonzero((np.diff(shades, prepend=-1) != 0) | (np.append(-1, following[:-1]) != starts))

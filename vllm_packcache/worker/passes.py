@@ -17,7 +17,7 @@ all see the same keys, so no mask is needed, and rows of different requests go t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -34,7 +34,7 @@ from vllm_packcache.config.server import CANVAS_OPTION, config_of
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan, Stream
 from vllm_packcache.core.positions import Int64
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Decision, Retention
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.worker.keys.layout import cached_keys
@@ -211,6 +211,14 @@ class CanvasModelState(ModelState):
         tokens = np.array(new_req_data.prefill_token_ids, dtype=np.int64)
         frame = (len(tokens) - layout.condition_tokens) // layout.tokens_per_frame
         self._videos[new_req_data.req_id] = CanvasState(request, streams, tokens, Canvas(request, frame, self.device))
+
+    def hear(self, told: Mapping[str, Sequence[Decision]]) -> None:
+        """What lives of videos whose policy reads tokens; all of them have been added."""
+        for name, decisions in told.items():
+            video = self._videos[name]
+            assert video is not None, "only what a video keeps is told"
+            for number, stream in enumerate(video.streams):
+                stream.retention.tell([decision for decision in decisions if decision.stream == number])
 
     def remove_request(self, req_id: str) -> None:
         """It ended, or was preempted."""

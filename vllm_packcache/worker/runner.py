@@ -16,9 +16,24 @@ V1 = "vllm.v1.worker.gpu_model_runner"
 V2 = "vllm.v1.worker.gpu.model_runner"
 
 RELIED_ON = {
-    V1: ("initialize_kv_cache", "execute_model", "_build_attention_metadata", "_preprocess", "sample_tokens"),
+    V1: (
+        "initialize_kv_cache",
+        "_update_states",
+        "execute_model",
+        "_build_attention_metadata",
+        "_preprocess",
+        "sample_tokens",
+    ),
     # All of them ask the model state, which is ours.
-    V2: ("load_model", "initialize_kv_cache", "add_requests", "finish_requests", "prepare_attn", "execute_model"),
+    V2: (
+        "load_model",
+        "initialize_kv_cache",
+        "add_requests",
+        "update_requests",
+        "finish_requests",
+        "prepare_attn",
+        "execute_model",
+    ),
 }
 """Methods of either ``GPUModelRunner`` that are wrapped, or that call what is ours."""
 

@@ -17,6 +17,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_packcache.config.server import ServerConfig, config_of
+from vllm_packcache.core.retention import DECISIONS
 from vllm_packcache.worker.attention import HostCompaction
 from vllm_packcache.worker.blocks.batch import BatchReads
 from vllm_packcache.worker.keys.layout import cached_keys
@@ -24,6 +25,7 @@ from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
 from vllm_packcache.worker.step import Kept, publish
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -46,6 +48,25 @@ def find_keys(initialize_kv_cache: Callable[..., None]) -> Callable[..., None]:
         names = [name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
         rotation = KeyRotation.of(rotary_of(runner.model), (cached_keys(layers[name]) for name in names))
         setattr(runner, _ROTATION, rotation)
+
+    return wrapper
+
+
+def hear_decisions(update_states: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GPUModelRunner._update_states``, after which the runner knows the requests of the step."""
+
+    @wraps(update_states)
+    def wrapper(runner: GPUModelRunner, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        updated = update_states(runner, scheduler_output, *args, **kwargs)
+        told = getattr(scheduler_output, DECISIONS, None)
+        config = config_of(runner) if told else None
+        if told and config is not None:
+            block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            for name, decisions in told.items():
+                own = _kept(runner.requests[name], config, block_size)
+                assert own is not None, "only what a video keeps is told"
+                own.retention.tell(decisions)
+        return updated
 
     return wrapper
 

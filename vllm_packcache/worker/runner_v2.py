@@ -13,8 +13,9 @@ where it is: whatever graph vLLM replays, piecewise or full, for decoding or mix
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,16 +29,18 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache.config.server import config_of
 from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.retention import DECISIONS, Decision
 from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, compact_rows
 from vllm_packcache.worker.keys.layout import cached_keys
 from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
 from vllm_packcache.worker.step import Kept, Row, position_shifts, publish
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.states import RequestState
 
 
@@ -139,6 +142,18 @@ class DeviceCompaction:
         return replace(compacted, seq_lens_cpu_upper_bound=lengths, max_seq_len=int(lengths.max()))
 
 
+def hear_decisions(update_requests: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``GPUModelRunner.update_requests``, after which the runner knows the requests of the step."""
+
+    @wraps(update_requests)
+    def wrapper(runner: GPUModelRunner, scheduler_output: SchedulerOutput) -> None:
+        update_requests(runner, scheduler_output)
+        if told := getattr(scheduler_output, DECISIONS, None):
+            runner.model_state.hear(told)
+
+    return wrapper
+
+
 @cache
 def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
     """A subclass of the model state ``base`` for a server with a policy."""
@@ -185,6 +200,13 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
             self._videos.pop(req_id, None)
+
+        def hear(self, told: Mapping[str, Sequence[Decision]]) -> None:
+            """What lives of videos whose policy reads tokens; all of them have been added."""
+            for name, decisions in told.items():
+                video = self._videos[name]
+                assert video is not None, "only what a video keeps is told"
+                video.retention.tell(decisions)
 
         def preprocess_state(
             self,

@@ -9,12 +9,20 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import FrameLayout
+
+Int64 = npt.NDArray[np.int64]
+
+Tokens = Callable[[int, int], Int64]
+"""``tokens(start, stop)``: ids of a sequence's tokens ``[start, stop)``, which are finished: none of them changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,25 @@ class Policy(ABC):
             Ascending logical block indices, all below ``blocks.tail_start(frame)``. `Retention` checks them.
         """
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what is kept depends on the tokens of finished frames: then `past_blocks_of` decides."""
+        return False
+
+    def past_blocks_of(self, blocks: BlockMap, frame: int, before: BlockIndices, tokens: Tokens) -> BlockIndices:
+        """The same as `past_blocks`, of a video whose tokens are known; asked about one frame after the other.
+
+        How many blocks it returns must not depend on the tokens: lengths are planned, and requests admitted, without.
+
+        Args:
+            blocks: tags of the request's logical blocks.
+            frame: the frame being made, 0 or more.
+            before: what it returned for the frame before; nothing for frame 0.
+            tokens: ids of the tokens before ``frame``.
+        """
+        del before, tokens
+        return self.past_blocks(blocks, frame)
+
     def most_past_blocks(self, blocks: BlockMap) -> int | None:
         """A number of blocks that `past_blocks` never exceeds, whatever the frame, in constant time.
 
@@ -58,6 +85,14 @@ class Policy(ABC):
         Only where there is one can positions be re-based: what lives then lies in a window that slides.
         """
         return None
+
+    @property
+    def outlives_window(self) -> bool:
+        """Whether blocks of older frames than those of `history_window` may live all the same.
+
+        Where positions are re-based, they stay at the place that the oldest frame of the window has.
+        """
+        return False
 
     def check(self, frame: FrameLayout) -> None:
         """Check the options against the shape of a frame.

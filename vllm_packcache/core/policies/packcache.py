@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -10,12 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
-from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout
-from vllm_packcache.core.policies.base import Policy, check_range
+from vllm_packcache.core.layout import MAX_FRAMES, MAX_TOKENS_PER_FRAME, FrameLayout
+from vllm_packcache.core.policies.base import Int64, Policy, Tokens, check_range
+from vllm_packcache.core.policies.change import keep_changed
+from vllm_packcache.core.policies.scenes import distinct_scenes, scene_ends
 from vllm_packcache.core.policies.selection import NEEDS_GRID, Selection, keep_fraction, select
 
-Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
+
+MAX_EPISODES = 64
+"""Most scenes that may have an anchor: each is compared with the others whenever a frame begins."""
 
 MAX_WINDOW = 256
 """Most history frames: the table of what is kept grows with the square of the window, and requests may choose it."""
@@ -35,6 +40,10 @@ class PackCache(Policy):
         gamma_text: fraction of the text's blocks kept once the history no longer fits.
         gamma_condition: the same for the conditioning image.
         selection: which blocks of a frame are kept, when not all are; see `Selection`.
+        changed_tokens: of ``selection: changed``: in so many tokens a block must differ from the same place of the next
+            frame to count as changed.
+        episodes: of ``selection: changed``: of so many scenes that have ended an anchor stays, however long ago it was.
+            What the history holds besides the newest frame is divided among them and the scene that is shown.
 
     Raises:
         ValueError: a number is impossible; the message names it.
@@ -48,6 +57,8 @@ class PackCache(Policy):
     gamma_text: float = 1.0
     gamma_condition: float = 1.0
     selection: Selection = "spatial"
+    changed_tokens: int = 1
+    episodes: int = 0
 
     def __post_init__(self) -> None:
         check_range("history_frames", self.history_frames, 0, MAX_FRAMES, open_low=True)
@@ -55,12 +66,33 @@ class PackCache(Policy):
         check_range("decay", self.decay, 0, 1, open_low=True)
         check_range("gamma_text", self.gamma_text, 0, 1)
         check_range("gamma_condition", self.gamma_condition, 0, 1)
+        check_range("changed_tokens", self.changed_tokens, 1, MAX_TOKENS_PER_FRAME)
+        if self.changed_tokens != 1 and self.selection != "changed":
+            raise ValueError(
+                f"changed_tokens is for selection = changed, not for {self.selection}, where it must be 1, not "
+                f"{self.changed_tokens}"
+            )
+        check_range("episodes", self.episodes, 0, MAX_EPISODES)
+        if self.episodes and self.selection != "changed":
+            raise ValueError(
+                f"episodes is for selection = changed, not for {self.selection}, where it must be 0, not "
+                f"{self.episodes}"
+            )
+        if self.selection == "changed":
+            # The newest frame is kept whole; an anchor is what there is room for besides.
+            check_range(
+                f"history_frames of {'episodes' if self.episodes else 'selection = changed'}",
+                self.history_frames,
+                1,
+                open_low=self.episodes > 0,
+            )
 
     def check(self, frame: FrameLayout) -> None:
         """Refuse a budget that leaves the oldest frame of the window nothing, and rows without a grid."""
         if self.selection in NEEDS_GRID and frame.grid is None:
             raise ValueError(f"selection = {self.selection} needs grid in the layout, not tokens_per_frame alone")
-        if allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
+        # What is given to the frames evenly is what unchanged blocks get: of an old frame that may be nothing.
+        if self.selection != "changed" and allotment(self, frame.tokens_per_frame, self.window)[-1] < 1:
             raise ValueError(
                 f"history_frames = {self.history_frames:g} leaves nothing for the oldest of window = {self.window} "
                 "frames: raise history_frames or lower window"
@@ -79,8 +111,15 @@ class PackCache(Policy):
         """W."""
         return self.window
 
+    @property
+    def outlives_window(self) -> bool:
+        """Whether anchors are kept."""
+        return self.episodes > 0
+
     def most_past_blocks(self, blocks: BlockMap) -> int:
-        """Condition blocks, and what a history takes whose every frame is rounded up."""
+        """Condition blocks, and what a history takes: where each frame has its share, every frame is rounded up."""
+        if self._follows_changes(blocks):
+            return len(blocks.condition_blocks) + self._budget_blocks(blocks, self.window)
         return len(blocks.condition_blocks) + _most_history_blocks(
             self, blocks.layout.tokens_per_frame, blocks.block_size
         )
@@ -88,20 +127,90 @@ class PackCache(Policy):
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks, and of each of the last W frames its share of blocks, as ``selection`` says."""
         end = blocks.tail_start(frame)
-        tokens_per_frame = blocks.layout.tokens_per_frame
-        if frame <= min(self.window, self.history_frames):
+        if self._keeps_everything(frame):
             return np.arange(end)
-        parts = [
-            keep_fraction(blocks.text_blocks, self.gamma_text),
-            keep_fraction(blocks.image_blocks, self.gamma_condition),
-        ]
-        kept = self.kept_tokens(tokens_per_frame, frame)
-        for distance in range(len(kept), 0, -1):
-            keep = -(-kept[distance - 1] // blocks.block_size)
-            parts.append(select(self.selection, blocks, frame - distance, keep))
-        past = np.concatenate(parts)
+        past = np.concatenate([self._condition_blocks(blocks), self._history_blocks(blocks, frame)])
         # A block that the condition shares with the frame being made belongs to the tail.
         return past[past < end]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``selection`` is ``changed``."""
+        return self.selection == "changed"
+
+    def past_blocks_of(self, blocks: BlockMap, frame: int, before: BlockIndices, tokens: Tokens) -> BlockIndices:
+        """The same, with what changed first: see `vllm_packcache.core.policies.change`."""
+        if self._keeps_everything(frame) or not self._follows_changes(blocks):
+            return self.past_blocks(blocks, frame)
+        condition, evenly = self._condition_blocks(blocks), self._history_blocks(blocks, frame)
+        newest = blocks.frame_blocks(frame - 1)
+        had = before[before >= blocks.condition_blocks.stop]
+        available = len(had) + len(newest)
+        # The frame that leaves the window is the last that may turn out to be the last of its scene.
+        oldest, leaves = max(0, frame - self.window), max(0, frame - 1 - self.window)
+        ends = scene_ends(blocks.layout, leaves, frame, tokens) if self.episodes else []
+        held = had
+        if oldest:
+            leaving = blocks.frame_blocks(leaves)
+            # Whatever is left of it: the number of blocks does not depend on tokens.
+            available -= len(leaving)
+            if leaves not in ends:
+                # What is older is of scenes that have ended.
+                held = had[(had < leaving.start) | (had >= leaving.stop)]
+        held = np.concatenate([held, np.arange(newest.start, newest.stop)])
+        kept = keep_changed(
+            blocks,
+            frame,
+            held,
+            evenly,
+            max(0, min(available, len(evenly), self._budget_blocks(blocks, frame))),
+            tokens,
+            self.changed_tokens,
+            scene=max([oldest, *(end + 1 for end in ends)]),
+            anchors=self._anchors(blocks, frame, had, ends, tokens),
+        )
+        past = np.concatenate([condition, kept])
+        return past[past < blocks.tail_start(frame)]
+
+    def _anchors(
+        self, blocks: BlockMap, frame: int, had: BlockIndices, ends: list[int], tokens: Tokens
+    ) -> BlockIndices:
+        """Of the last frame of every scene that has ended and of which something lives, its share of blocks."""
+        if not self.episodes:
+            return had[:0]
+        window = max(0, frame - 1 - self.window)
+        tags = [int(tag) for tag in np.unique(blocks.tags(had))[::-1]]
+        lived = [tag for tag in tags if tag < window or tag in ends]
+        room = (self.history_frames - 1) * blocks.layout.tokens_per_frame / blocks.block_size
+        count = max(1, int(room / (self.episodes + 1) + 1e-6))
+        scenes = distinct_scenes(blocks.layout, frame, lived, self.episodes, tokens)
+        return np.concatenate([had[:0], *(select("spatial", blocks, scene, count) for scene in scenes)])
+
+    def _follows_changes(self, blocks: BlockMap) -> bool:
+        """Whether what changed can make a difference: a block cannot have more changed tokens than tokens."""
+        return self.reads_tokens and (self.changed_tokens <= blocks.block_size or self.episodes > 0)
+
+    def _budget_blocks(self, blocks: BlockMap, frame: int) -> int:
+        """Blocks that H frames take, or all before ``frame`` if those are fewer."""
+        tokens = min(self.history_frames, frame) * blocks.layout.tokens_per_frame
+        return math.ceil(tokens / blocks.block_size - 1e-6)
+
+    def _keeps_everything(self, frame: int) -> bool:
+        return frame <= min(self.window, self.history_frames)
+
+    def _condition_blocks(self, blocks: BlockMap) -> BlockIndices:
+        text = keep_fraction(blocks.text_blocks, self.gamma_text)
+        return np.concatenate([text, keep_fraction(blocks.image_blocks, self.gamma_condition)])
+
+    def _history_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
+        """Of each of the last W frames its share of blocks, ascending."""
+        kept = self.kept_tokens(blocks.layout.tokens_per_frame, frame)
+        return np.concatenate(
+            [
+                select(self.selection, blocks, frame - distance, -(-kept[distance - 1] // blocks.block_size))
+                for distance in range(len(kept), 0, -1)
+            ]
+        )
 
 
 def shares(decay: float, frames: int) -> tuple[float, ...]:

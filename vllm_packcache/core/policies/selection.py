@@ -14,9 +14,10 @@ import numpy as np
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 
-Selection = Literal["spatial", "rows", "tail", "random"]
+Selection = Literal["spatial", "rows", "tail", "random", "changed"]
 """``spatial``: spread evenly over the picture, block by block; ``rows``: the same, a whole row of the grid after the
-other; ``tail``: the last ones; ``random``: drawn anew for every frame, the same wherever and whenever it is asked."""
+other; ``tail``: the last ones; ``random``: drawn anew for every frame, the same wherever and whenever it is asked;
+``changed``: those of the whole history in which most tokens changed, see `vllm_packcache.core.policies.change`."""
 
 NEEDS_GRID: frozenset[Selection] = frozenset({"rows"})
 """Selections that must know rows and columns."""
@@ -62,6 +63,14 @@ def spread_order(count: int) -> BlockIndices:
     for bit in range(bits):
         reversed_numbers |= ((numbers >> bit) & 1) << (bits - 1 - bit)
     return _frozen(reversed_numbers[reversed_numbers < count])
+
+
+@lru_cache(maxsize=256)
+def spread_rank(count: int) -> BlockIndices:
+    """At which place of `spread_order` each of the numbers 0 .. count - 1 is."""
+    rank = np.empty(count, dtype=np.int64)
+    rank[spread_order(count)] = np.arange(count)
+    return _frozen(rank)
 
 
 def _spatial(blocks: BlockMap, frame: int) -> BlockIndices:
@@ -117,4 +126,6 @@ _ORDERS: dict[Selection, Callable[[BlockMap, int], BlockIndices]] = {
     "rows": _rows,
     "tail": _tail,
     "random": _random,
+    # Where nothing changed.
+    "changed": _spatial,
 }

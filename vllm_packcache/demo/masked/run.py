@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options, write_checkpoint
 from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, RATE, build_text_tokenizer
 from vllm_packcache.demo.run import (
@@ -19,6 +18,7 @@ from vllm_packcache.demo.run import (
     POLICIES,
     Generated,
     claimed,
+    fitting,
     one_line,
     progress_bars,
     readable,
@@ -55,18 +55,21 @@ class _Asked(NamedTuple):
     world: World | None
 
 
-def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
+def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = PRESET) -> None:
     """Serve the bundled masked model, make a video twice, and write what came out to ``out``.
 
     Args:
         image: any picture. Without one and without a text there is an example; without one, the text alone is used.
         text: what is to happen; the example's by default, which fits only the example's picture.
         out: folder for the videos (GIF, MP4), the pictures (PNG) and the server's log; it is created.
+        config: of packcache, with the layout of `PRESET`: a preset, a file or JSON text.
 
     Raises:
+        ConfigError: the configuration is wrong, or for other videos.
         OSError: the picture cannot be read, or the folder not be written.
         ServerError: the server did not come up.
     """
+    server = fitting(config, PRESET, LUMOS)
     console = Console()
     tokenizer = VideoTokenizer()
     asked = _asked(image, text, tokenizer)
@@ -86,7 +89,7 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
     )
 
     arguments = [
-        *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", PRESET),
+        *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", config),
         *("--served-model-name", "demo", "--dtype", "float32"),
         *("--max-model-len", "4096", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "2"),
         *("--distributed-executor-backend", "uni"),
@@ -124,10 +127,9 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path) -> None:
                     for policy in POLICIES
                 ]
         codes = {video.policy: _codes(video) for video in videos}
-        server = ServerConfig.parse("packcache", PRESET, family=LUMOS)
         made = LUMOS.request(server, request_options(FRAMES, "packcache", OPTIONS), ids)
         condition = sum(stream.plan.layout.condition_tokens for stream in made.streams)
-        report(console, videos, codes, tokenizer, condition, out, asked.world)
+        report(console, videos, codes, tokenizer, ids, condition, out, asked.world)
     if asked.world is not None:
         for policy, own in codes.items():
             score = score_objects(asked.world, own)

@@ -122,7 +122,7 @@ class KeyRotation:
             token: the first token of the frame about to be made.
             block_table: the request's blocks, [at least its logical blocks], on any device.
         """
-        logical = retention.history_blocks(positions.layout.frame_of(token))
+        logical = retention.sliding_blocks(positions.layout.frame_of(token))
         if len(logical) == 0:
             return
         block_size = retention.block_size
