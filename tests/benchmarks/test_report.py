@@ -176,10 +176,8 @@ def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
 def test_losses_are_as_plain_as_wins(folder: Path):
     text = texts_of(folder)["README.md"]
     assert "| decode, ours: full / packcache | 2.50 | >= 4 | **MISSED** |" in text
-    throughput = next(
-        target["value"] for target in results.read("serve.json")["targets"] if "throughput" in target["ratio"]
-    )
-    assert f"| throughput by the engines' processor time, packcache / stock | {throughput:.2f}" in text
+    throughput = "| throughput by the engines' processor time, packcache / stock | 2.50 (rounds: 2.40 and 2.60) "
+    assert f"{throughput}| >= 3 | **MISSED** |" in text
     goals = [goal for part in benchmarks() for goal in part.goals(part.read(folder) or {})]
     goals = [goal for goal in goals if goal.verdict != "not judged"]
     met = [goal for goal in goals if goal.verdict.startswith("met")]
