@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,3 +52,12 @@ def mean_of_videos(values: Float64) -> dict[str, float] | None:
         return None
     error = values.std(ddof=1) / len(values) ** 0.5
     return {"mean": round(float(values.mean()), 4), "ci95": round(float(NORMAL_95 * error), 4)}
+
+
+def frames_stood_for(timed: Sequence[int]) -> list[float]:
+    """How many frames each timed one stands for, where those between two of them are interpolated.
+
+    Args:
+        timed: numbers of frames, ascending from 0; all up to the last one count.
+    """
+    return [float(np.interp(range(timed[-1] + 1), timed, one).sum()) for one in np.eye(len(timed))]

@@ -30,14 +30,9 @@ for _name in ("http_proxy", "https_proxy", "all_proxy", "vllm_api_key"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
 
-if not torch.cuda.is_available():
-    # Our own kernels are interpreted whichever runner is used.
-    os.environ["TRITON_INTERPRET"] = "1"
-    if V2:
-        interpreted.prepare()
-
 ON_DEVICE: dict[str, Any] = {"enforce_eager": True}
 """How engines run: on a GPU decoding is replayed from full CUDA graphs, and engines share the memory."""
+
 if torch.cuda.is_available():
     # Torch and Triton round the factors of a float32 product to 10 bits where they may: no token is exact then.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
@@ -50,6 +45,11 @@ if torch.cuda.is_available():
         "gpu_memory_utilization": 0.02,
         "kv_cache_memory_bytes": 2**30,
     }
+else:
+    # Our own kernels are interpreted whichever runner is used.
+    os.environ["TRITON_INTERPRET"] = "1"
+    if V2:
+        interpreted.prepare()
 
 # For `make test-quick`: the suite has more of them.
 settings.register_profile("few", max_examples=15)

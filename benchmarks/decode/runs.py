@@ -25,13 +25,15 @@ from benchmarks.decode.plan import (
     STAGES,
     STOCK,
     THREADS,
+    TIMED_FRAMES,
     WITH_PLUGIN,
     DecodePlan,
     described,
 )
-from benchmarks.decode.samples import CLOCKS, CPU, frames_stood_for, joined, ratios_of, step_times, summed
+from benchmarks.decode.samples import CLOCKS, CPU, joined, ratios_of, step_times, summed
 from benchmarks.engine_process import Burst, EngineProcess, EngineSettings, interleave
 from benchmarks.model import write_model
+from benchmarks.statistics import frames_stood_for
 from vllm_packcache.core.policies import Full
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention, check_policy
@@ -174,7 +176,7 @@ class Bench:
         }
 
     def frames(self) -> dict[str, Any]:
-        """Time each policy of `DecodePlan.policies` in the middle of the frames `DecodePlan.timed_frames`.
+        """Time each policy of `DecodePlan.policies` in the middle of each of `TIMED_FRAMES`.
 
         A step's time is linear in the number of tokens it reads, so the middle of a frame stands for its mean.
         What all frames take, end to end, is `END_TO_END`.
@@ -183,7 +185,7 @@ class Bench:
         retentions = {name: plan.retention(plan.tokens_per_frame, policy) for name, policy in plan.policies.items()}
         video = plan.options(plan.tokens_per_frame)
         frames: list[dict[str, Any]] = []
-        for frame in plan.timed_frames:
+        for frame in TIMED_FRAMES:
             prompt = retentions["full"].layout.frame_start(frame) + plan.middle_of_frame
             requests = {
                 name: Request(prompt, retention, {} if name in STOCK else video)
@@ -199,7 +201,7 @@ class Bench:
                     "blocks_as_decided": run.blocks_as_decided,
                 }
             )
-        seconds = summed(frames, [plan.tokens_per_frame * count for count in frames_stood_for(plan.timed_frames)])
+        seconds = summed(frames, [plan.tokens_per_frame * count for count in frames_stood_for(TIMED_FRAMES)])
         return {
             "condition_tokens": plan.condition_tokens,
             "tokens_per_frame": plan.tokens_per_frame,

@@ -50,15 +50,6 @@ def summed(
     }
 
 
-def frames_stood_for(timed: Sequence[int]) -> list[float]:
-    """How many frames each timed one stands for, where those between two of them are interpolated.
-
-    Args:
-        timed: numbers of frames, ascending from 0; all up to the last one count.
-    """
-    return [float(np.interp(range(timed[-1] + 1), timed, one).sum()) for one in np.eye(len(timed))]
-
-
 def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One summary, by clock, of the samples of several."""
     return {clock: summary([sample for own in summaries for sample in own[clock]["samples"]]) for clock in CLOCKS}

@@ -34,6 +34,7 @@ from benchmarks.engine_process import Burst, Device, EngineFailed, EngineProcess
 from benchmarks.goals import judged
 from benchmarks.gpu import kernels
 from benchmarks.model import ModelShape, write_config
+from benchmarks.statistics import frames_stood_for
 from vllm_packcache.core.retention import Retention
 
 FULL, PACKCACHE, SHORT = "full", "packcache", kernels.SHORT
@@ -242,8 +243,7 @@ def video_seconds(frames: tuple[int, ...], step_seconds: list[float], plan: Engi
     """Time to decode all frames up to the last one, those between the timed ones interpolated; None: one was timed."""
     if len(frames) == 1:
         return None
-    steps = np.interp(np.arange(frames[-1] + 1), frames, step_seconds)
-    return float(steps.sum()) * plan.video.tokens_per_frame
+    return float(np.dot(frames_stood_for(frames), step_seconds)) * plan.video.tokens_per_frame
 
 
 def _measure_frame(

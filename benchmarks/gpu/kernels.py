@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import os
 import platform
 import shlex
 import sys
@@ -217,9 +216,17 @@ class Check(NamedTuple):
 
 def check(device: torch.device, plans: Sequence[KernelPlan] = (EXACT, AS_TIMED)) -> dict[str, Check]:
     """Compare everything that is timed with PyTorch in float64, at the sizes of ``plans``."""
+    from triton import knobs
+
     torch.manual_seed(SEED)
-    # Triton rounds the factors of float32 products to 10 bits unless it is told otherwise; ours is told in its source.
-    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+    with knobs.language.scope():
+        # Triton rounds the factors of float32 products to 10 bits unless it is told otherwise; ours is told in its
+        # source. Nothing is timed so.
+        knobs.language.fp32_default = "ieee"
+        return _checks(device, plans)
+
+
+def _checks(device: torch.device, plans: Sequence[KernelPlan]) -> dict[str, Check]:
     checks = {}
     for plan in plans:
         dtype = str(plan.geometry.dtype).removeprefix("torch.")

@@ -73,7 +73,8 @@ class Fakes:
 
     def serve(self, plan: ServePlan, session: Session) -> dict[str, Any]:
         video = {name: getattr(plan, name) for name in ("condition_tokens", "tokens_per_frame", "frames")}
-        return self.made("serve", results.read("serve.json") | {"video": video, "pool_blocks": plan.pool_blocks})
+        own = {"video": video, "pool_blocks": plan.pool_blocks, "quick": session.quick}
+        return self.made("serve", results.read("serve.json") | own)
 
     def quality(self, plan: QualityPlan, session: Session) -> dict[str, Any]:
         sizes = {"videos": plan.videos, "spans": list(plan.spans)}

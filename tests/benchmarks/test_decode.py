@@ -196,7 +196,7 @@ def test_what_is_read_grows_evenly_between_timed_frames():
     for policy in plan.policies.values():
         retention = plan.retention(4084, policy)
         live = [retention.live_tokens(retention.layout.frame_start(frame) + 2042) for frame in range(13)]
-        between = np.interp(range(13), plan.timed_frames, [live[frame] for frame in plan.timed_frames])
+        between = np.interp(range(13), plans.TIMED_FRAMES, [live[frame] for frame in plans.TIMED_FRAMES])
         assert np.abs(between / live - 1).max() < 0.01, policy
 
 
