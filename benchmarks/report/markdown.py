@@ -40,6 +40,9 @@ def with_quartiles(summary: Mapping[str, Any]) -> str:
 
 
 def _digits(value: float) -> int:
+    if 0 < abs(value) < 0.001:
+        # One that says something, not a row of zeros.
+        return -math.floor(math.log10(abs(value)))
     return 3 if value < 2 else 2
 
 

@@ -457,4 +457,6 @@ def test_numbers():
     assert markdown.percent(0.9876) == "98.8 %"
     assert markdown.with_quartiles({"median": 3.816, "quartiles": [3.784, 3.895]}) == "3.82 (3.78 to 3.90)"
     assert markdown.with_quartiles({"median": 1.0326, "quartiles": [0.951, 1.1]}) == "1.033 (0.951 to 1.100)"
+    assert markdown.ratio(9.42e-6) == "0.000009"
+    assert markdown.ratio(0.001) == "0.001"
     assert [markdown.listed(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
