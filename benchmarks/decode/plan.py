@@ -17,7 +17,7 @@ CHANGED = PackCache(selection="changed", window=12)
 """The same budget, what changed first, over a longer window."""
 
 CHANGED_LEAST = dataclasses.replace(CHANGED, history_frames=1.0625)
-"""The smallest budget that remembers no less than `POLICY`: see `benchmarks.memory`."""
+"""A budget of little more than a frame that remembers more than `POLICY` does: see `benchmarks.memory`."""
 
 BLOCK_SIZE = 32
 

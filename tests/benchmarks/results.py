@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,10 @@ from benchmarks.decode import benchmark as decode_benchmark
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
 from benchmarks.decode.samples import ratios_of, step_times, summed
 from benchmarks.engine_process import Burst
-from benchmarks.memory import benchmark as memory_benchmark
-from benchmarks.memory.plan import FILMS
-from benchmarks.memory.runs import MEASURES as MEMORIES
-from benchmarks.memory.runs import UNSEEN, Counts
 from benchmarks.quality import benchmark as quality_benchmark
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, Videos, summary
-from benchmarks.quality.variants import Variant
 from benchmarks.statistics import Count
 from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
 from vllm_packcache.calibrate.mass import NEAREST, Mass
@@ -167,26 +161,6 @@ def calibrate_masked() -> dict[str, Any]:
     return json.loads(json.dumps(result | {"benchmark": "calibrate-masked", "model": "demo_masked"}))
 
 
-def memory() -> dict[str, Any]:
-    """Of random shares."""
-    plan, generator = memory_benchmark.QUICK, np.random.default_rng(0)
-
-    def counts(variants: Sequence[Variant], keys: Iterable[str]) -> Counts:
-        def count() -> Count:
-            return Count(generator.uniform(0.2, 0.9, (3, plan.frames)), np.ones((3, plan.frames)))
-
-        return {variant.name: {key: count() for key in keys} for variant in variants}
-
-    films = counts(plan.film_variants, [key for kind in FILMS for key in (kind, kind + UNSEEN)])
-    result = {
-        "benchmark": "memory",
-        **ABOUT,
-        "seconds": 3,
-        **memory_benchmark.summary(plan, counts(plan.variants, MEMORIES), films),
-    }
-    return json.loads(json.dumps(result | {"targets": memory_benchmark.targets(result)}))
-
-
 def gpu() -> dict[str, Any]:
     """One that was measured, of one step."""
     seconds = {"full": [0.004, 0.005, 0.006], "packcache": [0.001, 0.002, 0.003], "short": [0.001, 0.002, 0.003]}
@@ -224,7 +198,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "long_video.json": read("long_video.json"),
         "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
-        "memory.json": memory(),
+        "memory.json": read("memory.json"),
     }
     for name, result in results.items():
         files.write(folder / name, result)
