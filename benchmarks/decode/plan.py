@@ -85,7 +85,7 @@ STAGES = {
     **{
         stage: seconds
         for frame in TIMED_FRAMES
-        for stage, seconds in _timed(f"frame {frame}", prefill=6 * frame + 1, decode=7 + frame // 3).items()
+        for stage, seconds in _timed(f"frame {frame}", prefill=6 * frame + 1, decode=18 + 5 * frame // 6).items()
     },
 }
 """What is run, in order, and about how many seconds it takes: the remaining time is reckoned from these."""

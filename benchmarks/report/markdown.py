@@ -18,8 +18,12 @@ def number(value: float, digits: int) -> str:
 
 def significant(value: float, digits: int = 3) -> str:
     """With so many digits that say something, and no fewer than are before the point."""
-    decimals = 0 if value == 0 else digits - 1 - math.floor(math.log10(abs(value)))
-    return number(value, max(0, decimals))
+    return number(value, 0 if value == 0 else max(0, _decimals(value, digits)))
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Digits after the point that show so many digits of a number that is not 0; negative: fewer than it has before."""
+    return digits - 1 - math.floor(math.log10(abs(value)))
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -42,7 +46,7 @@ def with_quartiles(summary: Mapping[str, Any]) -> str:
 def _digits(value: float) -> int:
     if 0 < abs(value) < 0.001:
         # One that says something, not a row of zeros.
-        return -math.floor(math.log10(abs(value)))
+        return _decimals(value, 1)
     return 3 if value < 2 else 2
 
 
