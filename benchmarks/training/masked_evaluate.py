@@ -102,7 +102,7 @@ def generate(
     if with_image:
         ids += world_frame(video, 0).tolist()
     plan = LUMOS.request(
-        ServerConfig.parse("packcache", PRESET, family=LUMOS), request_options(frames, policy, options), ids
+        ServerConfig.parse("packcache", PRESET, family=LUMOS), request_options(frames, options, policy=policy), ids
     )
     made = generate_masked(model, ids, frames, plan.conditional, plan.options, BLOCK_SIZE)
     return np.stack([lumos.codes_of_frame(frame, GRID_SHAPE) for frame in made.frames.numpy()])

@@ -118,7 +118,7 @@ def test_fused_attention_is_that_of_the_reference(saved):
     fused = evaluate.FusedLumos(reference.config, reference._weights)
     world = make_world(3)
     ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
-    request = bundle.request_options(6, "packcache", lumos.MaskedOptions(steps=2, guidance=2.0))
+    request = bundle.request_options(6, lumos.MaskedOptions(steps=2, guidance=2.0), policy="packcache")
     plan = ServerConfig.parse("packcache", bundle.PRESET, family=LUMOS).request(request, ids)
     videos = [
         MaskedVideo(model, ids, 6, plan.conditional, plan.options, evaluate.BLOCK_SIZE) for model in (reference, fused)

@@ -1,20 +1,18 @@
-"""The demo: a picture and a sentence become a video, served by vLLM with packcache and with the full cache."""
+"""The demo: a picture and a sentence become a video, served by vLLM with packcache, and with more and less memory."""
 
 from __future__ import annotations
 
 import fcntl
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -28,19 +26,23 @@ from rich.progress import (
 from rich.table import Table
 
 from vllm_packcache.config.errors import ConfigError, shown
-from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.policies import PackCache
+from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.policies import Full, PackCache, Policy
+from vllm_packcache.core.policies.base import Int64
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.demo.story import Row, Story, animate, draw
 from vllm_packcache.demo.tokenizer import (
-    CONDITION_TOKENS,
     FRAME_TOKENS,
     GRID,
     MODEL_DIR,
     TEXT_TOKENS,
+    TRAINED_FRAMES,
     WORDS,
     VideoTokenizer,
     shapes,
 )
-from vllm_packcache.demo.world import World, make_world
+from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import DECODER, Family
 from vllm_packcache.media.pictures import Pixels, read_picture
 from vllm_packcache.media.videos import SUFFIXES, encode_video
@@ -53,13 +55,10 @@ PRESET = "demo"
 """Configuration of the server where nobody gives another, and of the layout of the videos."""
 EXAMPLE = 10_001
 """Seed of the world whose picture and sentence the assets are."""
-POLICIES = ("packcache", "full")
-"""What the request is made with, one after the other."""
-FRAMES = 16
+FRAMES = 24
+"""Half as many again as the model was trained on."""
 BLOCK_SIZE = 32
 FRAMES_PER_SECOND = 4
-SCALE = 4
-"""Pixels of the written pictures for each pixel of the model's."""
 MOST_CHARACTERS = 80
 """That are shown of a text of the user's."""
 MOST_WORDS = 8
@@ -73,18 +72,43 @@ LOGGING = {
 """The server's log is read: whatever the user's other servers log, it must be there and in vLLM's own form."""
 
 
+@dataclass(frozen=True)
+class Cache:
+    """How much one request remembers.
+
+    Args:
+        name: of the request.
+        label: for people.
+        options: of the request, without prefix.
+    """
+
+    name: str
+    label: str
+    options: Mapping[str, Any]
+
+
+CACHES = (
+    Cache("full", "full cache", {"policy": "full"}),
+    Cache("packcache", "packcache", {"policy": "packcache"}),
+    Cache("last", "last frame only", {"policy": "packcache", "history_frames": 1, "window": 1, "episodes": 0}),
+)
+"""What the same video is asked for with, of one server. The second is as the server is configured."""
+
+
 @dataclass
 class Generated:
     """One generated video.
 
     Attributes:
-        policy: what the request asked for.
+        cache: that it was made with.
+        options: of the request, as in ``vllm_xargs``.
         token_ids: generated tokens.
         resident_tokens: most KV-cache tokens (whole blocks) that the engine held while it made frame k.
-        seconds: from the request to its last token.
+        seconds: that a frame took, by the engine's record.
     """
 
-    policy: str
+    cache: Cache
+    options: Mapping[str, Any]
     token_ids: list[int] = field(default_factory=list)
     resident_tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -115,12 +139,12 @@ def claimed(out: Path) -> Iterator[Path]:
 
 
 def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PRESET) -> None:
-    """Serve the bundled model, make a video twice, and write what came out to ``out``.
+    """Serve the bundled model, make a video with each of `CACHES`, and write what came out to ``out``.
 
     Args:
         image: any picture; the example's by default.
         prompt: what is to happen in it; the example's by default, which fits only the example's picture.
-        out: folder for the videos (GIF, MP4), the pictures (PNG) and the server's log; it is created.
+        out: folder for the videos (GIF, MP4), the picture (PNG) and the server's log; it is created.
         config: of packcache, with the layout of `PRESET`: a preset, a file or JSON text.
 
     Raises:
@@ -128,7 +152,7 @@ def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PR
         OSError: the picture cannot be read, or the folder not be written.
         ServerError: the server did not come up, or failed.
     """
-    fitting(config, PRESET)
+    server = fitting(config, PRESET)
     console = Console()
     world = make_world(EXAMPLE) if image is None and prompt is None else None
     prompt = readable((ASSETS / "example_prompt.txt").read_text(encoding="utf-8") if prompt is None else prompt)
@@ -153,13 +177,12 @@ def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PR
             serving(MODEL_DIR, arguments, log, lambda line: status.update(one_line(line)), environment=LOGGING) as url,
         ):
             status.stop()
-            with client_of(url) as client, progress_bars(console) as progress:
-                videos = [
-                    stream_video(client, _body(ids, policy), policy, FRAMES, FRAME_TOKENS, log, progress)
-                    for policy in POLICIES
-                ]
-        codes = {v.policy: tokenizer.frames_from_ids(v.token_ids) - tokenizer.visual_offset for v in videos}
-        report(console, videos, codes, tokenizer, ids, CONDITION_TOKENS, out, world)
+            videos = make_videos(console, url, log, partial(_body, ids), FRAMES, FRAME_TOKENS)
+        codes = [tokenizer.frames_from_ids(video.token_ids) - tokenizer.visual_offset for video in videos]
+        rows = tuple(row_of(server, ids, video, own) for video, own in zip(videos, codes, strict=True))
+        given = picture - tokenizer.visual_offset
+        report(console, Story(rows, given, world, TRAINED_FRAMES, tokenizer), out)
+        sequences.write_video(out / "video.json", ids + videos[1].token_ids, len(ids))
 
 
 def fitting(config: str, preset: str, family: Family = DECODER) -> ServerConfig:
@@ -246,7 +269,7 @@ def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
 def progress_bars(console: Console) -> Progress:
     """Bars for `stream_video`."""
     return Progress(
-        TextColumn("[bold]{task.description:9}"),
+        TextColumn("[bold]{task.description:15}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("tokens, {task.fields[note]}"),
@@ -256,20 +279,48 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
-def _body(ids: list[int], policy: str) -> dict[str, Any]:
+def _body(ids: list[int], cache: Cache) -> dict[str, Any]:
+    options = {"grid": [GRID, GRID], **cache.options}
     return {
         "prompt": ids,
         "max_tokens": FRAMES * FRAME_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
-        "vllm_xargs": {"packcache_grid": [GRID, GRID], "packcache_policy": policy},
+        "vllm_xargs": {f"{REQUEST_PREFIX}{name}": value for name, value in options.items()},
     }
+
+
+def make_videos(
+    console: Console,
+    url: str,
+    log: Path,
+    body: Callable[[Cache], dict[str, Any]],
+    frames: int,
+    frame_tokens: int,
+) -> list[Generated]:
+    """Make a video with each of `CACHES`.
+
+    Args:
+        console: for the progress.
+        url: of the server.
+        log: of the server.
+        body: of the request with a cache, with its ``max_tokens``.
+        frames: of the video.
+        frame_tokens: tokens of each.
+
+    Raises:
+        ServerError: the server refused a request, or did not make all frames.
+    """
+    with client_of(url) as client, progress_bars(console) as progress:
+        # One after the other. Together they would be sooner done, but share their steps: a frame would take as long
+        # with each cache.
+        return [stream_video(client, body(cache), cache, frames, frame_tokens, log, progress) for cache in CACHES]
 
 
 def stream_video(
     client: httpx.Client,
     body: dict[str, Any],
-    policy: str,
+    cache: Cache,
     frames: int,
     frame_tokens: int,
     log: Path,
@@ -280,7 +331,7 @@ def stream_video(
     Args:
         client: of the server.
         body: of the request, with its ``max_tokens``.
-        policy: what the body asks for.
+        cache: that the body asks for.
         frames: of the video.
         frame_tokens: tokens of each.
         log: of the server.
@@ -289,137 +340,116 @@ def stream_video(
     Raises:
         ServerError: the server refused the request, or did not make all frames.
     """
-    task = progress.add_task(policy, total=frames * frame_tokens, note="frame 0")
-    video = Generated(policy)
-    body = {"model": "demo", "stream": True, "return_token_ids": True, "request_id": policy, **body}
-    began = time.monotonic()
+    task = progress.add_task(cache.label, total=frames * frame_tokens, note="frame 1")
+    video = Generated(cache, body["vllm_xargs"])
+    body = {"model": "demo", "stream": True, "return_token_ids": True, "request_id": cache.name, **body}
     with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != httpx.codes.OK:
             raise ServerError(f"the server refused the request: {response.read().decode(errors='replace')}")
         for line in response.iter_lines():
             video.token_ids += tokens_in(line)
-            frame = min(len(video.token_ids) // frame_tokens, frames - 1)
+            frame = min(len(video.token_ids) // frame_tokens + 1, frames)
             progress.update(task, completed=len(video.token_ids), note=f"frame {frame}")
-    video.seconds = time.monotonic() - began
     if len(video.token_ids) != frames * frame_tokens:
         raise ServerError(f"the server ended the video after {len(video.token_ids)} of {frames * frame_tokens} tokens")
-    video.resident_tokens = record_of(log, f"cmpl-{policy}-")["peak_tokens_by_frame"]
+    record = record_of(log, f"cmpl-{cache.name}-")
+    video.resident_tokens, video.seconds = record["peak_tokens_by_frame"], record["seconds_per_frame"]
     return video
 
 
-def report(
-    console: Console,
-    videos: Sequence[Generated],
-    codes: Mapping[str, npt.NDArray[np.int64]],
-    tokenizer: VideoTokenizer,
-    prompt: list[int],
-    condition: int,
-    out: Path,
-    world: World | None,
-) -> None:
-    """Write both videos, their frames and what the engine held, and say so.
+def row_of(server: ServerConfig, prompt: list[int], video: Generated, codes: Int64) -> Row:
+    """A video as a row of a story.
+
+    Args:
+        server: its configuration.
+        prompt: token ids that the video follows.
+        video: as it was made.
+        codes: codewords of its frames, [T, 16, 16].
+
+    Raises:
+        ServerError: the engine held less than the plan says, so nobody knows what.
+    """
+    request = server.request(video.options, prompt)
+    assert request is not None
+    ids, frames = np.array([*prompt, *video.token_ids]), len(codes)
+    lives = []
+    for stream in request.streams:
+        layout, policy = stream.plan.layout, stream.plan.policy
+        retention = Retention(layout, policy, BLOCK_SIZE, sequences.lookup(ids[stream.start :]))
+        lives.append(retention.live_blocks(layout.frame_start(frames) - 1))
+    planned, held = BLOCK_SIZE * sum(map(len, lives)), video.resident_tokens[-1]
+    # It may hold more for a moment, where steps are scheduled ahead.
+    if held < planned:
+        raise ServerError(f"{video.cache.label}: the engine held {held} tokens with the last frame, not {planned}")
+    # Both streams of a guided video drop the same frames: one picture is enough.
+    plan = request.streams[0].plan
+    places = visual_places(plan.layout, frames) // BLOCK_SIZE
+    return Row(
+        video.cache.label, kept(plan.policy), codes, np.isin(places, lives[0]), video.resident_tokens, video.seconds
+    )
+
+
+def visual_places(layout: VideoLayout, frames: int) -> Int64:
+    """Where in a sequence visual tokens are, [T + 1, rows, columns]: of the given picture, then of the frames.
+
+    That picture ends where the condition does, as a frame of its own. Where there is none, its places say nothing.
+    """
+    frame = layout.frame
+    assert frame.grid is not None
+    rows, columns = frame.grid
+    inside = np.arange(rows)[:, None] * (columns + frame.row_end_tokens) + np.arange(columns)
+    starts = layout.frame_start(0) + np.arange(-1, frames) * layout.tokens_per_frame + frame.frame_start_tokens
+    return starts[:, None, None] + inside
+
+
+def kept(policy: Policy) -> str:
+    """What a policy keeps of the history, in a few words."""
+    if isinstance(policy, Full):
+        return "every frame"
+    assert isinstance(policy, PackCache)
+    if policy.window == 1:
+        return "one frame"
+    if policy.selection == "changed":
+        return f"one frame, and what changed in {policy.window}"
+    return f"less and less of the last {policy.window} frames"
+
+
+def report(console: Console, story: Story, out: Path) -> None:
+    """Write the story of a demo, and say so.
 
     Args:
         console: to say it on.
-        videos: made with packcache and with the full cache.
-        codes: codewords of each, by its policy, [T, 16, 16].
-        tokenizer: of the pictures.
-        prompt: token ids that both videos follow.
-        condition: tokens before the first frame: of one sequence or, with guidance, of two.
+        story: with packcache in its second row.
         out: folder.
-        world: in which the true continuation is known; None: there is none.
     """
-    packed, full = videos
-    shown = dict(codes) if world is None else {**codes, "the truth": truth(world, len(codes["full"]))}
-    pictures = {name: enlarged(tokenizer.decode_frames(own + tokenizer.visual_offset)) for name, own in shown.items()}
-    write_video(pictures["packcache"], out / "video")
-    write_video(pictures["full"], out / "full")
-    sequences.write_video(out / "video.json", prompt + packed.token_ids, len(prompt))
-    contact_sheet(pictures, out / "frames.png")
-    draw_resident(packed.resident_tokens, full.resident_tokens, condition, out / "resident.png")
+    draw(story, out / "story.png")
+    write_video(animate(story), out / "story")
+    write_video(story.pictures(story.rows[1].codes), out / "video")
 
-    table = Table(title="most KV-cache tokens that the engine held while it made a frame")
-    for heading in ("frame", "full cache", "packcache", "share"):
+    table = Table()
+    table.add_column("")
+    for heading in ("tokens held", "share", "seconds a frame", "objects right"):
         table.add_column(heading, justify="right")
-    for frame, (most, least) in enumerate(zip(full.resident_tokens, packed.resident_tokens, strict=True)):
-        table.add_row(str(frame), f"{most:,}", f"{least:,}", f"{least / most:.0%}")
+    for row in story.rows:
+        share = row.tokens[-1] / story.rows[0].tokens[-1]
+        count = story.objects(row)
+        right = "not known" if count is None else f"{count[0]} of {count[1]}"
+        table.add_row(row.label, f"{row.tokens[-1]:,}", f"{share:.0%}", f"{row.seconds:.2f}", right)
     console.print(table)
-    same = np.mean(np.array(packed.token_ids) == np.array(full.token_ids))
-    console.print(f"{same:.1%} of the tokens are those of the full cache.")
-    if world is not None:
-        for policy, own in codes.items():
-            console.print(f"{policy}: {likeness(world, own)}")
-    console.print(f"packcache {packed.seconds:.1f} s, full cache {full.seconds:.1f} s (a small model: little to gain).")
+    console.print(story.sentence)
     for name, what in (
-        ("video.gif", "the video (video.mp4: the same)"),
-        ("full.gif", "the same request with its whole cache kept (full.mp4: the same)"),
-        ("frames.png", "all frames of both, side by side" + ("" if world is None else ", and the true ones")),
-        ("resident.png", "the table above as a picture"),
-        ("video.json", "the video's token ids, for vllm-packcache explain --sequence"),
+        ("story.png", "all of it in one picture"),
+        ("story.gif", "the videos side by side (story.mp4: the same)"),
+        ("video.gif", "packcache's video alone (video.mp4: the same)"),
+        ("video.json", "its token ids, for vllm-packcache explain --sequence"),
     ):
         console.print(f"  [bold]{escape(str(out / name))}[/]  {what}", soft_wrap=True)
-
-
-def truth(world: World, frames: int) -> npt.NDArray[np.int64]:
-    """Codewords of what follows a world's first picture, [frames, 16, 16]."""
-    return np.stack([world.frame_ids(k) for k in range(1, frames + 1)])
-
-
-def likeness(world: World, codes: npt.NDArray[np.int64]) -> str:
-    """How near a video is to the true one, in words."""
-    true = truth(world, len(codes))
-    changed = true != np.stack([world.frame_ids(k) for k in range(len(codes))])
-    return (
-        f"{(codes == true).mean():.1%} of the visual tokens are true, {(codes == true)[changed].mean():.1%} of those "
-        "that change"
-    )
 
 
 def write_video(frames: Pixels, stem: Path) -> None:
     """Write ``frames`` [T, H, W, 3] as ``stem``.gif and ``stem``.mp4 (H.264)."""
     for suffix in SUFFIXES:
         stem.with_suffix(suffix).write_bytes(encode_video(frames, suffix, FRAMES_PER_SECOND))
-
-
-def contact_sheet(pictures: dict[str, Pixels], path: Path) -> None:
-    """All frames in one picture: one row of frames for each video, wrapped after eight."""
-    columns, gap, label = 8, 6, 18
-    count = max(len(frames) for frames in pictures.values())
-    height, width = next(iter(pictures.values())).shape[1:3]
-    height, width = height // 2, width // 2
-    rows = [(name, start) for start in range(0, count, columns) for name in pictures]
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + label) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, start) in enumerate(rows):
-        top = gap + row * (height + gap + label)
-        shown = pictures[name][start : start + columns]
-        draw.text((gap, top), f"{name}, frames {start} to {start + len(shown) - 1}", fill="black", font_size=13)
-        for column, frame in enumerate(shown):
-            small = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(small, (gap + column * (width + gap), top + label))
-    sheet.save(path)
-
-
-def draw_resident(packed: Sequence[int], full: Sequence[int], condition: int, path: Path) -> None:
-    """Draw resident tokens per frame, packcache beside full."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for shift, colour, label, held in ((-0.2, "#b0b7c3", "full cache", full), (0.2, "#2f6fde", "packcache", packed)):
-        axes.bar([frame + shift for frame in range(len(held))], held, 0.4, color=colour, label=label)
-    axes.axhline(condition, color="#d1495b", linewidth=1, linestyle="--", label="condition (kept for ever)")
-    axes.set(xlabel="frame being made", ylabel="most KV-cache tokens held", xticks=range(len(full)))
-    axes.set_title("KV cache held by one video, as the engine recorded it")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-
-
-def enlarged(frames: Pixels) -> Pixels:
-    """Frames [T, H, W, 3] as they are written, `SCALE` times as large."""
-    return frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
 
 
 def one_line(line: str) -> str:

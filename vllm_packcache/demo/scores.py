@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vllm_packcache.demo.tokenizer import VideoTokenizer
-from vllm_packcache.demo.world import Video, World
+from vllm_packcache.demo.world import Video, World, palette
 
 FIRST_HELD_OUT_SEED = 10_000
 """Evaluation uses worlds from this seed on; training starts at a million."""
@@ -51,30 +51,60 @@ class ObjectScore:
     returns_right: int = 0
 
 
-def score_objects(video: World, shown: np.ndarray) -> ObjectScore:
-    """Compare the objects of a world with frames 1, 2, ... shown as codebook indices int [T, 16, 16]."""
-    score = ObjectScore()
+class Sightings(NamedTuple):
+    """What becomes of each object in frames 1, 2, ... of a world, bool [T, objects] each.
+
+    Args:
+        visible: the truth shows some part of it.
+        hidden: it is wholly behind the pillar.
+        returned: it is wholly visible for the first time since it was hidden.
+        right: it is visible, and all of its visible tokens are shown at their true place.
+    """
+
+    visible: np.ndarray
+    hidden: np.ndarray
+    returned: np.ndarray
+    right: np.ndarray
+
+
+def sightings(video: World, shown: np.ndarray) -> Sightings:
+    """Look for the objects of a world in frames 1, 2, ... shown as codebook indices int [T, 16, 16]."""
+    found = Sightings(*np.zeros((4, len(shown), len(video.objects)), bool))
     for i in range(len(video.objects)):
         whole = len(video.object_cells(i, 0))
-        was_hidden = awaiting = False
-        for k in range(1, len(shown) + 1):
-            if video.hidden(i, k):
-                was_hidden = awaiting = True
-                continue
-            cells = video.object_cells(i, k)
-            if not len(cells):
-                continue
-            right = bool((shown[k - 1][cells[:, 0], cells[:, 1]] == cells[:, 2]).all())
-            score.seen += 1
-            score.right += right
-            if was_hidden:
-                score.after_seen += 1
-                score.after_right += right
-            if awaiting and len(cells) == whole:
-                awaiting = False
-                score.returns += 1
-                score.returns_right += right
-    return score
+        awaited = False
+        for k, frame in enumerate(shown):
+            cells = video.object_cells(i, k + 1)
+            found.visible[k, i] = len(cells) > 0
+            found.hidden[k, i] = video.hidden(i, k + 1)
+            found.right[k, i] = len(cells) > 0 and (frame[cells[:, 0], cells[:, 1]] == cells[:, 2]).all()
+            found.returned[k, i] = awaited and len(cells) == whole
+            awaited = (awaited or found.hidden[k, i]) and not found.returned[k, i]
+    return found
+
+
+def wrong_frames(video: World, shown: np.ndarray) -> np.ndarray:
+    """In which of frames 1, 2, ... an object is missing, broken or where none should be, bool [T].
+
+    A frame may be wrong without a sighting that is: it may show an object that is hidden, or one too many.
+    """
+    truth = np.stack([video.frame_ids(k + 1) for k in range(len(shown))])
+    objects = np.isin(truth, palette().parts) | np.isin(shown, palette().parts)
+    return ((truth != shown) & objects).any((1, 2))
+
+
+def score_objects(video: World, shown: np.ndarray) -> ObjectScore:
+    """Compare the objects of a world with frames 1, 2, ... shown as codebook indices int [T, 16, 16]."""
+    found = sightings(video, shown)
+    after = found.visible & np.logical_or.accumulate(found.hidden)
+    return ObjectScore(
+        seen=int(found.visible.sum()),
+        right=int(found.right.sum()),
+        after_seen=int(after.sum()),
+        after_right=int((after & found.right).sum()),
+        returns=int(found.returned.sum()),
+        returns_right=int((found.returned & found.right).sum()),
+    )
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -247,8 +247,7 @@ def shapes(codes: np.ndarray) -> tuple[float, bool]:
         of the world's shapes.
     """
     palette = world.palette()
-    objects = np.unique(np.concatenate([grid.ravel() for grid in palette.objects.values()]))
-    return float((codes < palette.num_plain).mean()), bool(np.isin(codes, objects[objects >= 0]).any())
+    return float((codes < palette.num_plain).mean()), bool(np.isin(codes, palette.parts).any())
 
 
 def world_prompt(tokenizer: VideoTokenizer, video: world.Video) -> list[int]:

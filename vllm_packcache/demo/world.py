@@ -189,6 +189,12 @@ class Palette:
     pillars: dict[str, dict[str, int]]
     walls: dict[str, int]
 
+    @property
+    def parts(self) -> np.ndarray:
+        """Codewords of which objects are made, whatever their shape, colour and scene."""
+        found = np.unique(np.concatenate([grid.ravel() for grid in self.objects.values()]))
+        return found[found >= 0]
+
 
 @lru_cache(maxsize=1)
 def palette() -> Palette:

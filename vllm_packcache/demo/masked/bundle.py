@@ -35,16 +35,16 @@ TOKEN_IDS = "token_ids"
 """Name of the tensor that says whose rows the embedding's are, int32 [rows]."""
 
 
-def request_options(frames: int, policy: str, options: MaskedOptions) -> dict[str, Any]:
+def request_options(frames: int, options: MaskedOptions, **others: Any) -> dict[str, Any]:
     """What a request says in ``vllm_xargs``.
 
     Args:
         frames: to make.
-        policy: ``packcache`` or ``full``.
         options: how they are made.
+        others: more options, such as the policy.
     """
     how = {name: int(value) if isinstance(value, bool) else value for name, value in asdict(options).items()}
-    return {f"{REQUEST_PREFIX}{name}": value for name, value in {"frames": frames, "policy": policy, **how}.items()}
+    return {f"{REQUEST_PREFIX}{name}": value for name, value in {"frames": frames, **how, **others}.items()}
 
 
 def write_checkpoint(path: str | Path, bundle: Path = MODEL_DIR) -> Path:

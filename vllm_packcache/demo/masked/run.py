@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options, write_checkpoint
+from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, TRAINED_FRAMES, request_options, write_checkpoint
 from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, RATE, build_text_tokenizer
 from vllm_packcache.demo.run import (
     BLOCK_SIZE,
     LOGGING,
-    POLICIES,
+    Cache,
     Generated,
     claimed,
     fitting,
+    make_videos,
     one_line,
-    progress_bars,
     readable,
     report,
-    stream_video,
+    row_of,
     tell,
 )
-from vllm_packcache.demo.scores import score_objects
+from vllm_packcache.demo.story import Story
 from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer
 from vllm_packcache.demo.world import World, make_world
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.pictures import read_picture
-from vllm_packcache.serving.server import client_of, serving
+from vllm_packcache.serving.server import serving
+from vllm_packcache.tools import sequences
 
 FRAMES = 12
 EXAMPLE = 10_003
@@ -56,12 +57,12 @@ class _Asked(NamedTuple):
 
 
 def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = PRESET) -> None:
-    """Serve the bundled masked model, make a video twice, and write what came out to ``out``.
+    """Serve the bundled masked model, make a video with each cache of the demo, and write what came out to ``out``.
 
     Args:
         image: any picture. Without one and without a text there is an example; without one, the text alone is used.
         text: what is to happen; the example's by default, which fits only the example's picture.
-        out: folder for the videos (GIF, MP4), the pictures (PNG) and the server's log; it is created.
+        out: folder for the videos (GIF, MP4), the picture (PNG) and the server's log; it is created.
         config: of packcache, with the layout of `PRESET`: a preset, a file or JSON text.
 
     Raises:
@@ -88,6 +89,13 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str
         f"guidance {OPTIONS.guidance:g}"
     )
 
+    def body(cache: Cache) -> dict[str, Any]:
+        return {
+            "prompt": ids,
+            "max_tokens": FRAMES * FRAME.tokens_per_frame,
+            "vllm_xargs": request_options(FRAMES, OPTIONS, **cache.options),
+        }
+
     arguments = [
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", config),
         *("--served-model-name", "demo", "--dtype", "float32"),
@@ -109,31 +117,10 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str
             ) as url,
         ):
             status.stop()
-            with client_of(url) as client, progress_bars(console) as progress:
-                videos = [
-                    stream_video(
-                        client,
-                        {
-                            "prompt": ids,
-                            "max_tokens": FRAMES * FRAME.tokens_per_frame,
-                            "vllm_xargs": request_options(FRAMES, policy, OPTIONS),
-                        },
-                        policy,
-                        FRAMES,
-                        FRAME.tokens_per_frame,
-                        log,
-                        progress,
-                    )
-                    for policy in POLICIES
-                ]
-        codes = {video.policy: _codes(video) for video in videos}
-        made = LUMOS.request(server, request_options(FRAMES, "packcache", OPTIONS), ids)
-        condition = sum(stream.plan.layout.condition_tokens for stream in made.streams)
-        report(console, videos, codes, tokenizer, ids, condition, out, asked.world)
-    if asked.world is not None:
-        for policy, own in codes.items():
-            score = score_objects(asked.world, own)
-            console.print(f"{policy}: {score.right} of {score.seen} times an object is wholly right and in its place")
+            videos = make_videos(console, url, log, body, FRAMES, FRAME.tokens_per_frame)
+        rows = tuple(row_of(server, ids, video, _codes(video)) for video in videos)
+        report(console, Story(rows, asked.picture, asked.world, TRAINED_FRAMES, tokenizer), out)
+        sequences.write_video(out / "video.json", ids + videos[1].token_ids, len(ids))
 
 
 def _asked(image: Path | None, text: str | None, tokenizer: VideoTokenizer) -> _Asked:
