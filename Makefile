@@ -62,7 +62,7 @@ GIVEN := set --; \
 	if [ -n "$$DEMO_PROMPT" ]; then set -- "$$@" --prompt "$$DEMO_PROMPT"; fi; \
 	if [ -n "$$DEMO_OUT" ]; then set -- "$$@" --out "$$DEMO_OUT"; fi
 
-demo: $(STAMP)  ## a picture becomes a video, with and without packcache; IMAGE=photo.jpg PROMPT='...' OUT=out/demo
+demo: $(STAMP)  ## one video with packcache, more and less memory; IMAGE=photo.jpg PROMPT='...' OUT=out/demo
 	@$(GIVEN); $(BIN)/vllm-packcache demo "$$@"
 
 demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passes, with guidance; PROMPT alone: no picture

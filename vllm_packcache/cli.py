@@ -80,7 +80,7 @@ def demo(
         typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
     ] = "demo",
 ) -> None:
-    """Turn a picture and a sentence into a video, with and without packcache."""
+    """Turn a picture and a sentence into a video, with packcache and with more and less memory."""
     with one_sentence("demo"):
         from vllm_packcache.demo.run import run_demo
 

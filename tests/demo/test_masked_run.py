@@ -13,14 +13,16 @@ import pytest
 from PIL import Image
 
 from benchmarks.training import masked_evaluate as evaluate
-from tests.demo.test_run import COMMAND, ENVIRONMENT, processes_of
+from tests.demo.test_run import ENVIRONMENT, SHORT, SHORTER, planned, processes_of
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.masked import run
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
+from vllm_packcache.demo.run import CACHES
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import LUMOS
+from vllm_packcache.serving.log import record_of
 from vllm_packcache.tools.explain import explain
 
 
@@ -28,33 +30,35 @@ from vllm_packcache.tools.explain import explain
 def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: evaluate.FusedLumos) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
-        [COMMAND, "demo-masked", "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=450
+        [*SHORTER, "demo-masked", "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=450
     )
     assert done.returncode == 0, done.stdout + done.stderr
     shown = iio.imread(out / "video.gif")
-    assert shown.shape == (run.FRAMES, 256, 256, 3)
-    for name in ("frames.png", "resident.png"):
-        assert np.asarray(Image.open(out / name).convert("L")).std() > 0
-    # What the engine has recorded of both streams, in blocks of 32: the full cache grows by a frame each time.
-    xargs = request_options(run.FRAMES, "full", OPTIONS)
+    assert shown.shape == (SHORT, 256, 256, 3)
+    assert iio.imread(out / "story.mp4").shape == (SHORT, 392, 4 * 272 + 16, 3)
+    assert Image.open(out / "story.png").width == pytest.approx(1606, abs=2)
+    # What the engine has recorded is what the plans of both streams keep.
     example = make_world(run.EXAMPLE)
-    ids = masked_tokenizer.prompt(example.prompt, run.FRAMES, masked_tokenizer.build_text_tokenizer())
+    ids = masked_tokenizer.prompt(example.prompt, SHORT, masked_tokenizer.build_text_tokenizer())
     ids += masked_tokenizer.world_frame(example, 0).tolist()
-    streams = ServerConfig.parse("packcache", PRESET, family=LUMOS).request(xargs, ids).streams
-    rows = re.findall(r"(\d+) │ +([\d,]+) │ +([\d,]+) │ +(\d+)%", done.stdout)
-    assert [int(row[1].replace(",", "")) for row in rows] == [
-        sum(-(-own.plan.layout.frame_start(frame + 1) // 32) * 32 for own in streams) for frame in range(run.FRAMES)
-    ]
-    assert "tokens are true" in done.stdout
+    server = ServerConfig.parse("packcache", PRESET, family=LUMOS)
+    for cache in CACHES:
+        request = server.request(request_options(SHORT, OPTIONS, **cache.options), ids)
+        assert request is not None
+        held = planned(request)
+        assert record_of(out / "server.log", f"cmpl-{cache.name}-")["peak_tokens_by_frame"] == held
+        assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +\d+ of {2 * SHORT} │", done.stdout)
     assert processes_of(out / "server.log") == []
     # What explain --sequence reads: of both streams.
     source = json.dumps({"layout": PRESET, "selection": "changed"})
     explanation = explain(source, "packcache", sequence=out / "video.json")
-    assert explanation.frames == run.FRAMES
-    assert [own.retention.layout for own in explanation.streams.values()] == [own.plan.layout for own in streams]
+    assert explanation.frames == SHORT
+    assert [own.retention.layout for own in explanation.streams.values()] == [
+        stream.plan.layout for stream in request.streams
+    ]
 
     tokenizer = VideoTokenizer()
-    codes = evaluate.generate(loaded, make_world(run.EXAMPLE), run.FRAMES, "packcache", OPTIONS)
+    codes = evaluate.generate(loaded, example, SHORT, "packcache", OPTIONS)
     expected = tokenizer.decode_frames(codes + tokenizer.visual_offset).repeat(4, 1).repeat(4, 2)
     # GIF has 256 colours, and rounding may turn a token that is near a tie.
     near = np.abs(shown.astype(int) - expected).max(-1) <= 8
@@ -67,8 +71,8 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
 def test_a_sentence_alone_is_text_to_video(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["demo-masked", "--prompt", "a red [zebra] moves right at sea", "--out", str(out)]
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=450)
+    done = subprocess.run([*SHORTER, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the model does not know [zebra];" in done.stdout
-    assert iio.imread(out / "full.mp4").shape == (run.FRAMES, 256, 256, 3)
-    assert "tokens are true" not in done.stdout
+    assert iio.imread(out / "story.mp4").shape == (SHORT, 392, 3 * 272 + 16, 3)
+    assert "objects right (" not in done.stdout
