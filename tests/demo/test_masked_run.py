@@ -35,7 +35,7 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     assert done.returncode == 0, done.stdout + done.stderr
     shown = iio.imread(out / "video.gif")
     assert shown.shape == (SHORT, 256, 256, 3)
-    assert iio.imread(out / "story.mp4").shape == (SHORT, 392, 4 * 272 + 16, 3)
+    assert iio.imread(out / "story.mp4").shape == (SHORT, 396, 4 * 272 + 16, 3)
     assert Image.open(out / "story.png").width == pytest.approx(1606, abs=2)
     # What the engine has recorded is what the plans of both streams keep.
     example = make_world(run.EXAMPLE)
@@ -74,5 +74,5 @@ def test_a_sentence_alone_is_text_to_video(tmp_path: Path) -> None:
     done = subprocess.run([*SHORTER, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the model does not know [zebra];" in done.stdout
-    assert iio.imread(out / "story.mp4").shape == (SHORT, 392, 3 * 272 + 16, 3)
+    assert iio.imread(out / "story.mp4").shape == (SHORT, 396, 3 * 272 + 16, 3)
     assert "objects right (" not in done.stdout

@@ -98,7 +98,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     assert "sees plain colours in 100% of this picture" in done.stdout
     for suffix in ("gif", "mp4"):
         assert iio.imread(out / f"video.{suffix}").shape == (SHORT, 256, 256, 3)
-        assert iio.imread(out / f"story.{suffix}").shape == (SHORT, 392, 3 * 272 + 16, 3)
+        assert iio.imread(out / f"story.{suffix}").shape == (SHORT, 396, 3 * 272 + 16, 3)
     assert Image.open(out / "story.png").width == pytest.approx(1606, abs=2)
     server = ServerConfig.parse("packcache", "demo")
     for cache in run.CACHES:

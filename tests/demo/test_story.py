@@ -201,20 +201,20 @@ def test_a_video_whose_truth_nobody_knows(
     assert outlined(figure.axes[0]) == []
     assert not re.search(r"\b(truth|right|longer|red)\b", " ".join(texts(figure)))
     shown = story.animate(told)
-    assert shown.shape == (12, 392, 3 * 272 + 16, 3)
+    assert shown.shape == (12, 396, 3 * 272 + 16, 3)
     assert not shows(shown, story.WRONG).any()
 
 
 def test_the_videos_beside_each_other(tokenizer: VideoTokenizer) -> None:
     told = story_of(tokenizer)
     shown = story.animate(told)
-    assert shown.shape == (FRAMES, 392, 4 * 272 + 16, 3)
+    assert shown.shape == (FRAMES, 396, 4 * 272 + 16, 3)
     # H.264 takes even sides only.
     assert shown.shape[1] % 2 == shown.shape[2] % 2 == 0
     for number, codes in enumerate((TRUE, *(own.codes for own in told.rows))):
         left = 16 + number * 272
-        assert np.array_equal(shown[:, 40 : 40 + 256, left : left + 256], told.pictures(codes))
-    bars = [shows(shown[-1, 40 + 256 + 18], colour).sum() for colour in story.COLOURS]
+        assert np.array_equal(shown[:, 44 : 44 + 256, left : left + 256], told.pictures(codes))
+    bars = [shows(shown[-1, 44 + 256 + 18], colour).sum() for colour in story.COLOURS]
     assert bars == pytest.approx([256, 256 * 1088 / 6400, 256 * 832 / 6400], abs=1.5)
 
 
@@ -259,6 +259,17 @@ def test_a_row_holds_what_the_plan_keeps(kind: str, cache: run.Cache) -> None:
         assert held[2 : -2 - history].sum() == 0
     with pytest.raises(ChildProcessError, match=f"^{cache.label}: the engine held 32 tokens with the last frame, not"):
         run.row_of(server, prompt, run.Generated(cache, options, made, [32], 1.0), TRUE[:12])
+
+
+def test_a_row_of_a_policy_that_looks_at_tokens() -> None:
+    _, prompt, made = causal()
+    server, options = ServerConfig.parse("packcache", "demo_changed"), {"packcache_policy": "packcache"}
+    row = run.row_of(server, prompt, run.Generated(run.CACHES[1], options, made, [32 * 10_000], 1.0), TRUE[:12])
+    assert row.keeps == "one frame, and what changed in 12"
+    assert row.held[-2:].all()
+    # Of older frames above all the places from which something moves.
+    older, moved = row.held[1:-2], TRUE[:10] != TRUE[1:11]
+    assert older[moved].mean() > 0.5 > 3 * older[~moved].mean()
 
 
 @pytest.mark.parametrize(("kind", "image"), [("causal", 256), ("masked", 276)])

@@ -284,7 +284,7 @@ def _draw_tokens(story: Story, axes: Axes) -> None:
 
 def animate(story: Story) -> Pixels:
     """The same as a video, [T, H, W, 3]: all rows side by side, with what each holds at that moment."""
-    gap, head, foot = 16, 40, 96
+    gap, head, foot = 16, 44, 96
     films = [(*film, story.pictures(film.codes), story.wrong(film)) for film in story.films()]
     side = films[0][-2].shape[1]
     most = max(max(row.tokens) for row in story.rows)
@@ -295,7 +295,7 @@ def animate(story: Story) -> Pixels:
         pen = ImageDraw.Draw(sheet)
         for number, (name, _, _, row, colour, pictures, wrong) in enumerate(films):
             left = gap + number * (side + gap)
-            pen.text((left + side / 2, head / 2), name, fill=colour, font_size=24, anchor="mm")
+            pen.text((left + side / 2, 20), name, fill=colour, font_size=24, anchor="mm")
             sheet.paste(Image.fromarray(pictures[k]), (left, head))
             if wrong[k]:
                 pen.rectangle((left - 6, head - 6, left + side + 5, head + side + 5), outline=WRONG, width=6)
