@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.bundled import CAUSAL, identity
 from benchmarks.long_video import plot, report
 from benchmarks.long_video.plan import BLOCK_SIZE, CHUNK, FULL, LongVideoPlan, described
 from benchmarks.long_video.runs import PROCESSES, ask_all
@@ -23,7 +24,7 @@ def measure(plan: LongVideoPlan, session: Session) -> dict[str, Any]:
     answers = ask_all(plan, session.console)
     return {
         "machine": {"processes": PROCESSES, "threads_per_engine": 1},
-        "model": "the bundled one",
+        "model": identity(CAUSAL),
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
         "videos": plan.videos,
         "frames": plan.frames,

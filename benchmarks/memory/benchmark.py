@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.bundled import CAUSAL, identity
 from benchmarks.memory import plot, report
 from benchmarks.memory.plan import FILMS, FULL, QUICK, MemoryPlan
 from benchmarks.memory.runs import MEASURES, REMEMBERED, UNSEEN, Counts, processes, run_films, run_worlds
@@ -36,7 +37,7 @@ def summary(plan: MemoryPlan, of_worlds: Counts, asked_of_films: Counts) -> dict
     films = of_films(asked_of_films)
     scores = _means(worlds)
     return {
-        "model": "the bundled one",
+        "model": identity(CAUSAL),
         "seeds": [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + plan.worlds - 1],
         "worlds": plan.worlds,
         "frames_counted": [plan.first_frame, plan.frames],

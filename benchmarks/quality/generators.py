@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.bundled import CAUSAL, MASKED, identity
 from benchmarks.quality.variants import BLOCK_SIZE, Shape, Variant, Variants, all_variants, policies_only
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
@@ -101,7 +102,7 @@ class Causal(Generator):
     @cached_property
     def described(self) -> Mapping[str, Any]:
         """The model."""
-        return {"name": "the bundled one", "sha256": _hash(MODEL_DIR / "model.safetensors")}
+        return identity(CAUSAL)
 
     def maker(self, variant: Variant, frames: int) -> Make:
         """With a decoder that guesses, which the true frames help; what it makes does not depend on the guess."""
@@ -158,10 +159,11 @@ class Masked(Generator):
     def described(self) -> Mapping[str, Any]:
         """The model, and how its frames are made."""
         if self.checkpoint is None:
-            name, weights = "the bundled masked one", bundle.MODEL_DIR / bundle.WEIGHTS
+            model = identity(MASKED)
         else:
-            name, weights = str(self.checkpoint), self.checkpoint / "model.safetensors"
-        return {"name": name, "sha256": _hash(weights), "options": asdict(self.options)}
+            weights = (self.checkpoint / "model.safetensors").read_bytes()
+            model = {"name": str(self.checkpoint), "sha256": hashlib.sha256(weights).hexdigest()}
+        return {**model, "options": asdict(self.options)}
 
     def maker(self, variant: Variant, frames: int) -> Make:
         """With the published loop of the reference, on live tokens only."""
@@ -198,7 +200,3 @@ def _draft(truth: Int64) -> Callable[[Int64], Int64]:
         return truth[number]
 
     return guess
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

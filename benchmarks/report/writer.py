@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 
+from benchmarks.bundled import outdated
 from benchmarks.protocol import Benchmark
 from benchmarks.registry import benchmarks
 from benchmarks.report.markdown import Files
@@ -136,6 +137,11 @@ def _missing(benchmark: Benchmark) -> str:
     return f"Not measured: `{benchmark.file}` is not there, or not finished."
 
 
+def _outdated(result: Result) -> Iterator[Paragraph]:
+    if outdated(result):
+        yield "**Measured with earlier weights than those that are bundled today:**"
+
+
 def _long(results: Results, files: Files) -> Iterator[Paragraph]:
     yield "# Results"
     yield (
@@ -154,6 +160,7 @@ def _long(results: Results, files: Files) -> Iterator[Paragraph]:
         if result is None:
             yield _missing(benchmark)
             continue
+        yield from _outdated(result)
         yield from benchmark.section(result, files)
 
 
@@ -165,6 +172,7 @@ def _short(results: Results, files: Files) -> Iterator[Paragraph]:
     yield from _goal_table(results)
     for benchmark, result in results.items():
         if result is not None:
+            yield from _outdated(result)
             yield from benchmark.section(result, files, short=True)
         elif benchmark.required:
             yield f"**{benchmark.title}**: {_missing(benchmark)[0].lower()}{_missing(benchmark)[1:]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -55,6 +56,9 @@ DEMO, MASKED_DEMO = "demo", bundle.PRESET
 """Name the bundled models, and the presets of their layouts."""
 
 DEMO_VIDEOS = 20
+
+BUNDLED = {DEMO: MODEL_DIR / "model.safetensors", MASKED_DEMO: bundle.MODEL_DIR / bundle.WEIGHTS}
+"""Weights of the bundled models."""
 
 TRAINED = {DEMO: TRAINED_FRAMES, MASKED_DEMO: bundle.TRAINED_FRAMES}
 """Frames of the longest videos that a bundled model was trained on."""
@@ -129,6 +133,7 @@ def run(
     result |= {
         "seconds": round(time.monotonic() - start),
         "model": model,
+        "weights": hashlib.sha256(BUNDLED[model].read_bytes()).hexdigest() if model in BUNDLED else None,
         "videos": len(chosen),
         "frames": length,
         "trained_frames": TRAINED.get(model),
