@@ -63,7 +63,7 @@ class _Video:
         self._asked = asked
         self._found = [np.full(asked.shape, NOT_ASKED, dtype=np.int64) for _ in plans]
         self._cos, self._sin = (table[:, None] for table in rotary_table(size, 0, len(ids)))
-        shape = (size.num_hidden_layers, len(ids), size.num_attention_heads, size.head_dim)
+        shape = (size.num_hidden_layers, len(ids), size.num_key_value_heads, size.head_dim)
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
 
     def likeliest(self) -> list[Int64]:
@@ -128,12 +128,12 @@ class _Video:
                 # Nobody reads what the last layer makes of the others.
                 rows = torch.from_numpy(asked)
                 x, normed, mask, cos, sin = (of_all[rows] for of_all in (x, normed, mask, cos, sin))
-            queries = rotate(attention.q_proj(normed).view(len(x), *keys.shape[1:]), cos, sin)
+            queries = rotate(attention.q_proj(normed).unflatten(-1, (-1, keys.shape[-1])), cos, sin)
             read_keys = keys[live]
             moved = read_keys[: len(behind)]
             moved.copy_(rotate(moved, self._cos[turned], self._sin[turned]))
             q, k, v = (each.transpose(0, 1)[None] for each in (queries, read_keys, values[live]))
-            read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
+            read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0]
             x = x + attention.o_proj(read.transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         best: Int64 = self._model.logits(self._model.model.norm(x)).argmax(-1).numpy()

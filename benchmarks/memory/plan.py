@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.variants import FULL_CACHE, Shape, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, Shape, Variant
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, TRAINED_FRAMES
 
 SHAPE = Shape("demo", CONDITION_TOKENS)
@@ -18,11 +18,15 @@ FAMILIES = {
     "changed, episodes": "the same, and an anchor of the scene that ended",
     "changed, absolute": "what changed first, positions of the whole video",
     "packcache, absolute": "as the paper says, positions of the whole video",
+    "last frame, evenly": "the last frame whole, as many blocks of every older one of the same window",
     "evenly": "as many blocks of every frame of the same window",
     "last frames": "whole frames",
     "attention sink": "the first block, and the last tokens",
 }
 """What is compared, in words: each is a curve over budgets."""
+
+BESIDE = ("packcache", "last frame, evenly", "evenly", "last frames")
+"""What is compared at several budgets with what looks at changes."""
 
 LONG_WINDOW = 12
 """W of what looks at changes, and of what is spread evenly beside it."""
@@ -64,7 +68,7 @@ class MemoryPlan:
         return (
             _full(),
             *(_variant("changed", budget) for budget in self.budgets),
-            *(_variant(family, budget) for family in ("packcache", "evenly", "last frames") for budget in self.beside),
+            *(_variant(family, budget) for family in BESIDE for budget in self.beside),
             *(_variant(family, BUDGET) for family in ("changed, absolute", "packcache, absolute", "attention sink")),
         )
 
@@ -90,6 +94,8 @@ def _variant(family: str, budget: float) -> Variant:
         "changed": ("packcache", changed),
         "changed, episodes": ("packcache", {**changed, "episodes": 1}),
         "changed, absolute": ("packcache", {**changed, "positions": "absolute"}),
+        # No block changes as much as that, so only the budget of the older frames is another.
+        "last frame, evenly": ("packcache", {**changed, "changed_tokens": BLOCK_SIZE, "decay": 1}),
         "evenly": ("packcache", {**history, "decay": 1}),
         "last frames": ("sliding_window", {"window": int(budget), "positions": "rebase"}),
         "attention sink": ("attention_sink", {"sink_tokens": 16, "recent_tokens": recent}),
