@@ -21,12 +21,14 @@ class LlamaSize:
     """What the demo model's size depends on; names as in the config file of transformers."""
 
     vocab_size: int
-    hidden_size: int = 192
+    # transformers wants a whole number for each head, although heads have their own size.
+    hidden_size: int = 196
     intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
     head_dim: int = 32
-    rope_theta: float = 100000.0
+    rope_theta: float = 1000000.0
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 20480
 
@@ -83,7 +85,7 @@ class KeyValueCache:
     """Keys and values of up to ``capacity`` positions of one sequence, all kept."""
 
     def __init__(self, size: LlamaSize, capacity: int) -> None:
-        shape = (size.num_hidden_layers, 1, size.num_attention_heads, capacity, size.head_dim)
+        shape = (size.num_hidden_layers, 1, size.num_key_value_heads, capacity, size.head_dim)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
         self.length = 0
 
@@ -101,15 +103,16 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions; several heads share a key and a value."""
 
     def __init__(self, size: LlamaSize) -> None:
         super().__init__()
         width = size.num_attention_heads * size.head_dim
         self.head_dim = size.head_dim
         self.q_proj = nn.Linear(size.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(size.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(size.hidden_size, width, bias=False)
+        shared = size.num_key_value_heads * size.head_dim
+        self.k_proj = nn.Linear(size.hidden_size, shared, bias=False)
+        self.v_proj = nn.Linear(size.hidden_size, shared, bias=False)
         self.o_proj = nn.Linear(width, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
@@ -124,12 +127,12 @@ class Attention(nn.Module):
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.write(layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             k, v = cache.write(layer, k, v)
             # Faster than a boolean one.
             mask = torch.full((length, k.shape[2]), float("-inf")).triu(k.shape[2] - length + 1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -211,7 +214,6 @@ def save_pretrained(model: Llama, directory: Path, special_ids: dict[str, int]) 
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **size,
-        "num_key_value_heads": model.size.num_attention_heads,
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "hidden_act": "silu",

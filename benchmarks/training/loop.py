@@ -1,49 +1,28 @@
-"""What the demo models' trainers share: the schedule, which follows the clock, and the loop that can be stopped."""
+"""What the demo models' trainers share: the schedule, and the loop that can be stopped and goes on."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from benchmarks.training.pool import Pool
 
 FIRST_TRAINING_SEED = 1_000_000
 """Worlds with smaller seeds are never trained on; evaluation uses those."""
 
-SEEDS_PER_VIDEO = 2
-"""A video is that of one of so many worlds, as its trainer chooses."""
-
-PHOTO_SHARE = 0.12
-CHANGED_WEIGHT = 8.0
-"""Loss weight of a token that differs from the last frame; most tokens only have to be copied."""
-EMERGING_WEIGHT = 24.0
-"""Loss weight of a part of an object that comes out from behind the pillar; rare, and what memory is for."""
-CORRUPT_SHARE, CORRUPT_RATE = 0.3, 0.003
 PEAK_LEARNING_RATE = 3e-3
 SECONDS_BETWEEN_SAVES = 60
 SECONDS_BETWEEN_LINES = 10
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What one step trains on: ``batch`` videos of ``frames`` frames."""
-
-    frames: int
-    batch: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the schedule: until this fraction of the time, steps take turns through these clips."""
-
-    until: float
-    turns: tuple[Clips, ...]
 
 
 @dataclass(frozen=True)
@@ -52,116 +31,146 @@ class Run:
 
     Args:
         out: folder of the model to write, or to go on with.
-        minutes: length of the whole schedule.
+        steps: length of the whole schedule.
         seed: of the weights and of the videos.
         threads: to compute with.
     """
 
     out: Path
-    minutes: float
+    steps: int
     seed: int = 0
-    threads: int = 1
+    threads: int = 2
+
+    @property
+    def first_seed(self) -> int:
+        """Of the videos."""
+        return FIRST_TRAINING_SEED * (1 + self.seed)
 
 
-def longest(stages: Sequence[Stage]) -> int:
-    """Frames of the longest videos of a schedule."""
-    return max(clips.frames for stage in stages for clips in stage.turns)
+class Course(ABC):
+    """What a model learns, step by step."""
+
+    pool: Pool[Any]
+    """Of its lessons."""
+
+    @abstractmethod
+    def study(self) -> str:
+        """Leave the gradients of a step in the model; what to say of it."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Called when the weights have changed."""
+
+    @abstractmethod
+    def publish(self, out: Path) -> None:
+        """Write the model to a folder."""
 
 
-def train_by_the_clock(
-    model: nn.Module,
-    matrices: Callable[[str], bool],
-    stages: Sequence[Stage],
-    compute: Callable[[int, Clips, float], str],
-    publish: Callable[[Path], None],
-    run: Run,
-) -> None:
-    """Train for ``run.minutes`` of wall clock; go on from ``run.out``/checkpoint.pt if there is one.
+def learn(logits: Tensor, targets: Tensor, weights: Tensor, changed: Tensor) -> tuple[Tensor, str]:
+    """Gradients of the weighted mean cross entropy.
+
+    Args:
+        logits: [A, vocabulary].
+        targets: what is right, [A].
+        weights: of each, [A].
+        changed: which of them differ from the frame before, bool [A].
+
+    Returns:
+        The likeliest of each, [A]; and what to say.
+    """
+    weights = weights.float()
+    loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+    loss.backward()
+    said = logits.detach().argmax(-1)
+    wrong = (said != targets).float()
+    return said, f"loss {loss.item():.4f}, wrong {wrong.mean():.2%}, of what changes {wrong[changed].mean():.2%}"
+
+
+def train(model: nn.Module, course: Course, run: Run) -> None:
+    """Train for ``run.steps`` steps; go on from ``run.out``/checkpoint.pt if there is one.
+
+    Muon trains the matrices inside the layers, AdamW all else. The same seed gives the same weights on one machine with
+    as many threads, whether the run was stopped or not.
 
     Args:
         model: initialised.
-        matrices: whether Muon trains the parameter of this name; AdamW trains the others.
-        stages: of the schedule.
-        compute: from the first seed of a batch, its clips and the fraction of the time that has passed: leaves
-            gradients in the model and returns what to say about the step.
-        publish: writes the model to a folder.
+        course: what it learns.
         run: of `from_command_line`.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(run.threads)
-    by_muon = [parameter for name, parameter in model.named_parameters() if matrices(name)]
-    by_adam = [parameter for name, parameter in model.named_parameters() if not matrices(name)]
+    torch.use_deterministic_algorithms(True)
+    inner = {name: parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")}
+    others = [parameter for name, parameter in model.named_parameters() if name not in inner]
     optimizers = (
-        torch.optim.Muon(by_muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(by_adam, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inner.values(), lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
     )
-    elapsed, step, next_seed = 0.0, 0, FIRST_TRAINING_SEED * (1 + run.seed)
+    step, seconds = 0, 0.0
     checkpoint = run.out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        elapsed, step, next_seed = state["elapsed"], state["step"], state["next_seed"]
+        course.pool.resume(state["pool"])
+        step, seconds = state["step"], state["seconds"]
 
     def save() -> None:
         state = {
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "elapsed": elapsed,
+            "pool": course.pool.state(),
             "step": step,
-            "next_seed": next_seed,
+            "seconds": seconds,
         }
         # A crash never leaves half of a checkpoint.
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-        publish(run.out)
+        course.publish(run.out)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    last_save = last_print = elapsed
-    seconds = run.minutes * 60
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    last_save = last_print = time.monotonic()
     with Progress(*columns, refresh_per_second=1) as progress:
-        bar = progress.add_task("starting", total=seconds)
-        while elapsed < seconds:
+        bar = progress.add_task("starting", total=run.steps, completed=step)
+        while step < run.steps:
             begin = time.monotonic()
-            fraction = elapsed / seconds
-            turns = next(stage for stage in stages if fraction < stage.until or stage is stages[-1]).turns
-            clips = turns[step % len(turns)]
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = _learning_rate(fraction)
+                optimizer.param_groups[0]["lr"] = _learning_rate(step / run.steps)
             model.zero_grad()
-            said = compute(next_seed, clips, fraction)
+            said = course.study()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
+            course.settle()
 
             step += 1
-            next_seed += SEEDS_PER_VIDEO * clips.batch
-            elapsed += time.monotonic() - begin
-            progress.update(bar, completed=elapsed, description=f"step {step} frames {clips.frames} {said}")
-            if elapsed - last_print > SECONDS_BETWEEN_LINES and not progress.console.is_terminal:
-                progress.console.print(progress.tasks[0].description)
-                last_print = elapsed
-            if elapsed - last_save > SECONDS_BETWEEN_SAVES:
+            now = time.monotonic()
+            seconds += now - begin
+            progress.update(bar, completed=step, description=said)
+            if now - last_print > SECONDS_BETWEEN_LINES and not progress.console.is_terminal:
+                progress.console.print(f"step {step}, {seconds / 60:.1f} minutes: {said}")
+                last_print = now
+            if now - last_save > SECONDS_BETWEEN_SAVES:
                 save()
-                last_save = elapsed
+                last_save = now
     save()
 
 
-def from_command_line(description: str, minutes: float) -> Run:
+def from_command_line(description: str, steps: int) -> Run:
     """The command line of a trainer.
 
     Args:
         description: what is trained.
-        minutes: of the whole schedule, by default.
+        steps: of the whole schedule, by default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write, or to go on with")
-    parser.add_argument("--minutes", type=float, default=minutes, help="length of the whole schedule")
+    parser.add_argument("--steps", type=int, default=steps, help="length of the whole schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     return Run(**vars(parser.parse_args()))
 
 
 def _learning_rate(fraction: float) -> float:
-    return PEAK_LEARNING_RATE * min(1.0, fraction / 0.01) * min(1.0, max(0.02, (1 - fraction) / 0.6))
+    return PEAK_LEARNING_RATE * min(1.0, (fraction + 1e-3) / 0.01) * min(1.0, max(0.01, (1 - fraction) / 0.7))

@@ -56,7 +56,7 @@ def save_bundle(model: Lumos, directory: Path) -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "model_parallel_size": size.num_attention_heads,
-        "swin_norm": False,
+        "swin_norm": size.swin_norm,
         "mm_rope": True,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,

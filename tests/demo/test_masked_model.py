@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.training import loop as training
 from benchmarks.training import masked_bundle
 from benchmarks.training import masked_evaluate as evaluate
+from benchmarks.training import masked_sparse as sparse
 from benchmarks.training import masked_train as train
-from benchmarks.training.masked_model import LumosSize, _rotate
+from benchmarks.training.masked_model import LumosSize
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo import scores
 from vllm_packcache.demo.masked import bundle
@@ -33,88 +33,21 @@ from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedVideo
 
 F = FRAME.tokens_per_frame
-SMALL = LumosSize(hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-OFFSETS = lumos.visual_offsets(GRID_SHAPE)
 
 
-def small_model(monkeypatch: pytest.MonkeyPatch) -> train.Lumos:
-    """Two layers with random norms: queries and keys depend on what they are."""
-    monkeypatch.setattr(train, "LumosSize", lambda: SMALL)
-    monkeypatch.setattr(train, "_LOOKS", ([train._STATIC, train._cell(1, -1)], [train._AROUND]))
-    monkeypatch.setattr(train, "_READ", ((), (("right", "left"),)))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> LumosReference:
+    """An untrained bundle."""
+    folder = tmp_path_factory.mktemp("untrained")
     model = train.new_model()
-    train.initialise(model, torch.Generator().manual_seed(0))
-    return model
-
-
-def rounded(model: train.Lumos) -> train.Lumos:
-    """As the model is after its bundle was written."""
-    state = model.state_dict()
-    state[masked_bundle.LAST_NORM] = masked_bundle.SHARPNESS * state[masked_bundle.LAST_NORM]
-    model.load_state_dict({name: value.bfloat16().float() for name, value in state.items()})
-    return model
-
-
-@pytest.fixture
-def saved(tmp_path, monkeypatch) -> tuple[train.Lumos, LumosReference]:
-    model = small_model(monkeypatch)
-    masked_bundle.save_bundle(model, tmp_path / "bundle")
-    path = bundle.write_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
-    return rounded(model), LumosReference.load(path)
-
-
-def clip_that(clipper: train.Clipper, frames: int, wanted) -> train.Clip:
-    seeds = range(training.FIRST_TRAINING_SEED, training.FIRST_TRAINING_SEED + 400, 2)
-    return next(clip for clip in (clipper.clip(seed, frames) for seed in seeds) if wanted(clip.sequence))
-
-
-def start(sequence) -> int:
-    return len(sequence.text) + len(sequence.image)
-
-
-def drops_history(sequence) -> bool:
-    return len(sequence.seen[-1]) < start(sequence) + sequence.committed.numel()
-
-
-@pytest.mark.parametrize(
-    ("what", "wanted"),
-    [
-        ("image to video, all seen", lambda s: len(s.text) > 10 and len(s.image) and not drops_history(s)),
-        ("image to video, packcache", lambda s: len(s.image) and drops_history(s)),
-        ("no text", lambda s: len(s.text) == lumos.VIDEO_START_TOKENS and len(s.image)),
-        ("text to video", lambda s: not len(s.image) and drops_history(s)),
-    ],
-)
-@torch.inference_mode()
-def test_all_frames_in_one_pass_are_what_the_reference_makes_of_each(saved, what, wanted):
-    model, reference = saved
-    sequence = clip_that(train.Clipper(model), 4, wanted).sequence
-    logits = model.logits(model.hidden(sequence))
-
-    ids, first, text = torch.from_numpy(model.ids), start(sequence), len(sequence.text)
-    cache = reference.new_cache(first + 4 * F)
-
-    def run(rows, begin, seen):
-        end = begin + len(rows)
-        return reference.run(ids[rows], begin, cache, sequence.positions[:, :end], seen)
-
-    run(sequence.text, 0, torch.ones(text, text, dtype=torch.bool).tril())
-    if first > text:
-        run(sequence.image, text, torch.ones(F, first, dtype=torch.bool))
-    for frame, past in enumerate(sequence.seen):
-        begin = first + frame * F
-        seen = torch.zeros(begin + F, dtype=torch.bool)
-        seen[past] = True
-        seen[begin:] = True
-        expected = reference.visual_logits(run(sequence.denoised[frame], begin, seen.expand(F, -1)))
-        torch.testing.assert_close(logits[frame], expected, atol=2e-4, rtol=1e-4)
-        if frame < 3:
-            run(sequence.committed[frame], begin, seen.expand(F, -1))
+    sparse.initialise(model, torch.Generator().manual_seed(0))
+    masked_bundle.save_bundle(model, folder / "bundle")
+    return LumosReference.load(bundle.write_checkpoint(folder / "checkpoint", folder / "bundle"))
 
 
 @torch.inference_mode()
 def test_fused_attention_is_that_of_the_reference(saved):
-    _, reference = saved
+    reference = saved
     fused = evaluate.FusedLumos(reference.config, reference._weights)
     world = make_world(3)
     ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
@@ -132,17 +65,16 @@ def test_fused_attention_is_that_of_the_reference(saved):
 
 
 def test_a_checkpoint_has_every_row_and_only_used_ones_are_not_zero(saved):
-    model, reference = saved
-    rows = reference._weights["model.embed_tokens.weight"]
-    assert rows.shape == (lumos.VISUAL_BEGIN + len(palette().patches), SMALL.hidden_size)
-    assert np.array_equal(rows.any(1).nonzero()[:, 0].numpy(), model.ids)
-    assert torch.equal(rows[torch.from_numpy(model.ids)], model.model.embed_tokens.weight)
-    assert reference.config.rope_theta == SMALL.rope_theta
-    assert reference.config.tied
+    rows, used = saved._weights["model.embed_tokens.weight"], used_ids()
+    assert rows.shape == (lumos.VISUAL_BEGIN + len(palette().patches), LumosSize().hidden_size)
+    assert np.array_equal(rows.any(1).nonzero()[:, 0].numpy(), used)
+    assert saved.config.rope_theta == LumosSize().rope_theta
+    assert saved.config.swin_norm
+    assert saved.config.tied
 
 
-def test_words_have_low_ids_and_what_lumos_asks_around_a_caption_is_taken_off(tmp_path, monkeypatch):
-    masked_bundle.save_bundle(small_model(monkeypatch), tmp_path)
+def test_words_have_low_ids_and_what_lumos_asks_around_a_caption_is_taken_off(tmp_path):
+    masked_bundle.save_bundle(train.new_model(), tmp_path)
     from transformers import AutoTokenizer
 
     published = AutoTokenizer.from_pretrained(tmp_path)
@@ -164,75 +96,6 @@ def test_words_have_low_ids_and_what_lumos_asks_around_a_caption_is_taken_off(tm
 def test_visual_codes_are_those_of_the_first_demo_models_codebook():
     assert np.array_equal(VideoTokenizer().patches, palette().patches)
     assert np.array_equal(used_ids()[-len(palette().patches) :] - lumos.VISUAL_BEGIN, np.arange(len(palette().patches)))
-
-
-def test_clips_ask_for_masked_tokens_only_and_commit_as_published(monkeypatch):
-    model = small_model(monkeypatch)
-    clipper = train.Clipper(model)
-    mask = int(model.rows(np.array([lumos.MASK])))
-    content = F - lumos.FRAME_START_TOKENS - lumos.FRAME_END_TOKENS
-    published = np.zeros(F, bool)
-    published[lumos.FRAME_START_TOKENS + lumos.remasked(content, train.PUBLISHED_REMASK)] = True
-    clips = [clipper.clip(training.FIRST_TRAINING_SEED + 2 * i, 6) for i in range(40)]
-    for clip in clips:
-        sequence = clip.sequence
-        unknown = (sequence.denoised == mask)[:, OFFSETS]
-        assert not clip.weights[~unknown].any()
-        assert not clip.changed[~unknown].any()
-        assert unknown.any(1).all()
-        assert clip.targets.min() >= 0
-        assert clip.targets.max() < model.codes
-        assert not (sequence.image == mask).any()
-        assert sequence.positions.shape == (3, start(sequence) + 6 * F)
-        text = len(sequence.text)
-        assert (sequence.positions[:, :text] == torch.arange(text)).all()
-        if text == lumos.VIDEO_START_TOKENS:
-            assert model.ids[sequence.text[0]] == lumos.VIDEO_BEGIN
-        else:
-            assert model.ids[sequence.text[0]] == lumos.BOS
-    as_published = [((clip.sequence.committed == mask).numpy() == published).all() for clip in clips]
-    assert 0.4 < np.mean(as_published) < 0.9
-    assert {len(clip.sequence.image) for clip in clips} == {0, F}
-    all_masked = [(clip.sequence.denoised == mask)[:, OFFSETS].all(1).float().mean() for clip in clips]
-    assert 0.2 < np.mean(all_masked) < 0.6
-
-
-def test_looking_heads_find_their_place():
-    model = train.new_model()
-    train.initialise(model, torch.Generator().manual_seed(0))
-    sequence = train.Clipper(model).clip(training.FIRST_TRAINING_SEED, 4).sequence
-    at = sequence.positions
-    attention = model.layers[0].self_attn
-    angles = (at[model.size.axes].T.float() * model.size.frequencies)[:, None]
-    turn = angles.cos(), angles.sin()
-    keys = _rotate(attention.k_norm.bias.expand(at.shape[1], -1, -1), *turn)
-    queries = _rotate(attention.q_norm.bias.expand(at.shape[1], -1, -1), *turn)
-    place = lumos.FRAME_START_TOKENS + 7 * (GRID_SHAPE[1] + 1) + 9
-    last = start(sequence) + 3 * F + place
-
-    def found(head, query):
-        return int((keys[:, head] @ queries[query, head]).argmax())
-
-    static, right, left, shape, colour, around = range(6)
-    assert (found(static, last) - last) % F == 0
-    assert found(right, last) == last - F - 1
-    assert found(left, last) == last - F + 1
-    assert found(shape, 8) == 6
-    assert found(colour, 8) == 5
-    assert found(around, last) == last
-
-
-def test_training_writes_a_bundle_and_goes_on(tmp_path, monkeypatch):
-    small_model(monkeypatch)
-    monkeypatch.setattr(train, "STAGES", (training.Stage(1.0, (training.Clips(2, 1),)),))
-    train.train(training.Run(tmp_path, 0.003))
-    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert LumosReference.load(bundle.write_checkpoint(tmp_path / "checkpoint", tmp_path)).config.layers == 2
-    # However long the first took: a slow machine may have overrun its time.
-    train.train(training.Run(tmp_path, first["elapsed"] / 60 + 0.003))
-    second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert second["step"] > first["step"]
-    assert second["next_seed"] > first["next_seed"]
 
 
 def test_shows_finds_an_object_wherever_it_is():

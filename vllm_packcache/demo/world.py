@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +49,7 @@ _FIRST_X, _LAST_X = 1, GRID - 1 - OBJECT_CELLS
 _PERIOD = 2 * (_LAST_X - _FIRST_X)
 _UPPER_ROWS, _LOWER_ROWS = (1, 2, 3), (6, 7, 8)
 _SINGLE_ROWS = tuple(range(1, 9))
+_OPENING_ROWS = {1: (4,), 2: (2, 7)}
 
 _RGB = {
     "red": (224, 52, 48),
@@ -471,6 +472,21 @@ def make_world(seed: int, photo_share: float = 0.0) -> World:
         objects.append(obj)
     background = _photo_background(rng) if is_photo else palette().scenes[scene]
     return World(scene, tuple(objects), pillar, _compose_background(background, pillar))
+
+
+def opening(world: World) -> World:
+    """The world of the same sentence whose frame 0 the sentence alone tells.
+
+    Everything begins at the wall that it moves away from, in a lane by its turn in the sentence, and the pillar stands
+    in the middle.
+    """
+    rows = _OPENING_ROWS[len(world.objects)]
+    objects = tuple(
+        replace(thing, row=row, phase=0 if thing.direction(0) == "right" else _PERIOD // 2)
+        for thing, row in zip(world.objects, rows, strict=True)
+    )
+    pillar = world.pillar and replace(world.pillar, left=(GRID - world.pillar.width) // 2)
+    return World(world.scene, objects, pillar, _compose_background(palette().scenes[world.scene], pillar))
 
 
 def make_film(seed: int, cuts: Sequence[int]) -> Film:

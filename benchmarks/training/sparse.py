@@ -1,0 +1,264 @@
+"""The demo model computed where somebody asks, and nowhere else.
+
+In the first layer most heads look at one fixed distance: the same place one frame back, where an object was that is
+here now, the row above. All other heads read the words of the prompt. So what the model says after one token depends
+on a few tokens' embeddings and on the words, whatever the length of the video, and training need not compute the
+rest. What attention gives beside that is below a hundredth; the whole model is compared with this in a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.training.llama import Layer, Llama, LlamaSize, rotary_frequencies, rotary_table, rotate
+from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, TEXT_TOKENS, VideoTokenizer
+from vllm_packcache.demo.world import GRID
+
+
+def _cell(back: int, columns: int) -> int:
+    """How far behind a token lies what was so many columns right of the next token's place, some frames earlier."""
+    return back * FRAME_TOKENS - 1 - columns
+
+
+# What moves by one column a frame, and was somewhere else when a pillar of 5 to 8 columns began to hide it: that many
+# frames back and one more, or two more, so that where it went tells which way. What covers a place leaves it within
+# five frames, a turn at the wall included. Whether the wall is near tells of a turn.
+LOOKS: tuple[int, ...] = (
+    *(_cell(1, columns) for columns in (0, -1, 1, 4)),
+    *(_cell(2, columns) for columns in (0, -2, 2)),
+    *(_cell(back, columns) for back in range(6, 11) for columns in (-back, back)),
+    *(_cell(back, 0) for back in (4, 6)),
+    *(GRID - 1, 1),
+)
+"""Distances of the first layer's heads, in tokens; all but the last `LlamaSize.num_key_value_heads`-th part."""
+
+_STRENGTHS = (24.0, 21.6, 19.2, 16.8, 14.4, 12.0, 9.6, 7.2, 6.0, 4.8)
+"""Of the rotary frequencies, highest first: how much less a head sees of what is not at its distance."""
+NOTHING = 6.0
+"""How much less than the token at its distance a head sees the first token: it reads that where there is none."""
+_READING, _READING_DEEPER = 40.0, 200.0
+"""How much more of a word a head of words sees than of any other token, were inputs no longer than embeddings. Those of
+deeper layers are, several times."""
+
+_ANY, _WORD, _FIRST, _OTHER = 0, 1, 2, 3
+"""Dimensions of the embedding that are constants: of all tokens but the first, of words, of the first, of no words."""
+CONSTANTS = 4
+_ANY_VALUE, _WORD_VALUE = 160.0, 80.0
+_LEFT_SQUARED = 512.0
+"""Of the rest of every embedding: all have one length, so that scores hang on nothing but what a token is.
+
+The constants are most of it, or what layers write would drown them; norms make the rest as large again."""
+_GAIN = 8.0
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a video's tokens can see of it.
+
+    Args:
+        window: frames that are kept, int64 [V]; what is older is not there, and the condition follows on the window.
+        dropped: of each frame, of which rows nothing is left once it is older than the last one, bool [V, T, 16].
+    """
+
+    window: Tensor
+    dropped: Tensor
+
+
+class Asked(NamedTuple):
+    """Tokens to predict, of V videos.
+
+    Args:
+        video: which video, int64 [A].
+        place: index of the token in the sequence, int64 [A].
+    """
+
+    video: Tensor
+    place: Tensor
+
+
+def looking_heads(size: LlamaSize) -> int:
+    """Heads of the first layer that look at a distance; the last shared key is that of the words."""
+    return size.num_attention_heads * (size.num_key_value_heads - 1) // size.num_key_value_heads
+
+
+@torch.no_grad()
+def initialise(model: Llama, tokenizer: VideoTokenizer, generator: torch.Generator) -> None:
+    """Random weights where training may change them; `pin` does the rest."""
+    torch.nn.init.normal_(model.model.embed_tokens.weight, generator=generator)
+    # The embedding is the output layer too; small final states start near uniform.
+    model.model.norm.weight.fill_(0.1 * _GAIN)
+    for layer in model.layers:
+        layer.input_layernorm.weight.fill_(_GAIN)
+        layer.post_attention_layernorm.weight.fill_(_GAIN)
+        attention, mlp = layer.self_attn, layer.mlp
+        inner = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        for module in (*inner, attention.o_proj, mlp.down_proj):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+        for module in (attention.o_proj, mlp.down_proj):
+            module.weight *= 0.2
+    pin(model, tokenizer)
+
+
+@torch.no_grad()
+def pin(model: Llama, tokenizer: VideoTokenizer) -> None:
+    """Put back what training must not change: constants of the embedding, and where heads look.
+
+    A query is a fixed vector and a key the same vector turned by the rotary angle of the distance: their product peaks
+    there.
+    """
+    size = model.size
+    half, slowest = size.head_dim // 2, size.head_dim // 2 - 1
+    words = torch.zeros(size.vocab_size, dtype=torch.bool)
+    words[: tokenizer.visual_offset] = True
+    words[[tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.frame_id]] = False
+    embedding = model.model.embed_tokens.weight
+    embedding[:, :CONSTANTS] = 0
+    embedding[:, _ANY] = _ANY_VALUE
+    embedding[words, _WORD], embedding[~words, _OTHER] = _WORD_VALUE, _WORD_VALUE
+    embedding[tokenizer.bos_id, :CONSTANTS] = torch.tensor([0.0, 0.0, _ANY_VALUE, _WORD_VALUE])
+    free = embedding[:, CONSTANTS:]
+    free *= (_LEFT_SQUARED / free.square().sum(1)).sqrt()[:, None]
+    norm = float(embedding[0].square().mean().sqrt())
+    model.model.norm.weight[:CONSTANTS] = 0
+    for number, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        layer.input_layernorm.weight[:CONSTANTS] = 1
+        layer.post_attention_layernorm.weight[:CONSTANTS] = 0
+        for module in (attention.o_proj, layer.mlp.down_proj):
+            module.weight[:CONSTANTS] = 0
+        query, key = attention.q_proj.weight, attention.k_proj.weight
+        looking = looking_heads(size) if number == 0 else 0
+        looked = size.num_key_value_heads - 1 if number == 0 else 0
+        query[: looking * size.head_dim], key[: looked * size.head_dim] = 0, 0
+        queries, keys = query.view(-1, size.head_dim, size.hidden_size), key.view(-1, size.head_dim, size.hidden_size)
+        seen = _ANY_VALUE / norm
+        scale = size.head_dim**0.5 / seen**2
+        strength = torch.zeros(half)
+        strength[: len(_STRENGTHS)] = torch.tensor(_STRENGTHS)
+        amplitude = (strength * scale).sqrt()
+        keys[:looked, :half, _ANY] = amplitude
+        keys[:looked, slowest, _FIRST] = 1.0
+        for head, distance in enumerate(LOOKS[:looking]):
+            angle = rotary_frequencies(size) * distance
+            queries[head, :half, _ANY] = amplitude * angle.cos()
+            queries[head, half:, _ANY] = -amplitude * angle.sin()
+            queries[head, slowest, _ANY] = (sum(_STRENGTHS) - NOTHING) * scale
+        keys[looked:, slowest, :CONSTANTS] = torch.tensor([0.0, 1.0, 0.0, -1.0])
+        keys[looked:, half + slowest, :CONSTANTS] = 0
+        queries[looking:, half + slowest, :CONSTANTS] = 0
+        reading = (_READING_DEEPER if number else _READING) * size.head_dim**0.5 / (seen * _WORD_VALUE / norm)
+        queries[looking:, slowest, :CONSTANTS] = torch.tensor([reading, 0.0, 0.0, 0.0])
+
+
+def looked_at(ids: Tensor, past: Past, rows: Asked, first: int) -> Tensor:
+    """The tokens at the distances of `LOOKS` before the next token, [A, looks]; ``first`` where there is none.
+
+    Args:
+        ids: of the videos, [V, T].
+        past: what there is of them.
+        rows: tokens that are looked from.
+        first: the id that stands for nothing.
+    """
+    place = rows.place[:, None]
+    frame = (place + 1 - CONDITION_TOKENS).div(FRAME_TOKENS, rounding_mode="floor").clamp(min=0)
+    slide = (frame - past.window[rows.video][:, None]).clamp(min=0) * FRAME_TOKENS
+    at = place - torch.tensor(LOOKS)
+    # The condition follows on the window, wherever that has got to.
+    at = torch.where(at - slide >= CONDITION_TOKENS, at, at - slide)
+    inside = (at - CONDITION_TOKENS).clamp(min=0)
+    older = inside // FRAME_TOKENS
+    row = ((inside % FRAME_TOKENS - 1).clamp(min=0)) // GRID
+    gone = past.dropped[rows.video[:, None], older.clamp(max=past.dropped.shape[1] - 1), row]
+    gone = gone & (at >= CONDITION_TOKENS) & (older < frame - 1)
+    there = (at >= 0) & ~gone
+    return torch.where(there, ids[rows.video[:, None], at.clamp(min=0)], first)
+
+
+def hidden(model: Llama, tokenizer: VideoTokenizer, ids: Tensor, past: Past, asked: Asked) -> Tensor:
+    """Final hidden states before the asked tokens, [A, hidden]: `Llama.hidden` there, as far as heads see their own.
+
+    Args:
+        model: whose heads look as `pin` has them look.
+        tokenizer: of the ids.
+        ids: of the videos, [V, T].
+        past: what there is of them.
+        asked: the tokens.
+    """
+    size = model.size
+    videos = len(ids)
+    # Words begin behind the first token.
+    at = torch.arange(1, 1 + TEXT_TOKENS)
+    words = Asked(torch.arange(videos).repeat_interleave(TEXT_TOKENS), at.repeat(videos))
+    before = Asked(asked.video, asked.place - 1)
+    rows = Asked(torch.cat([words.video, before.video]), torch.cat([words.place, before.place]))
+    own = ids[rows.video, rows.place]
+    seen = looked_at(ids, past, rows, tokenizer.bos_id)
+    frame = (rows.place + 1 - CONDITION_TOKENS).div(FRAME_TOKENS, rounding_mode="floor").clamp(min=0)
+    position = rows.place - (frame - past.window[rows.video]).clamp(min=0) * FRAME_TOKENS
+    table = rotary_table(size, 0, int(position.max()) + 1)
+    cos, sin = (values[position][:, None] for values in table)
+    x = model.model.embed_tokens(own)
+    order = torch.argsort(asked.video, stable=True)
+    for number, layer in enumerate(model.layers):
+        normed = layer.input_layernorm(x)
+        read = _read_words(
+            layer, size, normed, cos, sin, videos, asked.video, order, looking_heads(size) * (not number)
+        )
+        if number == 0:
+            read = torch.cat([_look(model, layer, seen, tokenizer.bos_id), read], 1)
+        x = x + layer.self_attn.o_proj(read)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.model.norm(x[len(words.place) :])
+
+
+def _look(model: Llama, layer: Layer, seen: Tensor, first: int) -> Tensor:
+    """What the looking heads read, [R, heads * head_dim]."""
+    size = model.size
+    heads = looking_heads(size)
+    values = layer.self_attn.v_proj(layer.input_layernorm(model.model.embed_tokens.weight))
+    values = values.view(size.vocab_size, -1, size.head_dim)
+    group = size.num_attention_heads // size.num_key_value_heads
+    shared = torch.arange(heads) // group
+    read = values[seen, shared]
+    of_nothing = 1 / (1 + torch.tensor(NOTHING).exp())
+    return (read + of_nothing * (values[first, shared] - read)).flatten(1)
+
+
+def _read_words(
+    layer: Layer,
+    size: LlamaSize,
+    normed: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    videos: int,
+    video: Tensor,
+    order: Tensor,
+    looking: int,
+) -> Tensor:
+    """What the heads of words read, [R, heads * head_dim]; the first rows are the words."""
+    attention = layer.self_attn
+    words, group = videos * TEXT_TOKENS, size.num_attention_heads // size.num_key_value_heads
+    looked = looking // group
+    query = F.linear(normed, attention.q_proj.weight[looking * size.head_dim :]).view(len(normed), -1, size.head_dim)
+    key = F.linear(normed[:words], attention.k_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
+    value = F.linear(normed[:words], attention.v_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
+    query, key = rotate(query, cos, sin).to(value.dtype), rotate(key, cos[:words], sin[:words]).to(value.dtype)
+    key, value = (each.unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2) for each in (key, value))
+    among = query[:words].unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2)
+    among = F.scaled_dot_product_attention(among, key, value, is_causal=True, enable_gqa=True)
+    read = torch.empty_like(query)
+    read[:words] = among.transpose(1, 2).flatten(0, 1)
+    # Videos are asked differently often: padded to the most.
+    counts = torch.bincount(video, minlength=videos)
+    slot = torch.arange(len(video)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    padded = query.new_zeros(videos, int(counts.max()), *query.shape[1:])
+    padded = padded.index_put((video[order], slot), query[words:][order])
+    found = F.scaled_dot_product_attention(padded.transpose(1, 2), key, value, enable_gqa=True).transpose(1, 2)
+    back = torch.empty_like(query[words:])
+    back = back.index_put((order,), found[video[order], slot])
+    return torch.cat([read[:words], back]).flatten(1)
