@@ -160,11 +160,16 @@ def times_hidden(video: World, frames: int) -> int:
 
 
 def near_objects(video: World, frames: range) -> Bool:
-    """Cells within one of where an object is, or was a frame before, [T, 16, 16]."""
+    """Cells within one of where an object is, or was a frame before, and where one comes out of hiding, [T, 16, 16]."""
     near = np.zeros((len(frames), GRID, GRID), bool)
     for thing in video.objects:
         rows = slice(max(0, thing.row - 1), thing.row + OBJECT_CELLS + 1)
         for number, k in enumerate(frames):
             first, last = sorted((thing.column(k - 1), thing.column(k)))
             near[number, rows, max(0, first - 1) : last + OBJECT_CELLS + 1] = True
+        if video.pillar:
+            # Most of the time nothing comes out there, which is learned too.
+            lane, right = slice(thing.row, thing.row + OBJECT_CELLS), video.pillar.left + video.pillar.width
+            near[:, lane, video.pillar.left - OBJECT_CELLS : video.pillar.left] = True
+            near[:, lane, right : right + OBJECT_CELLS] = True
     return near

@@ -72,8 +72,12 @@ NOTHING = 5.0
 _HERE = 90.0
 """How much more of an end of a row of its own picture than of any other token a compass sees."""
 _SWING = 3.0
-_READING = 12.0
-"""Of a word, against its being of no other kind: the part of a key that says that it is one."""
+_KIND = 6.0
+"""Of a word in the residual stream, which says so, and less than nothing of what is none."""
+_SAYS, _ASKS = 12.0, 30.0
+"""The part of a key that says that it is a word's, as many times as large; and of a query that asks for words."""
+_CONTENT = 6.0
+"""Weight of what else a word's key says, which that part makes small."""
 _APART = 100.0
 """Of what is at the edge of a frame, against all else that its key says."""
 
@@ -138,6 +142,7 @@ def initialise(model: Lumos, generator: torch.Generator) -> None:
                 torch.nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.weight.fill_(0.4)
+        layer.self_attn.k_norm.weight.fill_(_CONTENT)
     pin(model)
 
 
@@ -154,10 +159,10 @@ def pin(model: Lumos) -> None:
     scale = size.head_dim**0.5
     embedding = model.model.embed_tokens.weight
     embedding[:, :FLAGS] = 0
-    embedding[:, _WORD] = -1
+    embedding[:, _WORD] = -_KIND
     ids = torch.from_numpy(model.ids)
     words = (ids < lumos.FRAME_END) | (ids == lumos.SEPARATOR) | (ids == lumos.VIDEO_BEGIN)
-    embedding[words, _WORD] = 1
+    embedding[words, _WORD] = _KIND
     embedding[model.row(lumos.VIDEO_BEGIN), _BEGIN] = 1
     embedding[model.row(lumos.NEWLINE), _NEWLINE] = 1
     edges = (ids == lumos.FRAME_BEGIN) | (ids == lumos.FRAME_END) | ((ids >= lumos.NUMBER_ZERO) & (ids < lumos.MASK))
@@ -217,8 +222,8 @@ def pin(model: Lumos) -> None:
         for head in range(len(looks(size, number)), size.num_attention_heads):
             # A key that says that this is a word, or that it is none; a query that asks for words.
             to_key[head, :, :FLAGS] = 0
-            to_key[head, _SLOWEST, _WORD] = _READING
-            to_key[head, half + _SLOWEST, _WORD] = -_READING
+            to_key[head, _SLOWEST, _WORD] = _SAYS
+            to_key[head, half + _SLOWEST, _WORD] = -_SAYS
             to_key[head, _SLOWEST, FLAGS:] = 0
             to_key[head, half + _SLOWEST, FLAGS:] = 0
             # The edges of frames are so far away that the slowest channels turn round: their keys are of another pair.
@@ -229,8 +234,8 @@ def pin(model: Lumos) -> None:
             key.weight[head, [_SLOWEST, half + _SLOWEST]] = 1
             key.bias[head, [_SLOWEST, half + _SLOWEST]] = 0
             query.weight[head, [_SLOWEST, half + _SLOWEST]] = 0
-            query.bias[head, _SLOWEST] = _READING * (slowest.cos() - slowest.sin())
-            query.bias[head, half + _SLOWEST] = -_READING * (slowest.cos() + slowest.sin())
+            query.bias[head, _SLOWEST] = _ASKS * (slowest.cos() - slowest.sin())
+            query.bias[head, half + _SLOWEST] = -_ASKS * (slowest.cos() + slowest.sin())
 
 
 def _angles(size: LumosSize, place: Place) -> Tensor:

@@ -154,8 +154,8 @@ def run(
             f"ci95 are percentiles of {RESAMPLES} bootstrap samples over videos",
             "the fit is least squares on the logarithm of the mean mass",
             "kept: a frame's mass taken as even over its tokens; kept_measured: mass on the blocks that live",
-            "changed: counted in the videos' tokens; the budget of its suggestion is at most that of the other, or the "
-            "usual one",
+            "changed: counted in the videos' tokens; the budget of its suggestion is at most that of the other, or one "
+            "frame; without another, at most the usual one",
         ],
         **analyse(masses, server.layout.frame_layout(), target, block_size),
     }
