@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_packcache.demo.masked import bundle
-from vllm_packcache.demo.tokenizer import MODEL_DIR
+from vllm_packcache.calibrate.command import BUNDLED, DEMO, MASKED_DEMO
+from vllm_packcache.tools.machine import sha256
 
 CAUSAL, MASKED = "the bundled one", "the bundled masked one"
 
-_FILES = {
-    CAUSAL: MODEL_DIR / "model.safetensors",
-    MASKED: bundle.MODEL_DIR / bundle.WEIGHTS,
-    # As `vllm-packcache calibrate` names them.
-    "demo": MODEL_DIR / "model.safetensors",
-    bundle.PRESET: bundle.MODEL_DIR / bundle.WEIGHTS,
-}
+# `vllm-packcache calibrate` has names of its own for them.
+_FILES = {CAUSAL: BUNDLED[DEMO], MASKED: BUNDLED[MASKED_DEMO], **BUNDLED}
 
 
 def identity(name: str) -> dict[str, str]:
     """A bundled model, as a result names it."""
-    return {"name": name, "sha256": hashlib.sha256(_FILES[name].read_bytes()).hexdigest()}
+    return {"name": name, "sha256": sha256(_FILES[name])}
 
 
 def outdated(result: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from vllm_packcache.demo.tokenizer import (
 from vllm_packcache.demo.world import World
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
+from vllm_packcache.tools.machine import sha256
 
 Int64 = npt.NDArray[np.int64]
 
@@ -161,8 +161,7 @@ class Masked(Generator):
         if self.checkpoint is None:
             model = identity(MASKED)
         else:
-            weights = (self.checkpoint / "model.safetensors").read_bytes()
-            model = {"name": str(self.checkpoint), "sha256": hashlib.sha256(weights).hexdigest()}
+            model = {"name": str(self.checkpoint), "sha256": sha256(self.checkpoint / "model.safetensors")}
         return {**model, "options": asdict(self.options)}
 
     def maker(self, variant: Variant, frames: int) -> Make:

@@ -99,8 +99,7 @@ class Lesson:
 def make_lesson(tokenizer: VideoTokenizer, seed: int, frames: int) -> Lesson:
     """The lesson of a seed; it shows the world of this seed or of the next, in which more is hidden."""
     rng = np.random.default_rng((seed, 1))
-    choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 1 + SEEDS_PER_VIDEO))]
-    video = max(choice, key=lambda world: times_hidden(world, frames))
+    video = shown_world(rng, seed, frames)
     true = video_ids(tokenizer, video, frames)
     if rng.random() < TEXT_DROPPED:
         true[1 : 1 + TEXT_TOKENS] = tokenizer.pad_id
@@ -116,13 +115,7 @@ def make_lesson(tokenizer: VideoTokenizer, seed: int, frames: int) -> Lesson:
         # What an object hides in frame 0 of a photo cannot be known.
         weights[(cells == video.background + tokenizer.visual_offset) & video.unseen()] = 0.0
     near = near_objects(video, range(1, frames + 1))
-    window, dropped = LONGEST_WINDOW * frames, np.zeros((frames, GRID), bool)
-    kind = rng.random()
-    if kind < WINDOWED:
-        window = int(rng.integers(1, LONGEST_WINDOW + 1))
-    elif kind < WINDOWED + THINNED:
-        window = LONGEST_WINDOW
-        dropped = rng.random(dropped.shape) < rng.uniform(0.2, 1.0)
+    window, dropped = what_is_kept(rng, frames)
     lesson = Lesson(
         seed, true, true.copy(), _flat(weights, 1.0), _flat(changed, False), _flat(near, False), window, dropped
     )
@@ -154,9 +147,25 @@ def _flat(cells: npt.NDArray[_Cell], first: float) -> npt.NDArray[_Cell]:
     return frames
 
 
-def times_hidden(video: World, frames: int) -> int:
-    """How often an object is wholly hidden in the first frames of a video."""
-    return sum(video.hidden(i, k) for i in range(len(video.objects)) for k in range(1, frames + 1))
+def shown_world(rng: np.random.Generator, seed: int, frames: int) -> World:
+    """The world of a seed, or the one of it and the next ones in whose first frames objects are hidden most often."""
+    choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 1 + SEEDS_PER_VIDEO))]
+
+    def hidden(video: World) -> int:
+        return sum(video.hidden(i, k) for i in range(len(video.objects)) for k in range(1, frames + 1))
+
+    return max(choice, key=hidden)
+
+
+def what_is_kept(rng: np.random.Generator, frames: int) -> tuple[int, Bool]:
+    """What a video is to be made with: ``window`` and ``dropped``, as of `Lesson`."""
+    dropped = np.zeros((frames, GRID), bool)
+    kind = rng.random()
+    if kind < WINDOWED:
+        return int(rng.integers(1, LONGEST_WINDOW + 1)), dropped
+    if kind < WINDOWED + THINNED:
+        return LONGEST_WINDOW, rng.random(dropped.shape) < rng.uniform(0.2, 1.0)
+    return LONGEST_WINDOW * frames, dropped
 
 
 def near_objects(video: World, frames: range) -> Bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,22 +15,18 @@ from benchmarks.training.lessons import (
     ASKED_NEAR,
     EMERGING_WEIGHT,
     FIRST_WEIGHT,
-    LONGEST_WINDOW,
     MENDED,
     MOST_NOISE,
     NOISY,
-    PHOTO_SHARE,
-    SEEDS_PER_VIDEO,
     TEXT_DROPPED,
-    THINNED,
-    WINDOWED,
     Bool,
     Int64,
     near_objects,
-    times_hidden,
+    shown_world,
+    what_is_kept,
 )
 from vllm_packcache.demo.masked.tokenizer import MAX_SECONDS, build_text_tokenizer, prompt
-from vllm_packcache.demo.world import GRID, PHOTO, make_world, opening, palette
+from vllm_packcache.demo.world import GRID, PHOTO, opening, palette
 from vllm_packcache.families import lumos
 
 IMAGE_DROPPED = 0.15
@@ -111,13 +108,12 @@ class MaskedLesson:
 def make_lesson(seed: int, frames: int) -> MaskedLesson:
     """The lesson of a seed; it shows the world of this seed or of the next, in which more is hidden."""
     rng = np.random.default_rng((seed, 2))
-    choice = [make_world(seed + i, PHOTO_SHARE) for i in range(rng.integers(1, 1 + SEEDS_PER_VIDEO))]
-    video = max(choice, key=lambda world: times_hidden(world, frames))
+    video = shown_world(rng, seed, frames)
     image = video.scene == PHOTO or rng.random() >= IMAGE_DROPPED
     if not image:
         video = opening(video)
     first = 0 if image else -1
-    text = prompt(video.prompt, int(rng.integers(1, MAX_SECONDS + 1)), build_text_tokenizer())
+    text = prompt(video.prompt, int(rng.integers(1, MAX_SECONDS + 1)), _words())
     if rng.random() < TEXT_DROPPED:
         text = text[-lumos.VIDEO_START_TOKENS :]
     true = np.stack([video.frame_ids(max(k, 0)) for k in range(first, first + 1 + frames)])
@@ -134,13 +130,7 @@ def make_lesson(seed: int, frames: int) -> MaskedLesson:
     if video.scene == PHOTO:
         # What an object hides in frame 0 of a photo cannot be known.
         weights[(true[1:] == video.background) & video.unseen()] = 0.0
-    window, dropped = LONGEST_WINDOW * frames, np.zeros((frames, GRID), bool)
-    kind = rng.random()
-    if kind < WINDOWED:
-        window = int(rng.integers(1, LONGEST_WINDOW + 1))
-    elif kind < WINDOWED + THINNED:
-        window = LONGEST_WINDOW
-        dropped = rng.random(dropped.shape) < rng.uniform(0.2, 1.0)
+    window, dropped = what_is_kept(rng, frames)
     remasked = np.zeros((GRID, GRID), bool)
     if rng.random() < REMASKED:
         remask = rng.uniform(0, MOST_REMASKED)
@@ -150,6 +140,9 @@ def make_lesson(seed: int, frames: int) -> MaskedLesson:
     if rng.random() < NOISY:
         _disturb(seen, true, near, rng)
     return MaskedLesson(seed, text, image, true, seen, weights, chance, near, changed, window, dropped, remasked)
+
+
+_words = cache(build_text_tokenizer)
 
 
 def _disturb(seen: Int64, true: Int64, near: Bool, rng: np.random.Generator) -> None:

@@ -125,11 +125,6 @@ class Asked(NamedTuple):
     column: Tensor
 
 
-def looks(size: LumosSize, layer: int) -> tuple[Place | Compass, ...]:
-    """What the first heads of a layer do."""
-    return HEADS[layer][: size.num_attention_heads]
-
-
 @torch.no_grad()
 def initialise(model: Lumos, generator: torch.Generator) -> None:
     """Random weights where training may change them; `pin` does the rest."""
@@ -180,7 +175,7 @@ def pin(model: Lumos) -> None:
         query, key = attention.q_norm, attention.k_norm
         to_key = attention.k_proj.weight.view(-1, size.head_dim, size.hidden_size)
         to_value = attention.v_proj.weight.view(-1, size.head_dim, size.hidden_size)
-        for head, what in enumerate(looks(size, number)):
+        for head, what in enumerate(HEADS[number]):
             query.weight[head] = 0
             to_key[head] = 0
             to_value[head, :, IDENTITY.stop :] = 0
@@ -219,7 +214,7 @@ def pin(model: Lumos) -> None:
                 # As the pattern: at 45 degrees below the first channel.
                 query.bias[head, :half] = wanted * (angle.cos() - angle.sin())
                 query.bias[head, half:] = -wanted * (angle.cos() + angle.sin())
-        for head in range(len(looks(size, number)), size.num_attention_heads):
+        for head in range(len(HEADS[number]), size.num_attention_heads):
             # A key that says that this is a word, or that it is none; a query that asks for words.
             to_key[head, :, :FLAGS] = 0
             to_key[head, _SLOWEST, _WORD] = _SAYS
@@ -287,7 +282,7 @@ def hidden(model: Lumos, videos: Videos, asked: Asked) -> Tensor:
     words = model.model.embed_tokens(videos.text)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for number, layer in enumerate(model.layers):
-        attention, what = layer.self_attn, looks(model.size, number)
+        attention, what = layer.self_attn, HEADS[number]
         query, key, value = attention.heads(words)
         query, key = rotate(query, *text_turn), rotate(key, *text_turn)
         scores = torch.einsum("vnhd,vmhd->vhnm", query, key) * model.size.head_dim**-0.5
@@ -341,7 +336,6 @@ def _words(
     norm = attention.q_norm
     query = torch.nn.functional.layer_norm(query, (size,), eps=lumos.HEAD_NORM_EPS)
     query = rotate(query * norm.weight[first:] + norm.bias[first:], *turn)
-    read = torch.empty_like(query)
     parts = []
     order = torch.argsort(video, stable=True)
     counts = torch.bincount(video, minlength=len(key)).tolist()

@@ -125,6 +125,11 @@ def pin(model: Llama, tokenizer: VideoTokenizer) -> None:
     free *= (_LEFT_SQUARED / free.square().sum(1)).sqrt()[:, None]
     norm = float(embedding[0].square().mean().sqrt())
     model.model.norm.weight[:CONSTANTS] = 0
+    seen = _ANY_VALUE / norm
+    scale = size.head_dim**0.5 / seen**2
+    strength = torch.zeros(half)
+    strength[: len(_STRENGTHS)] = torch.tensor(_STRENGTHS)
+    amplitude = (strength * scale).sqrt()
     for number, layer in enumerate(model.layers):
         attention = layer.self_attn
         layer.input_layernorm.weight[:CONSTANTS] = 1
@@ -136,11 +141,6 @@ def pin(model: Llama, tokenizer: VideoTokenizer) -> None:
         looked = size.num_key_value_heads - 1 if number == 0 else 0
         query[: looking * size.head_dim], key[: looked * size.head_dim] = 0, 0
         queries, keys = query.view(-1, size.head_dim, size.hidden_size), key.view(-1, size.head_dim, size.hidden_size)
-        seen = _ANY_VALUE / norm
-        scale = size.head_dim**0.5 / seen**2
-        strength = torch.zeros(half)
-        strength[: len(_STRENGTHS)] = torch.tensor(_STRENGTHS)
-        amplitude = (strength * scale).sqrt()
         keys[:looked, :half, _ANY] = amplitude
         keys[:looked, slowest, _FIRST] = 1.0
         for head, distance in enumerate(LOOKS[:looking]):
@@ -155,6 +155,11 @@ def pin(model: Llama, tokenizer: VideoTokenizer) -> None:
         queries[looking:, slowest, :CONSTANTS] = torch.tensor([reading, 0.0, 0.0, 0.0])
 
 
+def _frame(place: Tensor) -> Tensor:
+    """The frame that is being made behind the token at a place; of the condition, the first."""
+    return (place + 1 - CONDITION_TOKENS).div(FRAME_TOKENS, rounding_mode="floor").clamp(min=0)
+
+
 def looked_at(ids: Tensor, past: Past, rows: Asked, first: int) -> Tensor:
     """The tokens at the distances of `LOOKS` before the next token, [A, looks]; ``first`` where there is none.
 
@@ -165,7 +170,7 @@ def looked_at(ids: Tensor, past: Past, rows: Asked, first: int) -> Tensor:
         first: the id that stands for nothing.
     """
     place = rows.place[:, None]
-    frame = (place + 1 - CONDITION_TOKENS).div(FRAME_TOKENS, rounding_mode="floor").clamp(min=0)
+    frame = _frame(place)
     slide = (frame - past.window[rows.video][:, None]).clamp(min=0) * FRAME_TOKENS
     at = place - torch.tensor(LOOKS)
     # The condition follows on the window, wherever that has got to.
@@ -198,17 +203,19 @@ def hidden(model: Llama, tokenizer: VideoTokenizer, ids: Tensor, past: Past, ask
     rows = Asked(torch.cat([words.video, before.video]), torch.cat([words.place, before.place]))
     own = ids[rows.video, rows.place]
     seen = looked_at(ids, past, rows, tokenizer.bos_id)
-    frame = (rows.place + 1 - CONDITION_TOKENS).div(FRAME_TOKENS, rounding_mode="floor").clamp(min=0)
-    position = rows.place - (frame - past.window[rows.video]).clamp(min=0) * FRAME_TOKENS
+    position = rows.place - (_frame(rows.place) - past.window[rows.video]).clamp(min=0) * FRAME_TOKENS
     table = rotary_table(size, 0, int(position.max()) + 1)
     cos, sin = (values[position][:, None] for values in table)
     x = model.model.embed_tokens(own)
+    # Videos are asked differently often: each token's number among those of its video.
     order = torch.argsort(asked.video, stable=True)
+    counts = torch.bincount(asked.video, minlength=videos)
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     for number, layer in enumerate(model.layers):
         normed = layer.input_layernorm(x)
-        read = _read_words(
-            layer, size, normed, cos, sin, videos, asked.video, order, looking_heads(size) * (not number)
-        )
+        looking = looking_heads(size) if number == 0 else 0
+        read = _read_words(layer, size, normed, (cos, sin), videos, (asked.video, slot), looking)
         if number == 0:
             read = torch.cat([_look(model, layer, seen, tokenizer.bos_id), read], 1)
         x = x + layer.self_attn.o_proj(read)
@@ -233,32 +240,33 @@ def _read_words(
     layer: Layer,
     size: LlamaSize,
     normed: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    turn: tuple[Tensor, Tensor],
     videos: int,
-    video: Tensor,
-    order: Tensor,
+    own: tuple[Tensor, Tensor],
     looking: int,
 ) -> Tensor:
-    """What the heads of words read, [R, heads * head_dim]; the first rows are the words."""
+    """What the heads of words read, [R, heads * head_dim].
+
+    Args:
+        layer: whose heads they are.
+        size: of the model.
+        normed: its input, [R, hidden]: the words of all videos, then the tokens that are asked from.
+        turn: of a `rotary_table`, for each of these.
+        videos: V.
+        own: of each token that is asked from, its video and its number among those of that video.
+        looking: heads before them.
+    """
+    cos, sin = turn
     attention = layer.self_attn
     words, group = videos * TEXT_TOKENS, size.num_attention_heads // size.num_key_value_heads
     looked = looking // group
     query = F.linear(normed, attention.q_proj.weight[looking * size.head_dim :]).view(len(normed), -1, size.head_dim)
     key = F.linear(normed[:words], attention.k_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
     value = F.linear(normed[:words], attention.v_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
-    query, key = rotate(query, cos, sin).to(value.dtype), rotate(key, cos[:words], sin[:words]).to(value.dtype)
+    query, key = rotate(query, cos, sin), rotate(key, cos[:words], sin[:words])
     key, value = (each.unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2) for each in (key, value))
     among = query[:words].unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2)
     among = F.scaled_dot_product_attention(among, key, value, is_causal=True, enable_gqa=True)
-    read = torch.empty_like(query)
-    read[:words] = among.transpose(1, 2).flatten(0, 1)
-    # Videos are asked differently often: padded to the most.
-    counts = torch.bincount(video, minlength=videos)
-    slot = torch.arange(len(video)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    padded = query.new_zeros(videos, int(counts.max()), *query.shape[1:])
-    padded = padded.index_put((video[order], slot), query[words:][order])
+    padded = query.new_zeros(videos, int(own[1].max()) + 1, *query.shape[1:]).index_put(own, query[words:])
     found = F.scaled_dot_product_attention(padded.transpose(1, 2), key, value, enable_gqa=True).transpose(1, 2)
-    back = torch.empty_like(query[words:])
-    back = back.index_put((order,), found[video[order], slot])
-    return torch.cat([read[:words], back]).flatten(1)
+    return torch.cat([among.transpose(1, 2).flatten(0, 1), found[own]]).flatten(1)

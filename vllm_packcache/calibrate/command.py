@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -48,7 +47,7 @@ from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import lumos
 from vllm_packcache.tools import files
 from vllm_packcache.tools.figures import check_format
-from vllm_packcache.tools.machine import about
+from vllm_packcache.tools.machine import about, sha256
 from vllm_packcache.tools.progress import counting
 from vllm_packcache.tools.sequences import VideoIds
 
@@ -133,7 +132,7 @@ def run(
     result |= {
         "seconds": round(time.monotonic() - start),
         "model": model,
-        "weights": hashlib.sha256(BUNDLED[model].read_bytes()).hexdigest() if model in BUNDLED else None,
+        "weights": sha256(BUNDLED[model]) if model in BUNDLED else None,
         "videos": len(chosen),
         "frames": length,
         "trained_frames": TRAINED.get(model),

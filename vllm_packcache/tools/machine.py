@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -32,6 +33,11 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what is measured."""
     names = {"torch": "torch", "vllm": "vllm", "vllm_packcache": "vllm-packcache"}
     return {"python": platform.python_version()} | {key: version(name) for key, name in names.items()}
+
+
+def sha256(path: Path) -> str:
+    """Of the weights that a measurement was made with, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cpu_model() -> str:
