@@ -78,7 +78,7 @@ def demo(
     config: Annotated[
         str,
         typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
-    ] = "demo",
+    ] = "demo_changed",
 ) -> None:
     """Turn a picture and a sentence into a video, with packcache and with more and less memory."""
     with one_sentence("demo"):
@@ -157,7 +157,7 @@ def demo_masked(
     config: Annotated[
         str,
         typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
-    ] = "demo_masked",
+    ] = "demo_masked_changed",
 ) -> None:
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
     with one_sentence("demo"):

@@ -44,6 +44,7 @@ def summary(plan: MemoryPlan, of_worlds: Counts, asked_of_films: Counts) -> dict
         "block_size": BLOCK_SIZE,
         "notes": [
             "every token is asked for after the true ones before it: mistakes do not add up",
+            "computed is what heads look at (docs/train.md); tests compare that with the whole model under policies",
             "live tokens: what is held of the past when the last frame begins",
             "differences are of the same videos: the interval is that of the mean of the differences",
             "films: asked for is what differs from the frame before the cut, without what no frame of the scene showed",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, Shape, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LONG_WINDOW, Shape, Variant
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, TRAINED_FRAMES
 
 SHAPE = Shape("demo", CONDITION_TOKENS)
@@ -15,6 +15,7 @@ FAMILIES = {
     FULL_CACHE: "everything",
     "packcache": "as the paper says",
     "changed": "packcache, what changed first",
+    "changed, short window": "the same in the window of the paper's rule",
     "changed, episodes": "the same, and an anchor of the scene that ended",
     "changed, absolute": "what changed first, positions of the whole video",
     "packcache, absolute": "as the paper says, positions of the whole video",
@@ -28,8 +29,8 @@ FAMILIES = {
 BESIDE = ("packcache", "last frame, evenly", "evenly", "last frames")
 """What is compared at several budgets with what looks at changes."""
 
-LONG_WINDOW = 12
-"""W of what looks at changes, and of what is spread evenly beside it."""
+SINGLE = ("changed, short window", "changed, absolute", "packcache, absolute", "attention sink")
+"""What is compared at one budget."""
 
 BUDGET = 2.0
 """H at which positions are compared, and everything in films."""
@@ -69,7 +70,7 @@ class MemoryPlan:
             _full(),
             *(_variant("changed", budget) for budget in self.budgets),
             *(_variant(family, budget) for family in BESIDE for budget in self.beside),
-            *(_variant(family, BUDGET) for family in ("changed, absolute", "packcache, absolute", "attention sink")),
+            *(_variant(family, BUDGET) for family in SINGLE),
         )
 
     @property
@@ -92,6 +93,7 @@ def _variant(family: str, budget: float) -> Variant:
         "packcache": ("packcache", paper),
         "packcache, absolute": ("packcache", {**paper, "positions": "absolute"}),
         "changed": ("packcache", changed),
+        "changed, short window": ("packcache", {**paper, "selection": "changed"}),
         "changed, episodes": ("packcache", {**changed, "episodes": 1}),
         "changed, absolute": ("packcache", {**changed, "positions": "absolute"}),
         # No block changes as much as that, so only the budget of the older frames is another.

@@ -13,7 +13,10 @@ from vllm_packcache.tools.figures import new_figure, save
 COLOURS = dict(
     zip(
         FAMILIES,
-        ("#6b7177", "#2f6fde", "#d1495b", "#7b5ea7", "#e39aa4", "#9fbdf2", "#b08968", "#17a2c9", "#2a9d8f", "#e9a23b"),
+        (
+            *("#6b7177", "#2f6fde", "#d1495b", "#e8590c", "#7b5ea7", "#e39aa4", "#9fbdf2", "#b08968", "#17a2c9"),
+            *("#2a9d8f", "#e9a23b"),
+        ),
         strict=True,
     )
 )

@@ -14,11 +14,11 @@ import numpy.typing as npt
 from rich.console import Console
 
 from benchmarks.engine_process import child_environment
-from benchmarks.memory.forced import likeliest
 from benchmarks.memory.plan import FILMS, MemoryPlan
 from benchmarks.quality.variants import BLOCK_SIZE, Variant
 from benchmarks.statistics import Count
 from benchmarks.training.llama import Llama, load_pretrained
+from benchmarks.training.sparse_video import likeliest
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.tokenizer import MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.world import GRID, make_film, make_world
@@ -43,8 +43,11 @@ FILM_MEASURES = {
     "returned_late" + REMEMBERED: "away for 13 frames: remembered, points",
 }
 
+AT_ONCE = 25
+"""Videos that a process asks about at a time."""
+
 Scores = dict[str, tuple[Int64, Int64]]
-"""Of one video under one policy, by measure and frame: how many are right, and of how many; [T] each."""
+"""Of V videos under one policy, by measure and frame: how many are right, and of how many; [V, T] each."""
 
 Counts = dict[str, dict[str, Count]]
 """By variant and measure, each of shape [V, T]."""
@@ -52,7 +55,7 @@ Counts = dict[str, dict[str, Count]]
 
 def run_worlds(plan: MemoryPlan, processes: int, console: Console) -> Counts:
     """Ask about what changes in every world."""
-    body = partial(_world, plan.variants, plan.frames)
+    body = partial(_worlds, plan.variants, plan.frames)
     return _run(body, plan.variants, plan.worlds, "worlds", processes, console)
 
 
@@ -68,7 +71,7 @@ def processes() -> int:
 
 
 def _run(
-    body: Callable[[int], list[Scores]],
+    body: Callable[[range], list[Scores]],
     variants: Sequence[Variant],
     count: int,
     what: str,
@@ -76,6 +79,8 @@ def _run(
     console: Console,
 ) -> Counts:
     context = multiprocessing.get_context("spawn")
+    stop = FIRST_HELD_OUT_SEED + count
+    parts = [range(first, min(stop, first + AT_ONCE)) for first in range(FIRST_HELD_OUT_SEED, stop, AT_ONCE)]
     found: list[list[Scores]] = []
     with (
         counting(console, what) as progress,
@@ -83,9 +88,9 @@ def _run(
         ProcessPoolExecutor(processes, context) as pool,
     ):
         task = progress.add_task("asking", total=count)
-        for scores in pool.map(body, range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + count)):
+        for part, scores in zip(parts, pool.map(body, parts), strict=True):
             found.append(scores)
-            progress.advance(task)
+            progress.advance(task, len(part))
     return {
         variant.name: {key: _count([scores[number][key] for scores in found]) for key in found[0][number]}
         for number, variant in enumerate(variants)
@@ -93,7 +98,7 @@ def _run(
 
 
 def _count(parts: list[tuple[Int64, Int64]]) -> Count:
-    right, of = (np.array(own, dtype=np.float64) for own in zip(*parts, strict=True))
+    right, of = (np.concatenate(own).astype(np.float64) for own in zip(*parts, strict=True))
     return Count(right, of)
 
 
@@ -102,46 +107,60 @@ def _model() -> tuple[Llama, VideoTokenizer]:
     return load_pretrained(MODEL_DIR), VideoTokenizer()
 
 
-def _world(variants: Sequence[Variant], frames: int, seed: int) -> list[Scores]:
-    """Body of a process: one world under every policy."""
-    world = make_world(seed)
+def _worlds(variants: Sequence[Variant], frames: int, seeds: range) -> list[Scores]:
+    """Body of a process: some worlds under every policy."""
+    worlds = [make_world(seed) for seed in seeds]
     _, tokenizer = _model()
-    truth = true_frames(tokenizer, world, frames)
-    returned = np.stack([world.emerging(frame) for frame in range(1, frames + 1)])
-    return _ask(variants, world.prompt, truth, {CHANGED: truth[1:] != truth[:-1], RETURNED: returned})
+    truth = np.stack([true_frames(tokenizer, world, frames) for world in worlds])
+    returned = np.stack([[world.emerging(frame) for frame in range(1, frames + 1)] for world in worlds])
+    asked = {CHANGED: truth[:, 1:] != truth[:, :-1], RETURNED: returned}
+    return _ask(variants, [world.prompt for world in worlds], truth, asked)
 
 
-def _films(variants: Sequence[Variant], seed: int) -> list[Scores]:
-    """Body of a process: one film of every kind under every policy."""
+def _films(variants: Sequence[Variant], seeds: range) -> list[Scores]:
+    """Body of a process: some films of every kind under every policy."""
     _, tokenizer = _model()
     found: list[Scores] = [{} for _ in variants]
     for kind, cuts in FILMS.items():
-        film, last = make_film(seed, cuts), cuts[-1]
-        other = replace(film, scenes=(film.scenes[0], make_film(seed + 1, cuts).scenes[1]))
-        truth = true_frames(tokenizer, film, last)
-        unseen = np.concatenate([true_frames(tokenizer, other, last)[:-1], truth[-1:]])
-        asked = np.zeros((last, GRID, GRID), dtype=bool)
+        last = cuts[-1]
+        films = [make_film(seed, cuts) for seed in seeds]
+        others = [
+            replace(film, scenes=(film.scenes[0], make_film(seed + 1, cuts).scenes[1]))
+            for film, seed in zip(films, seeds, strict=True)
+        ]
+        truth, unseen = (np.stack([true_frames(tokenizer, film, last) for film in own]) for own in (films, others))
+        unseen[:, -1] = truth[:, -1]
+        asked = np.zeros((len(films), last, GRID, GRID), dtype=bool)
         # What looks as it did before the cut, as the walls do, can be copied.
-        asked[-1] = film.known(last) & (truth[-1] != truth[-2])
+        asked[:, -1] = np.stack([film.known(last) for film in films]) & (truth[:, -1] != truth[:, -2])
+        prompts = [film.prompt for film in films]
         for key, frames in ((kind, truth), (kind + UNSEEN, unseen)):
-            for scores, own in zip(found, _ask(variants, film.prompt, frames, {key: asked}), strict=True):
+            for scores, own in zip(found, _ask(variants, prompts, frames, {key: asked}), strict=True):
                 scores.update(own)
     return found
 
 
-def _ask(variants: Sequence[Variant], prompt: str, frames: Int64, asked: Mapping[str, Bool]) -> list[Scores]:
+def _ask(variants: Sequence[Variant], prompts: Sequence[str], frames: Int64, asked: Mapping[str, Bool]) -> list[Scores]:
     """What every policy gets right of the tokens that each measure asks for.
 
     Args:
         variants: the policies.
-        prompt: the sentence.
-        frames: ids of the condition's picture and of T frames, [T + 1, rows, columns].
-        asked: by measure, [T, rows, columns].
+        prompts: the sentences, V.
+        frames: ids of the condition's pictures and of T frames, [V, T + 1, rows, columns].
+        asked: by measure, [V, T, rows, columns].
     """
     model, tokenizer = _model()
-    truth = frames[1:]
-    ids = np.concatenate([tokenizer.build_prompt_from_ids(prompt, frames[0]), sequence(tokenizer, truth)])
-    wanted = np.any(list(asked.values()), axis=0).reshape(len(truth), -1)
-    found = likeliest(model, [variant.plan() for variant in variants], BLOCK_SIZE, ids, wanted)
-    right = [best.reshape(truth.shape) == truth for best in found]
-    return [{key: ((own & mask).sum((1, 2)), mask.sum((1, 2))) for key, mask in asked.items()} for own in right]
+    truth = frames[:, 1:]
+    ids = np.stack(
+        [
+            np.concatenate([tokenizer.build_prompt_from_ids(prompt, own[0]), sequence(tokenizer, own[1:])])
+            for prompt, own in zip(prompts, frames, strict=True)
+        ]
+    )
+    wanted = np.any(list(asked.values()), axis=0).reshape(*truth.shape[:2], -1)
+    found = []
+    for variant in variants:
+        said = likeliest(model, tokenizer, variant.plan(), BLOCK_SIZE, ids, wanted)
+        right = said.reshape(truth.shape) == truth
+        found.append({key: ((right & mask).sum((2, 3)), mask.sum((2, 3))) for key, mask in asked.items()})
+    return found

@@ -11,7 +11,7 @@ from benchmarks.quality import plot, report
 from benchmarks.quality.generators import Causal, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
-from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
+from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
 from benchmarks.report.parts import Result
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
 from vllm_packcache.tools.figures import FORMATS
@@ -45,17 +45,19 @@ def measure(plan: QualityPlan, session: Session) -> dict[str, Any]:
 def targets(result: Result) -> list[dict[str, Any]]:
     """The goals, each for every measure: a difference beyond its confidence interval, or not."""
     spans = result["spans"]
-    goals = [(FULL_CACHE, spans[0], "not worse")]
-    goals += [(name, span, "better") for name in (LAST_FRAME, LAST_FRAME_ABSOLUTE) for span in spans[1:]]
+    goals = [(PACKCACHE, FULL_CACHE, spans[0], "not worse")]
+    goals += [(PACKCACHE, name, span, "better") for name in (LAST_FRAME, LAST_FRAME_ABSOLUTE) for span in spans[1:]]
+    goals += [(CHANGED, PACKCACHE, span, "better") for span in spans]
     found = []
-    for name, span, goal in goals:
-        for label, by_span in result["differences"][f"{PACKCACHE} - {name}"].items():
+    for who, name, span, goal in goals:
+        for label, by_span in result["differences"][f"{who} - {name}"].items():
             if by_span[span] is None:
                 continue
             sign = 1 if MEASURES[label].higher_is_better else -1
             mean, error = sign * by_span[span]["mean"], by_span[span]["ci95"]
             met = mean + error >= 0 if goal == "not worse" else mean - error > 0
-            found.append({"goal": f"{goal} than {name}", "span": span, "measure": label, **by_span[span], "met": met})
+            sentence = f"{who} {goal} than {name}"
+            found.append({"goal": sentence, "span": span, "measure": label, **by_span[span], "met": met})
     return found
 
 

@@ -18,7 +18,7 @@ from benchmarks.bundled import CAUSAL, MASKED, identity
 from benchmarks.quality.variants import BLOCK_SIZE, Shape, Variant, Variants, all_variants, policies_only
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
-from vllm_packcache.demo.scores import sequence
+from vllm_packcache.demo.scores import sequence, true_frames
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
     FRAME_TOKENS,
@@ -27,16 +27,18 @@ from vllm_packcache.demo.tokenizer import (
     VideoTokenizer,
     world_prompt,
 )
-from vllm_packcache.demo.world import World
+from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.machine import sha256
 
 Int64 = npt.NDArray[np.int64]
 
-Make = Callable[[int, World, Int64], Int64]
-"""From a world's seed, the world and its true frames [T + 1, 16, 16], which may only make it fast, to frames
-[T, 16, 16]: token ids of the demo's tokenizer, whatever the ids of the model are."""
+Make = Callable[[range], Int64]
+"""From seeds of V worlds to frames [V, T, 16, 16]: token ids of the demo's tokenizer, whatever the model's are."""
+
+AT_ONCE, ONE_BY_ONE = 50, 4
+"""Worlds of a part of the work, where they are made together and where they are not."""
 
 
 class Generator(ABC):
@@ -45,14 +47,20 @@ class Generator(ABC):
     Attributes:
         benchmark: what its results are called.
         trained_frames: of the longest videos that the model was trained on.
-        videos: V, that every variant makes by default.
-        lengths: as many of ``trained_frames`` the longest videos have by default.
     """
 
     benchmark: ClassVar[str]
     trained_frames: ClassVar[int]
-    videos: ClassVar[int]
-    lengths: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def videos(self) -> int:
+        """V, that every variant makes by default."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> int:
+        """As many of ``trained_frames`` the longest videos have by default."""
 
     @property
     @abstractmethod
@@ -70,8 +78,16 @@ class Generator(ABC):
         """What of it decides what is made."""
 
     @abstractmethod
+    def is_sparse(self, variant: Variant, frames: int) -> bool:
+        """Whether what is computed is what heads look at (`benchmarks.training.sparse`), for many videos at once."""
+
+    @abstractmethod
     def maker(self, variant: Variant, frames: int) -> Make:
         """What makes videos of so many frames under a variant."""
+
+    def at_once(self, variant: Variant, frames: int) -> int:
+        """How many videos a part of the work has."""
+        return AT_ONCE if self.is_sparse(variant, frames) else ONE_BY_ONE
 
 
 @dataclass(frozen=True)
@@ -86,13 +102,21 @@ class Causal(Generator):
 
     benchmark = "quality"
     trained_frames = TRAINED_FRAMES
-    videos = 200
-    lengths = 4
+
+    @property
+    def videos(self) -> int:
+        """Many."""
+        return 200
+
+    @property
+    def lengths(self) -> int:
+        """Four."""
+        return 4
 
     @property
     def how(self) -> str:
-        """As long as there has been this benchmark."""
-        return "greedy, float32, generated from the condition alone"
+        """As long as there has been this benchmark, and what is left out."""
+        return f"greedy, float32, generated from the condition alone; {_SPARSELY}"
 
     @cached_property
     def variants(self) -> Variants:
@@ -104,21 +128,35 @@ class Causal(Generator):
         """The model."""
         return identity(CAUSAL)
 
+    def is_sparse(self, variant: Variant, frames: int) -> bool:
+        """Where heads find what they look at, or where the video begins."""
+        from benchmarks.training import sparse_video
+
+        return sparse_video.is_computable(variant.plan(), BLOCK_SIZE, frames)
+
     def maker(self, variant: Variant, frames: int) -> Make:
-        """With a decoder that guesses, which the true frames help; what it makes does not depend on the guess."""
+        """Sparsely, else with a decoder that guesses: the true frames, and what it makes does not depend on that."""
         from benchmarks.quality.decoder import VideoCache, generate
+        from benchmarks.training import sparse_video
         from benchmarks.training.llama import load_pretrained
 
         model, tokenizer, plan = load_pretrained(MODEL_DIR), VideoTokenizer(), variant.plan()
 
-        def make(seed: int, world: World, truth: Int64) -> Int64:
-            del seed
+        def make(seed: int) -> Int64:
+            world = make_world(seed)
             cache = VideoCache(model.size, plan, BLOCK_SIZE, frames)
-            draft = _draft(sequence(tokenizer, truth[1:]).reshape(frames, FRAME_TOKENS))
-            ids = generate(model, cache, world_prompt(tokenizer, world), frames, draft)
-            return tokenizer.frames_from_ids(ids.reshape(-1).tolist())
+            truth = sequence(tokenizer, true_frames(tokenizer, world, frames)[1:]).reshape(frames, FRAME_TOKENS)
+            return generate(model, cache, world_prompt(tokenizer, world), frames, _draft(truth))
 
-        return make
+        def make_all(seeds: range) -> Int64:
+            if self.is_sparse(variant, frames):
+                prompts = np.array([world_prompt(tokenizer, make_world(seed)) for seed in seeds])
+                ids = sparse_video.generate(model, tokenizer, plan, BLOCK_SIZE, prompts, frames)
+            else:
+                ids = np.stack([make(seed) for seed in seeds])
+            return np.stack([tokenizer.frames_from_ids(own.reshape(-1).tolist()) for own in ids])
+
+        return make_all
 
 
 @dataclass(frozen=True)
@@ -137,8 +175,16 @@ class Masked(Generator):
 
     benchmark = "quality-masked"
     trained_frames = bundle.TRAINED_FRAMES
-    videos = 8
-    lengths = 1
+
+    @property
+    def videos(self) -> int:
+        """Fewer of a model that nobody knows how to compute sparsely."""
+        return 8 if self.checkpoint else 50
+
+    @property
+    def lengths(self) -> int:
+        """The same."""
+        return 1 if self.checkpoint else 4
 
     @property
     def how(self) -> str:
@@ -147,12 +193,15 @@ class Masked(Generator):
         return (
             f"image to video, float32, {own.steps} + 1 passes a frame, guidance {own.guidance:g}; noise depends on "
             "the world, the frame and the step, not on the policy"
+            f"{'' if self.checkpoint else f'; {_SPARSELY}'}"
         )
 
     @cached_property
     def variants(self) -> Variants:
         """The policies: a video takes many times as long as one that is made token by token."""
-        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame)
+        # Where the text is not whole, nothing can be told of these videos.
+        sink = -(-_MOST_TEXT // BLOCK_SIZE) * BLOCK_SIZE
+        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame, sink)
         return policies_only(shape).beside(self.policies)
 
     @cached_property
@@ -164,29 +213,50 @@ class Masked(Generator):
             model = {"name": str(self.checkpoint), "sha256": sha256(self.checkpoint / "model.safetensors")}
         return {**model, "options": asdict(self.options)}
 
+    def is_sparse(self, variant: Variant, frames: int) -> bool:
+        """Of the bundled model, where all of the text lives."""
+        from benchmarks.training import masked_sparse_video
+
+        plan = variant.plan(_MOST_TEXT + masked_tokenizer.FRAME.tokens_per_frame)
+        return self.checkpoint is None and masked_sparse_video.is_computable(plan, BLOCK_SIZE, frames)
+
     def maker(self, variant: Variant, frames: int) -> Make:
-        """With the published loop of the reference, on live tokens only."""
+        """With the published loop, of the bundled model sparsely, else on live tokens only."""
         from benchmarks.quality.live_lumos import LiveLumos
+        from benchmarks.training import masked_sparse_video
+        from benchmarks.training.masked_bundle import load_bundle
         from vllm_packcache.reference.masked_video import generate_masked
 
+        text, offset = masked_tokenizer.build_text_tokenizer(), VideoTokenizer().visual_offset
+
+        def request(seed: int) -> masked_sparse_video.Request:
+            world = make_world(seed)
+            ids = masked_tokenizer.prompt(world.prompt, frames, text) + masked_tokenizer.world_frame(world, 0).tolist()
+            return masked_sparse_video.Request(ids, variant.plan(len(ids)), replace(self.options, seed=seed))
+
+        if self.is_sparse(variant, frames):
+            small = load_bundle()
+            return lambda seeds: (
+                masked_sparse_video.generate(small, [request(seed) for seed in seeds], BLOCK_SIZE, frames) + offset
+            )
         with ExitStack() as stack:
             folder = self.checkpoint or bundle.write_checkpoint(stack.enter_context(TemporaryDirectory()))
             model = LiveLumos.load(folder)
-        text, offset = masked_tokenizer.build_text_tokenizer(), VideoTokenizer().visual_offset
 
-        def make(seed: int, world: World, truth: Int64) -> Int64:
-            del truth
-            ids = masked_tokenizer.prompt(world.prompt, frames, text) + masked_tokenizer.world_frame(world, 0).tolist()
-            options = replace(self.options, seed=seed)
-            made = generate_masked(model, ids, frames, variant.plan(len(ids)), options, BLOCK_SIZE)
-            grid = masked_tokenizer.GRID_SHAPE
-            return np.stack([lumos.codes_of_frame(ids, grid) for ids in made.frames.numpy()]) + offset
+        def make(seed: int) -> Int64:
+            own = request(seed)
+            made = generate_masked(model, own.prompt, frames, own.plan, own.options, BLOCK_SIZE)
+            return np.stack([lumos.codes_of_frame(ids, masked_tokenizer.GRID_SHAPE) for ids in made.frames.numpy()])
 
-        return make
+        return lambda seeds: np.stack([make(seed) for seed in seeds]) + offset
 
 
-_USUAL_TEXT = 21
-"""Tokens of a prompt before the picture, which has 12 to 24 of them, on average."""
+_SPARSELY = (
+    "computed is what heads look at (docs/train.md); tests compare that with the whole model under these policies"
+)
+
+_USUAL_TEXT, _MOST_TEXT = 21, 24
+"""Tokens of a prompt before the picture: on average, and at most."""
 
 
 def _draft(truth: Int64) -> Callable[[Int64], Int64]:

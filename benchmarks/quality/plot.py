@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 COLOURS = {
     FULL_CACHE: "#6b7177",
     "packcache": "#2f6fde",
+    "changed": "#d6336c",
+    "last frame, evenly": "#e8a0b8",
     "packcache, absolute": "#d1495b",
     "packcache, not anchored": "#8c564b",
     "last 2 frames": "#2a9d8f",

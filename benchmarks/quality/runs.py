@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.engine_process import child_environment
 from benchmarks.quality.generators import Causal, Generator
 from benchmarks.quality.measures import MEASURES, measure
-from benchmarks.quality.variants import BLOCK_SIZE, PACKCACHE, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, PACKCACHE, Variant
 from benchmarks.statistics import Count, mean_of_videos
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
@@ -36,8 +36,6 @@ Int64 = npt.NDArray[np.int64]
 
 TRUTH, COPY = REFERENCES = ("the true video", "a copy of the first picture")
 """What is had without a model."""
-
-VIDEOS_OF_A_PART = 4
 
 STRIP_FRAMES = 10
 """Frames of a video in the picture of one."""
@@ -84,23 +82,27 @@ class QualityPlan:
         """What is generated, by variant's key: the frontier shares what is compared."""
         works: dict[str, _Work] = {}
         for variant in self.generator.variants.named:
-            frames = min(variant.lengths, self.lengths) * self.trained_frames
-            works[_key(variant)] = _Work(variant, frames, self.videos)
+            works[_key(variant)] = self._work(variant, min(variant.lengths, self.lengths), self.videos)
         for variant in self.generator.variants.frontier:
-            works.setdefault(_key(variant), _Work(variant, self.trained_frames, self.frontier_videos))
+            works.setdefault(_key(variant), self._work(variant, 1, self.frontier_videos))
         return works
+
+    def _work(self, variant: Variant, lengths: int, videos: int) -> _Work:
+        frames = lengths * self.trained_frames
+        return _Work(variant, frames, videos, self.generator.at_once(variant, frames))
 
 
 class _Work(NamedTuple):
     variant: Variant
     frames: int
     videos: int
+    at_once: int
 
     @property
     def parts(self) -> Iterator[range]:
         """Seeds of the worlds of each part."""
-        for first in range(0, self.videos, VIDEOS_OF_A_PART):
-            last = min(self.videos, first + VIDEOS_OF_A_PART)
+        for first in range(0, self.videos, self.at_once):
+            last = min(self.videos, first + self.at_once)
             yield range(FIRST_HELD_OUT_SEED + first, FIRST_HELD_OUT_SEED + last)
 
 
@@ -167,12 +169,11 @@ def _begin_process() -> None:
 
 def _make_part(generator: Generator, variant: Variant, frames: int, seeds: range, path: Path) -> None:
     """Body of a process: generate and measure the videos of some worlds."""
-    tokenizer, make = VideoTokenizer(), generator.maker(variant, frames)
+    tokenizer = VideoTokenizer()
     made = []
-    for seed in seeds:
+    for seed, shown in zip(seeds, generator.maker(variant, frames)(seeds), strict=True):
         world = make_world(seed)
         truth = true_frames(tokenizer, world, frames)
-        shown = make(seed, world, truth)
         made.append(Videos(shown[None], measure(world, shown, truth, tokenizer)))
     videos = _joined(made)
     arrays = {
@@ -225,9 +226,10 @@ def summary(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     own = {variant.name: videos[_key(variant)].scores for variant in variants.named}
     scores = own | _references(plan)
     differences = {
-        f"{PACKCACHE} - {name}": _differences(own[PACKCACHE], counts, spans)
+        f"{who} - {name}": _differences(own[who], counts, spans)
+        for who in (PACKCACHE, CHANGED)
         for name, counts in own.items()
-        if name != PACKCACHE
+        if name != who
     }
     return {
         "spans": list(spans),

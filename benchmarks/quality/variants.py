@@ -22,7 +22,7 @@ from vllm_packcache.core.retention import Retention, some_tokens
 BLOCK_SIZE = 16
 """Tokens of a KV-cache block: vLLM's default on a GPU."""
 
-FULL_CACHE, PACKCACHE = "full cache", "packcache"
+FULL_CACHE, PACKCACHE, CHANGED = "full cache", "packcache", "changed"
 LAST_FRAME, LAST_FRAME_ABSOLUTE = "last frame", "last frame, absolute"
 
 SELECTIONS = ("rows", "tail", "random")
@@ -33,6 +33,9 @@ BUDGETS = (0.5, 1, 2, 4, 8)
 
 DEFAULT_BUDGET = PackCache().history_frames
 
+LONG_WINDOW = 12
+"""W of what looks at changes, and of what is spread evenly beside it."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -41,10 +44,12 @@ class Shape:
     Args:
         preset: name of the preset that has their layout.
         condition_tokens: C, of a usual prompt.
+        sink_tokens: of an attention sink.
     """
 
     preset: str
     condition_tokens: int
+    sink_tokens: int = BLOCK_SIZE
 
     @cached_property
     def layout(self) -> Mapping[str, Any]:
@@ -171,13 +176,23 @@ class _Make:
         """The policy itself."""
         return self.variant(PACKCACHE, "packcache", self.options(budget), PACKCACHE, budget, lengths=4)
 
+    def changed(self, budget: float) -> Variant:
+        """What changed first, as ``configs/demo_changed.yaml`` has it."""
+        options = {"history_frames": budget, "window": LONG_WINDOW, "selection": "changed"}
+        return self.variant(CHANGED, "packcache", options, CHANGED, budget, lengths=4)
+
+    def last_frame_and_others(self) -> Variant:
+        """The same budget of every frame, with blocks spread evenly: no block changes as much as that."""
+        options = {**self.changed(DEFAULT_BUDGET).options, "changed_tokens": BLOCK_SIZE, "decay": 1}
+        return self.variant("last frame, evenly", "packcache", options)
+
     def absolute(self) -> Variant:
         return self.variant("packcache, absolute", "packcache", self.options(DEFAULT_BUDGET, positions="absolute"))
 
     def not_anchored(self) -> Variant:
-        """What the condition would take goes to the history; rounding up to blocks takes the last of it."""
-        more = (self.shape.condition_tokens - BLOCK_SIZE) / self.shape.frame_tokens
-        options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0, "gamma_condition": 0}
+        """Of the condition only the first block, which an attention sink has too: what it would take is history."""
+        more = (self.shape.condition_tokens - 2 * BLOCK_SIZE) / self.shape.frame_tokens
+        options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0.5, "gamma_condition": 0}
         return self.variant("packcache, not anchored", "packcache", options)
 
     def last_frames(self, budget: int) -> Variant:
@@ -191,9 +206,9 @@ class _Make:
         return self.variant(LAST_FRAME_ABSOLUTE, "sliding_window", options, budget=1, lengths=4)
 
     def attention_sink(self, budget: float) -> Variant:
-        """The first block, and as many recent tokens as make up for the rest of the condition."""
-        recent = self.shape.condition_tokens + round(budget * self.shape.frame_tokens) - BLOCK_SIZE
-        options = {"sink_tokens": BLOCK_SIZE, "recent_tokens": recent}
+        """The first tokens, and as many recent ones as make up for the rest of the condition."""
+        recent = self.shape.condition_tokens + round(budget * self.shape.frame_tokens) - self.shape.sink_tokens
+        options = {"sink_tokens": self.shape.sink_tokens, "recent_tokens": recent}
         return self.variant("attention sink", "attention_sink", options, "attention sink", budget)
 
     def random_blocks(self, budget: float) -> Variant:
@@ -211,7 +226,7 @@ class _Make:
         return self.variant(f"packcache, {selection}", "packcache", options)
 
     def full(self) -> Variant:
-        return self.variant(FULL_CACHE, "full", {}, FULL_CACHE, None)
+        return self.variant(FULL_CACHE, "full", {}, FULL_CACHE, None, lengths=4)
 
 
 def all_variants(shape: Shape) -> Variants:
@@ -219,6 +234,8 @@ def all_variants(shape: Shape) -> Variants:
     make = _Make(shape)
     compared = (
         make.packcache(DEFAULT_BUDGET),
+        make.changed(DEFAULT_BUDGET),
+        make.last_frame_and_others(),
         make.absolute(),
         make.not_anchored(),
         make.last_frames(int(DEFAULT_BUDGET)),
@@ -233,7 +250,7 @@ def all_variants(shape: Shape) -> Variants:
         for budget in BUDGETS
         for variant in (
             make.packcache(budget),
-            *([make.last_frames(int(budget))] if budget >= 1 else []),
+            *([make.changed(budget), make.last_frames(int(budget))] if budget >= 1 else []),
             make.attention_sink(budget),
             make.random_blocks(budget),
             make.strided_blocks(budget),
@@ -247,6 +264,8 @@ def policies_only(shape: Shape) -> Variants:
     make = _Make(shape)
     compared = (
         make.packcache(DEFAULT_BUDGET),
+        make.changed(DEFAULT_BUDGET),
+        make.last_frame_and_others(),
         make.absolute(),
         make.last_frames(int(DEFAULT_BUDGET)),
         make.last_frames(1),

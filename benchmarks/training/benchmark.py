@@ -37,9 +37,8 @@ def rows(result: Result) -> Iterator[Row]:
                 else:
                     for frame, one in enumerate(value, 1):
                         yield Row(name, label.removesuffix("_by_frame"), f"frame {frame} of {frames}", one)
-        for question in ("teacher_forced", "generated"):
-            share = own[question]["frame_token_accuracy"]
-            yield Row(NAMES[question, "model"], "frame_token_accuracy", f"{frames} frames", share)
+        share = own["generated"]["frame_token_accuracy"]
+        yield Row(NAMES["generated", "model"], "frame_token_accuracy", f"{frames} frames", share)
 
 
 def _paragraphs(result: Result) -> Iterator[Paragraph]:

@@ -39,6 +39,8 @@ FIRST_WEIGHT = 3.0
 """The same in the first frame: which way things go, only the text says, and a mistake there is one for ever."""
 ASKED_CHANGED, ASKED_NEAR, ASKED_ELSEWHERE = 0.7, 0.2, 64
 """Of a visit: shares of the tokens that change and of those near objects, and how many others."""
+ELSEWHERE_WEIGHT = 10.0
+"""Loss weight of a token that is nowhere near, and asked for a fortieth as often as one that changes."""
 
 
 @dataclass
@@ -115,6 +117,8 @@ def make_lesson(tokenizer: VideoTokenizer, seed: int, frames: int) -> Lesson:
         # What an object hides in frame 0 of a photo cannot be known.
         weights[(cells == video.background + tokenizer.visual_offset) & video.unseen()] = 0.0
     near = near_objects(video, range(1, frames + 1))
+    # What is asked for less often counts as much more: else the model would see things move where nothing does.
+    weights *= np.where(changed, 1.0, np.where(near, ASKED_CHANGED / ASKED_NEAR, ELSEWHERE_WEIGHT))
     window, dropped = what_is_kept(rng, frames)
     lesson = Lesson(
         seed, true, true.copy(), _flat(weights, 1.0), _flat(changed, False), _flat(near, False), window, dropped

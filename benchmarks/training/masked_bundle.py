@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from benchmarks.training.masked_model import Lumos
-from vllm_packcache.demo.masked.bundle import TOKEN_IDS, WEIGHTS
+from benchmarks.training.masked_model import Lumos, LumosSize
+from vllm_packcache.demo.masked.bundle import MODEL_DIR, TOKEN_IDS, WEIGHTS
 from vllm_packcache.demo.masked.tokenizer import SPECIALS, build_text_tokenizer
 from vllm_packcache.families.lumos import ARCHITECTURES, VISUAL_BEGIN
 
@@ -23,7 +23,7 @@ hundreds of tokens that a small model is 99 % sure of, some would come out wrong
 
 
 def save_bundle(model: Lumos, directory: Path) -> None:
-    """Write the bundle of a model, bfloat16."""
+    """Write the bundle of a model: bfloat16, but for the norms."""
     from transformers import PreTrainedTokenizerFast
 
     bos, pad, eos, unknown = SPECIALS
@@ -66,6 +66,20 @@ def save_bundle(model: Lumos, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = model.state_dict()
     state[LAST_NORM] = SHARPNESS * state[LAST_NORM]
-    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
+    # Where heads look is in the norms: rounded, they look beside it.
+    weights = {
+        name: value.to(torch.float32 if "norm" in name else torch.bfloat16).contiguous()
+        for name, value in state.items()
+    }
     weights[TOKEN_IDS] = torch.from_numpy(model.ids).int()
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_bundle(directory: Path = MODEL_DIR) -> Lumos:
+    """The model that `save_bundle` wrote, float32: its logits are `SHARPNESS` times those of training."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    state = load_file(directory / WEIGHTS)
+    size = LumosSize(**{name: config[name] for name in LumosSize.__dataclass_fields__})
+    model = Lumos(size, state.pop(TOKEN_IDS).long().numpy(), config["vocab_size"] - VISUAL_BEGIN)
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return model.eval()

@@ -1,8 +1,9 @@
 """Measure the masked demo model on worlds it was not trained on.
 
-``python -m benchmarks.training.masked_evaluate --videos 8 --json FILE``
+``python -m benchmarks.training.masked_evaluate --videos 50 --json FILE``
 
-Videos are made by the reference decoder in float32, with steps, noise, guidance and commits as a server makes them.
+Videos are made with steps, noise, guidance and commits as a server makes them, sparsely
+(`benchmarks.training.masked_sparse`), in float32.
 Asked is whether they are the true continuation, with the full cache and with packcache, as long as in training and
 longer; what steps, guidance, noise and re-masking do to that; and whether a video made of text alone shows what the
 text says.
@@ -13,17 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.training.masked_bundle import load_bundle
+from benchmarks.training.masked_model import Lumos
+from benchmarks.training.masked_sparse_video import Request
+from benchmarks.training.masked_sparse_video import generate as generate_together
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.masked.bundle import (
     MODEL_DIR,
@@ -31,92 +33,75 @@ from vllm_packcache.demo.masked.bundle import (
     PRESET,
     TRAINED_FRAMES,
     request_options,
-    write_checkpoint,
 )
-from vllm_packcache.demo.masked.tokenizer import GRID_SHAPE, build_text_tokenizer, prompt, world_frame
+from vllm_packcache.demo.masked.tokenizer import build_text_tokenizer, prompt, world_frame
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, summary
 from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.demo.world import OBJECT_CELLS, World, make_world, palette
-from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.families import LUMOS
 from vllm_packcache.families.lumos import MaskedOptions
-from vllm_packcache.reference.lumos import LumosReference
-from vllm_packcache.reference.masked_video import generate_masked
 
 BLOCK_SIZE = 32
+AT_ONCE = 25
+"""Videos that are computed together."""
 POLICIES = ("full", "packcache")
 
 CHANGES: tuple[Mapping[str, Any], ...] = (
     {"guidance": 1.0},
-    {"guidance": 4.0},
-    {"steps": 4},
+    {"guidance": 3.0},
+    {"steps": 8},
     {"temperature": 0.0},
-    {"remask": 0.0},
+    {"remask": 0.7},
 )
 """What is tried instead of `OPTIONS`, one at a time."""
 
 
-class FusedLumos(LumosReference):
-    """The reference, with attention fused and over the keys that are seen only: several times as fast on a CPU."""
-
-    def attention(self, queries: Tensor, queries_at: Tensor, cached: Tensor, keys_at: Tensor, mask: Tensor) -> Tensor:
-        """As of `LumosReference`, but for the order of sums."""
-        seen = mask[0]
-        if not torch.equal(mask, seen.expand_as(mask)):
-            return super().attention(queries, queries_at, cached, keys_at, mask)
-        q, k, v = (
-            heads.transpose(0, 1)[None]
-            for heads in (
-                self.rotate(queries, queries_at),
-                self.rotate(cached[0][seen], keys_at[:, seen]),
-                cached[1][seen],
-            )
-        )
-        return scaled_dot_product_attention(q, k, v, enable_gqa=True)[0].transpose(0, 1)
-
-
 def generate(
-    model: LumosReference,
-    video: World,
+    model: Lumos,
+    videos: Sequence[World],
     frames: int,
     policy: str,
-    options: MaskedOptions,
+    options: Sequence[MaskedOptions],
     *,
     with_image: bool = True,
-    text: str | None = None,
+    texts: Sequence[str] | None = None,
+    config: str = PRESET,
 ) -> np.ndarray:
-    """Make the frames of a world.
+    """Make the frames of worlds.
 
     Args:
-        model: the checkpoint.
-        video: the world; its frame 0 is the conditioning image.
+        model: the bundle.
+        videos: V worlds; their frame 0 is the conditioning image.
         frames: how many to make.
         policy: one of `POLICIES`.
-        options: of the request.
+        options: of each request; but for the seed they are the same.
         with_image: image to video; else text to video.
-        text: of the prompt; None: what the world does.
+        texts: of the prompts; None: what the worlds do.
+        config: of the server.
 
     Returns:
-        Codes, int64 [frames, 16, 16]: of image to video frames 1, 2, ... of the world.
+        Codes, int64 [V, frames, 16, 16]: of image to video frames 1, 2, ... of each world.
     """
-    ids = prompt(video.prompt if text is None else text, frames, build_text_tokenizer())
-    if with_image:
-        ids += world_frame(video, 0).tolist()
-    plan = LUMOS.request(
-        ServerConfig.parse("packcache", PRESET, family=LUMOS), request_options(frames, options, policy=policy), ids
-    )
-    made = generate_masked(model, ids, frames, plan.conditional, plan.options, BLOCK_SIZE)
-    return np.stack([lumos.codes_of_frame(frame, GRID_SHAPE) for frame in made.frames.numpy()])
+    server = ServerConfig.parse("packcache", config, family=LUMOS)
+    requests = []
+    for video, text, own in zip(videos, texts or [video.prompt for video in videos], options, strict=True):
+        ids = prompt(text, frames, build_text_tokenizer())
+        if with_image:
+            ids += world_frame(video, 0).tolist()
+        plan = LUMOS.request(server, request_options(frames, own, policy=policy), ids)
+        requests.append(Request(ids, plan.conditional, plan.options))
+    return generate_together(model, requests, BLOCK_SIZE, frames)
 
 
 class Evaluation:
     """Measurements on the same held-out worlds.
 
     Args:
-        model: the checkpoint.
+        model: the bundle.
         count: of worlds.
     """
 
-    def __init__(self, model: LumosReference, count: int) -> None:
+    def __init__(self, model: Lumos, count: int) -> None:
         self._model = model
         self._tokenizer = VideoTokenizer()
         self.worlds = [make_world(FIRST_HELD_OUT_SEED + i) for i in range(count)]
@@ -134,12 +119,21 @@ class Evaluation:
             with_text: whether the prompt has words.
         """
         worlds = self.worlds[:count]
-        text = None if with_text else ""
         made = [
-            generate(self._model, world, frames, policy, dataclasses.replace(options, seed=seed), text=text)
-            for seed, world in enumerate(track(worlds, f"{frames} frames, {policy}, {options}"))
+            codes
+            for some, own in self._together(f"{frames} frames, {policy}, {options}", worlds, options)
+            for codes in generate(self._model, some, frames, policy, own, texts=None if with_text else [""] * len(some))
         ]
         return self._summary(worlds, made)
+
+    @staticmethod
+    def _together(
+        what: str, worlds: Sequence[World], options: MaskedOptions
+    ) -> Iterator[tuple[Sequence[World], list[MaskedOptions]]]:
+        """Worlds that are computed at a time, with options that have a seed each."""
+        for first in track(range(0, len(worlds), AT_ONCE), what):
+            some = worlds[first : first + AT_ONCE]
+            yield some, [dataclasses.replace(options, seed=first + number) for number in range(len(some))]
 
     def copies(self, frames: int) -> dict[str, Any]:
         """The same for a video that is its conditioning image all along."""
@@ -148,10 +142,9 @@ class Evaluation:
     def shown(self, options: MaskedOptions) -> float:
         """Text to video: the share of objects that the first frame shows whole, in their shape and colour."""
         found = []
-        for seed, world in enumerate(track(self.worlds, f"text to video, {options}")):
-            changed = dataclasses.replace(options, seed=seed)
-            (frame,) = generate(self._model, world, 1, "full", changed, with_image=False)
-            found += [shows(frame, world, number) for number in range(len(world.objects))]
+        for some, own in self._together(f"text to video, {options}", self.worlds, options):
+            for world, codes in zip(some, generate(self._model, some, 1, "full", own, with_image=False), strict=True):
+                found += [shows(codes[0], world, number) for number in range(len(world.objects))]
         return round(sum(found) / len(found), 4)
 
     def _summary(self, worlds: Sequence[World], made: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -171,11 +164,11 @@ def shows(frame: np.ndarray, video: World, number: int) -> bool:
     return bool(((places == look) | (look < 0)).all((2, 3)).any())
 
 
-def evaluate(model: LumosReference, count: int, swept: int) -> dict[str, Any]:
+def evaluate(model: Lumos, count: int, swept: int) -> dict[str, Any]:
     """Everything that ``evaluation.json`` says of the quality.
 
     Args:
-        model: the checkpoint.
+        model: the bundle.
         count: worlds for the options of the demo.
         swept: worlds for each change of these.
     """
@@ -201,7 +194,7 @@ def evaluate(model: LumosReference, count: int, swept: int) -> dict[str, Any]:
         "without_text": without_text,
         "text_to_video_objects_shown": {
             str(guidance): evaluation.shown(dataclasses.replace(OPTIONS, guidance=guidance))
-            for guidance in (1.0, OPTIONS.guidance, 4.0)
+            for guidance in (1.0, OPTIONS.guidance, 3.0)
         },
     }
 
@@ -210,15 +203,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Evaluate the masked demo model on held-out worlds.")
     parser.add_argument("--bundle", type=Path, default=MODEL_DIR)
-    parser.add_argument("--videos", type=int, default=8, help="for the options of the demo")
-    parser.add_argument("--swept", type=int, default=4, help="videos for each change of an option")
+    parser.add_argument("--videos", type=int, default=50, help="for the options of the demo")
+    parser.add_argument("--swept", type=int, default=25, help="videos for each change of an option")
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with TemporaryDirectory() as folder:
-        model = FusedLumos.load(write_checkpoint(folder, args.bundle))
-    results = evaluate(model, args.videos, args.swept)
+    results = evaluate(load_bundle(args.bundle), args.videos, args.swept)
     args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -93,6 +93,54 @@ _TEXT_TO_MIDDLE = 66
 """Positions between the video's begin and the middle of a picture, on the columns' axis."""
 
 
+class Asked(NamedTuple):
+    """Tokens to predict: of which video, which frame, which row and which column, int64 [A] each."""
+
+    video: Tensor
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+
+
+class Past(Protocol):
+    """What frames of V videos can see of what was before."""
+
+    def kept(self, asked: Asked) -> Tensor:
+        """How many frames lie between the conditioning image and the frame of each token, int64 [A]."""
+
+    def there(self, asked: Asked, picture: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Whether tokens can see those of pictures, bool [A].
+
+        Args:
+            asked: the tokens.
+            picture: number of a picture of the history, int64 [A].
+            row: of a token in it.
+            column: the same; that of the row's end is as many as there are columns.
+        """
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A `Past` of whole frames, or of some of their rows.
+
+    Args:
+        window: frames that are kept, [V]; the image follows on them.
+        dropped: of each frame, of which rows nothing is left once it is older than the last one, bool [V, T, 16].
+    """
+
+    window: Tensor
+    dropped: Tensor
+
+    def kept(self, asked: Asked) -> Tensor:
+        """As `Past`."""
+        return torch.minimum(asked.frame, self.window[asked.video])
+
+    def there(self, asked: Asked, picture: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """As `Past`."""
+        older = (picture > 0) & (picture < asked.frame)
+        return ~(self.dropped[asked.video, (picture - 1).clamp(min=0), row] & older)
+
+
 @dataclass(frozen=True)
 class Videos:
     """What V videos of T frames show, as rows of the embedding.
@@ -103,8 +151,7 @@ class Videos:
         image: whether there is a conditioning image, bool [V].
         history: the image and the frames as they were committed, [V, 1 + T, 16, 16].
         canvas: the frames as they are while they are made, [V, T, 16, 16].
-        window: frames that are kept, [V]; the image follows on them.
-        dropped: of each frame, of which rows nothing is left once it is older than the last one, bool [V, T, 16].
+        past: what of the history can be seen.
     """
 
     text: Tensor
@@ -112,17 +159,7 @@ class Videos:
     image: Tensor
     history: Tensor
     canvas: Tensor
-    window: Tensor
-    dropped: Tensor
-
-
-class Asked(NamedTuple):
-    """Tokens to predict: of which video, which frame, which row and which column, int64 [A] each."""
-
-    video: Tensor
-    frame: Tensor
-    row: Tensor
-    column: Tensor
+    past: Past
 
 
 @torch.no_grad()
@@ -252,12 +289,12 @@ def looked_at(model: Lumos, videos: Videos, asked: Asked, place: Place) -> Tenso
         there = torch.ones_like(inside)
         seen = videos.canvas[video, frame, *at]
     else:
-        kept = torch.minimum(frame, videos.window[video])
-        source = frame - place.back
+        kept = videos.past.kept(asked)
+        # The image is the history's first picture, and follows on what is kept.
         image = (place.back == kept + 1) & videos.image[video]
-        gone = videos.dropped[video, source.clamp(min=0), at[0]] & (place.back > 1)
-        there = image | ((place.back <= kept) & ~gone)
-        seen = videos.history[video, torch.where(image, 0, source + 1).clamp(min=0), *at]
+        picture = torch.where(image, 0, frame - place.back + 1).clamp(min=0)
+        there = (image | (place.back <= kept)) & videos.past.there(asked, picture, at[0], column.clamp(0, COLUMNS))
+        seen = videos.history[video, picture, *at]
     seen = torch.where(end, newline, seen)
     return torch.where((inside | end) & there, seen, begin)
 
@@ -273,7 +310,7 @@ def hidden(model: Lumos, videos: Videos, asked: Asked) -> Tensor:
     count, length = videos.text.shape
     written = torch.arange(length) < videos.text_length[:, None]
     text_positions = torch.arange(length)[None, :, None].expand(count, -1, 3)
-    kept = torch.minimum(asked.frame, videos.window[asked.video]) + videos.image[asked.video]
+    kept = videos.past.kept(asked) + videos.image[asked.video]
     frame, row, column = lumos.MM_ROPE_SCALE
     first = videos.text_length[asked.video] + lumos.FRAME_START_TOKENS
     positions = torch.stack([first + frame * kept, first + row * asked.row, first + column * asked.column], -1)

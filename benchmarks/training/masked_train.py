@@ -85,8 +85,10 @@ def videos_of(model: Lumos, lessons: list[MaskedLesson], masked: np.ndarray) -> 
         image=torch.tensor([lesson.image for lesson in lessons]),
         history=_tensor(history),
         canvas=_tensor(np.where(masked, mask, seen[:, 1:])),
-        window=torch.tensor([lesson.window for lesson in lessons]),
-        dropped=_tensor(np.stack([lesson.dropped for lesson in lessons])),
+        past=sparse.Windows(
+            torch.tensor([lesson.window for lesson in lessons]),
+            _tensor(np.stack([lesson.dropped for lesson in lessons])),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ rest. What attention gives beside that is below a hundredth; the whole model is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,10 @@ _READING, _READING_DEEPER = 40.0, 200.0
 """How much more of a word a head of words sees than of any other token, were inputs no longer than embeddings. Those of
 deeper layers are, several times."""
 
+_UNREAD = 2e4
+"""How much louder a key says that it is none of a word. Nobody reads what is not a word, however small norms make that;
+half precision reaches three times as far."""
+
 _ANY, _WORD, _FIRST, _OTHER = 0, 1, 2, 3
 """Dimensions of the embedding that are constants: of all tokens but the first, of words, of the first, of no words."""
 CONSTANTS = 4
@@ -54,19 +58,6 @@ _LEFT_SQUARED = 512.0
 
 The constants are most of it, or what layers write would drown them; norms make the rest as large again."""
 _GAIN = 8.0
-
-
-@dataclass(frozen=True)
-class Past:
-    """What a video's tokens can see of it.
-
-    Args:
-        window: frames that are kept, int64 [V]; what is older is not there, and the condition follows on the window.
-        dropped: of each frame, of which rows nothing is left once it is older than the last one, bool [V, T, 16].
-    """
-
-    window: Tensor
-    dropped: Tensor
 
 
 class Asked(NamedTuple):
@@ -79,6 +70,61 @@ class Asked(NamedTuple):
 
     video: Tensor
     place: Tensor
+
+
+class Past(Protocol):
+    """What tokens of V videos can see of what was before."""
+
+    def slide(self, rows: Asked) -> Tensor:
+        """By how many tokens the window has come nearer to the condition while tokens are computed, int64 [R]."""
+
+    def there(self, rows: Asked, at: Tensor) -> Tensor:
+        """Whether tokens can see those with the indices ``at``, [R, looks], of their videos, bool [R, looks]."""
+
+    def words(self) -> Tensor | None:
+        """Which of the words can be seen, bool [V, L]; None: all."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A `Past` of whole frames, or of some of their rows.
+
+    Args:
+        window: frames that are kept, int64 [V]; what is older is not there, and the condition follows on the window.
+        dropped: of each frame, of which rows nothing is left once it is older than the last one, bool [V, T, 16].
+    """
+
+    window: Tensor
+    dropped: Tensor
+
+    def slide(self, rows: Asked) -> Tensor:
+        """As `Past`."""
+        return (_frame(rows.place) - self.window[rows.video]).clamp(min=0) * FRAME_TOKENS
+
+    def there(self, rows: Asked, at: Tensor) -> Tensor:
+        """As `Past`."""
+        inside = (at - CONDITION_TOKENS).clamp(min=0)
+        older = inside // FRAME_TOKENS
+        row = ((inside % FRAME_TOKENS - 1).clamp(min=0)) // GRID
+        gone = self.dropped[rows.video[:, None], older.clamp(max=self.dropped.shape[1] - 1), row]
+        return ~(gone & (at >= CONDITION_TOKENS) & (older < _frame(rows.place)[:, None] - 1))
+
+    def words(self) -> None:
+        """All."""
+
+
+class Known(NamedTuple):
+    """What videos say whatever is asked of them.
+
+    Args:
+        keys: of the words, of each layer [V, heads, L, head_dim].
+        values: the same.
+        said: what each token says to heads that look at it, [vocabulary, heads, head_dim].
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    said: Tensor
 
 
 def looking_heads(size: LlamaSize) -> int:
@@ -148,11 +194,13 @@ def pin(model: Llama, tokenizer: VideoTokenizer) -> None:
             queries[head, :half, _ANY] = amplitude * angle.cos()
             queries[head, half:, _ANY] = -amplitude * angle.sin()
             queries[head, slowest, _ANY] = (sum(_STRENGTHS) - NOTHING) * scale
-        keys[looked:, slowest, :CONSTANTS] = torch.tensor([0.0, 1.0, 0.0, -1.0])
-        keys[looked:, half + slowest, :CONSTANTS] = 0
-        queries[looking:, half + slowest, :CONSTANTS] = 0
+        # A pair of channels says what kind of token this is, and nothing else: what layers have written is a hundred
+        # times as long as a constant, and may point anywhere.
+        pair = [slowest, half + slowest]
+        keys[looked:, pair], queries[looking:, pair] = 0, 0
+        keys[looked:, slowest, _WORD], keys[looked:, slowest, _OTHER] = 1, -_UNREAD
         reading = (_READING_DEEPER if number else _READING) * size.head_dim**0.5 / (seen * _WORD_VALUE / norm)
-        queries[looking:, slowest, :CONSTANTS] = torch.tensor([reading, 0.0, 0.0, 0.0])
+        queries[looking:, slowest, _ANY] = reading
 
 
 def _frame(place: Tensor) -> Tensor:
@@ -161,7 +209,7 @@ def _frame(place: Tensor) -> Tensor:
 
 
 def looked_at(ids: Tensor, past: Past, rows: Asked, first: int) -> Tensor:
-    """The tokens at the distances of `LOOKS` before the next token, [A, looks]; ``first`` where there is none.
+    """The tokens at the distances of `LOOKS` before the next token, [R, looks]; ``first`` where there is none.
 
     Args:
         ids: of the videos, [V, T].
@@ -169,22 +217,58 @@ def looked_at(ids: Tensor, past: Past, rows: Asked, first: int) -> Tensor:
         rows: tokens that are looked from.
         first: the id that stands for nothing.
     """
-    place = rows.place[:, None]
-    frame = _frame(place)
-    slide = (frame - past.window[rows.video][:, None]).clamp(min=0) * FRAME_TOKENS
-    at = place - torch.tensor(LOOKS)
+    at = rows.place[:, None] - torch.tensor(LOOKS)
+    slide = past.slide(rows)[:, None]
     # The condition follows on the window, wherever that has got to.
     at = torch.where(at - slide >= CONDITION_TOKENS, at, at - slide)
-    inside = (at - CONDITION_TOKENS).clamp(min=0)
-    older = inside // FRAME_TOKENS
-    row = ((inside % FRAME_TOKENS - 1).clamp(min=0)) // GRID
-    gone = past.dropped[rows.video[:, None], older.clamp(max=past.dropped.shape[1] - 1), row]
-    gone = gone & (at >= CONDITION_TOKENS) & (older < frame - 1)
-    there = (at >= 0) & ~gone
-    return torch.where(there, ids[rows.video[:, None], at.clamp(min=0)], first)
+    own = at.clamp(min=0)
+    there = (at >= 0) & past.there(rows, own)
+    return torch.where(there, ids[rows.video[:, None], own], first)
 
 
-def hidden(model: Llama, tokenizer: VideoTokenizer, ids: Tensor, past: Past, asked: Asked) -> Tensor:
+def learn_words(model: Llama, tokenizer: VideoTokenizer, ids: Tensor) -> Known:
+    """Compute the words of V videos, which all that comes later reads.
+
+    Args:
+        model: whose heads look as `pin` has them look.
+        tokenizer: of the ids.
+        ids: of the videos, [V, T].
+    """
+    size, videos = model.size, len(ids)
+    group = size.num_attention_heads // size.num_key_value_heads
+    # Words begin behind the first token.
+    at = torch.arange(1, 1 + TEXT_TOKENS)
+    back = at[:, None] - torch.tensor(LOOKS)
+    seen = torch.where(back >= 0, ids[:, back.clamp(min=0)], tokenizer.bos_id).flatten(0, 1)
+    turn = rotary_table(size, 1, TEXT_TOKENS)
+    said = _said(model)
+    x = model.model.embed_tokens(ids[:, at]).flatten(0, 1)
+    keys, values = [], []
+    for number, layer in enumerate(model.layers):
+        looking = looking_heads(size) if number == 0 else 0
+        normed = layer.input_layernorm(x)
+        query, key, value = (
+            F.linear(normed, module.weight[heads * size.head_dim :])
+            .view(videos, TEXT_TOKENS, -1, size.head_dim)
+            .transpose(1, 2)
+            for module, heads in (
+                (layer.self_attn.q_proj, looking),
+                (layer.self_attn.k_proj, looking // group),
+                (layer.self_attn.v_proj, looking // group),
+            )
+        )
+        query, key = rotate(query, *turn), rotate(key, *turn)
+        keys.append(key)
+        values.append(value)
+        read = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        read = read.transpose(1, 2).flatten(0, 1).flatten(1)
+        x = _after(layer, x, torch.cat([_look(said, seen, tokenizer.bos_id, size), read], 1) if looking else read)
+    return Known(keys, values, said)
+
+
+def hidden(
+    model: Llama, tokenizer: VideoTokenizer, ids: Tensor, past: Past, asked: Asked, known: Known | None = None
+) -> Tensor:
     """Final hidden states before the asked tokens, [A, hidden]: `Llama.hidden` there, as far as heads see their own.
 
     Args:
@@ -193,80 +277,63 @@ def hidden(model: Llama, tokenizer: VideoTokenizer, ids: Tensor, past: Past, ask
         ids: of the videos, [V, T].
         past: what there is of them.
         asked: the tokens.
+        known: of `learn_words` of these videos, if that is done already.
     """
     size = model.size
-    videos = len(ids)
-    # Words begin behind the first token.
-    at = torch.arange(1, 1 + TEXT_TOKENS)
-    words = Asked(torch.arange(videos).repeat_interleave(TEXT_TOKENS), at.repeat(videos))
-    before = Asked(asked.video, asked.place - 1)
-    rows = Asked(torch.cat([words.video, before.video]), torch.cat([words.place, before.place]))
-    own = ids[rows.video, rows.place]
+    known = known or learn_words(model, tokenizer, ids)
+    rows = Asked(asked.video, asked.place - 1)
     seen = looked_at(ids, past, rows, tokenizer.bos_id)
-    position = rows.place - (_frame(rows.place) - past.window[rows.video]).clamp(min=0) * FRAME_TOKENS
-    table = rotary_table(size, 0, int(position.max()) + 1)
-    cos, sin = (values[position][:, None] for values in table)
-    x = model.model.embed_tokens(own)
+    position = rows.place - past.slide(rows)
+    first = int(position.min())
+    cos, sin = (
+        values[position - first][:, None] for values in rotary_table(size, first, int(position.max()) + 1 - first)
+    )
     # Videos are asked differently often: each token's number among those of its video.
     order = torch.argsort(asked.video, stable=True)
-    counts = torch.bincount(asked.video, minlength=videos)
+    counts = torch.bincount(asked.video, minlength=len(ids))
     slot = torch.empty_like(order)
     slot[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    own, most = (asked.video, slot), int(counts.max())
+    words = past.words()
+    mask = None if words is None else words[:, None, None]
+    x = model.model.embed_tokens(ids[rows.video, rows.place])
     for number, layer in enumerate(model.layers):
-        normed = layer.input_layernorm(x)
         looking = looking_heads(size) if number == 0 else 0
-        read = _read_words(layer, size, normed, (cos, sin), videos, (asked.video, slot), looking)
-        if number == 0:
-            read = torch.cat([_look(model, layer, seen, tokenizer.bos_id), read], 1)
-        x = x + layer.self_attn.o_proj(read)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.model.norm(x[len(words.place) :])
+        query = F.linear(layer.input_layernorm(x), layer.self_attn.q_proj.weight[looking * size.head_dim :])
+        query = rotate(query.view(len(x), -1, size.head_dim), cos, sin)
+        found = _read(query.new_zeros(len(ids), most, *query.shape[1:]).index_put(own, query), known, number, mask)
+        read = found[own].flatten(1)
+        x = _after(layer, x, torch.cat([_look(known.said, seen, tokenizer.bos_id, size), read], 1) if looking else read)
+    return model.model.norm(x)
 
 
-def _look(model: Llama, layer: Layer, seen: Tensor, first: int) -> Tensor:
-    """What the looking heads read, [R, heads * head_dim]."""
-    size = model.size
-    heads = looking_heads(size)
-    values = layer.self_attn.v_proj(layer.input_layernorm(model.model.embed_tokens.weight))
-    values = values.view(size.vocab_size, -1, size.head_dim)
-    group = size.num_attention_heads // size.num_key_value_heads
-    shared = torch.arange(heads) // group
-    read = values[seen, shared]
-    of_nothing = 1 / (1 + torch.tensor(NOTHING).exp())
-    return (read + of_nothing * (values[first, shared] - read)).flatten(1)
+def _read(query: Tensor, known: Known, layer: int, mask: Tensor | None) -> Tensor:
+    """What heads read of the words, [V, n, heads, head_dim], of queries of the same shape.
 
-
-def _read_words(
-    layer: Layer,
-    size: LlamaSize,
-    normed: Tensor,
-    turn: tuple[Tensor, Tensor],
-    videos: int,
-    own: tuple[Tensor, Tensor],
-    looking: int,
-) -> Tensor:
-    """What the heads of words read, [R, heads * head_dim].
-
-    Args:
-        layer: whose heads they are.
-        size: of the model.
-        normed: its input, [R, hidden]: the words of all videos, then the tokens that are asked from.
-        turn: of a `rotary_table`, for each of these.
-        videos: V.
-        own: of each token that is asked from, its video and its number among those of that video.
-        looking: heads before them.
+    Heads that share a key are queries of one head: many small products become few large ones.
     """
-    cos, sin = turn
-    attention = layer.self_attn
-    words, group = videos * TEXT_TOKENS, size.num_attention_heads // size.num_key_value_heads
-    looked = looking // group
-    query = F.linear(normed, attention.q_proj.weight[looking * size.head_dim :]).view(len(normed), -1, size.head_dim)
-    key = F.linear(normed[:words], attention.k_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
-    value = F.linear(normed[:words], attention.v_proj.weight[looked * size.head_dim :]).view(words, -1, size.head_dim)
-    query, key = rotate(query, cos, sin), rotate(key, cos[:words], sin[:words])
-    key, value = (each.unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2) for each in (key, value))
-    among = query[:words].unflatten(0, (videos, TEXT_TOKENS)).transpose(1, 2)
-    among = F.scaled_dot_product_attention(among, key, value, is_causal=True, enable_gqa=True)
-    padded = query.new_zeros(videos, int(own[1].max()) + 1, *query.shape[1:]).index_put(own, query[words:])
-    found = F.scaled_dot_product_attention(padded.transpose(1, 2), key, value, enable_gqa=True).transpose(1, 2)
-    return torch.cat([among.transpose(1, 2).flatten(0, 1), found[own]]).flatten(1)
+    keys, values = known.keys[layer], known.values[layer]
+    grouped = query.unflatten(2, (keys.shape[1], -1)).transpose(1, 2)
+    found = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask)
+    return found.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(2, 3)
+
+
+def _after(layer: Layer, x: Tensor, read: Tensor) -> Tensor:
+    """The residual stream behind a layer, [R, hidden], of what its heads read, [R, heads * head_dim]."""
+    x = x + layer.self_attn.o_proj(read)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _said(model: Llama) -> Tensor:
+    """What each token says to the heads that look at it: see `Known`."""
+    layer = model.layers[0]
+    values = layer.self_attn.v_proj(layer.input_layernorm(model.model.embed_tokens.weight))
+    return values.unflatten(1, (-1, model.size.head_dim))
+
+
+def _look(said: Tensor, seen: Tensor, first: int, size: LlamaSize) -> Tensor:
+    """What the looking heads read, [R, heads * head_dim]."""
+    shared = torch.arange(looking_heads(size)) // (size.num_attention_heads // size.num_key_value_heads)
+    read = said[seen, shared]
+    of_nothing = 1 / (1 + torch.tensor(NOTHING).exp())
+    return (read + of_nothing * (said[first, shared] - read)).flatten(1)

@@ -44,7 +44,7 @@ class VideoCourse(Course):
             torch.arange(len(lessons)).repeat_interleave(torch.tensor(counts)),
             torch.from_numpy(np.concatenate(places)),
         )
-        past = sparse.Past(
+        past = sparse.Windows(
             torch.tensor([lesson.window for lesson in lessons]),
             torch.from_numpy(np.stack([lesson.dropped for lesson in lessons])),
         )
@@ -91,4 +91,4 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(from_command_line("Train the demo video model on the toy world.", steps=5000))
+    main(from_command_line("Train the demo video model on the toy world.", steps=6400))

@@ -92,7 +92,9 @@ def test_every_policy_of_the_comparison_is_a_configuration_of_its_own():
 # The decoder
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[n] for n in (0, 1, 2, 3, 5, 7, 9, 10)], ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if not v.server.policy.reads_tokens][::2], ids=lambda variant: variant.name
+)
 def test_generates_what_the_reference_finds_likeliest(model, tokenizer, variant: Variant):
     frames = 6
     world = make_world(FIRST_HELD_OUT_SEED + 3)
@@ -173,7 +175,7 @@ def test_a_masked_video_is_that_of_a_request(masked_model: Masked, tokenizer, nu
     seed = FIRST_HELD_OUT_SEED + 1
     world = make_world(seed)
 
-    made = masked_model.maker(variant, 3)(seed, world, np.zeros(0, int))
+    made = masked_model.maker(variant, 3)(range(seed, seed + 1))[0]
 
     words = build_text_tokenizer().encode(world.prompt).ids
     prompt = [0, *words, 8710, 9004, 8804 + 3, 8804 + 4, *lumos.frame_of_codes(world.frame_ids(0)).tolist()]
@@ -322,9 +324,11 @@ def test_differences_are_of_the_same_videos(done):
 def test_goals_follow_from_the_differences(done):
     _, result, _ = done
     assert {(t["goal"], t["span"]) for t in result["targets"]} == {
-        ("not worse than full cache", "frames 1-2"),
-        ("better than last frame", "frames 3-4"),
-        ("better than last frame, absolute", "frames 3-4"),
+        ("packcache not worse than full cache", "frames 1-2"),
+        ("packcache better than last frame", "frames 3-4"),
+        ("packcache better than last frame, absolute", "frames 3-4"),
+        ("changed better than packcache", "frames 1-2"),
+        ("changed better than packcache", "frames 3-4"),
     }
     for target in result["targets"]:
         mean = target["mean"] if target["measure"] != "flicker" else -target["mean"]

@@ -156,7 +156,7 @@ def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
         for target in result.get("targets", []):
             if "goal" in target:
                 own = [row for row in rows if row["place"] == target["span"]]
-                own = [row for row in own if row["name"] == f"packcache {target['goal']}"]
+                own = [row for row in own if row["name"] == target["goal"]]
                 found = {row["measure"]: row["value"] for row in own}
                 assert found[f"goal: {target['measure']}"] == str(target["mean"])
                 assert found[f"goal met: {target['measure']}"] == str(int(target["met"]))

@@ -17,6 +17,7 @@ FRAME_TOKENS = {
     "demo": 257,
     "demo_changed": 257,
     "demo_masked": 276,
+    "demo_masked_changed": 276,
     "emu3": 8191,
     "emu3_5": 2077,
     "lumos1_256p": 1828,
@@ -24,10 +25,11 @@ FRAME_TOKENS = {
     "lumos1_480p": 5824,
 }
 
-POLICIES = {"demo_changed": PackCache(history_frames=2, window=12, decay=0.5, selection="changed")}
+CHANGED = PackCache(history_frames=2, window=12, decay=0.5, selection="changed")
+POLICIES = {"demo_changed": CHANGED, "demo_masked_changed": CHANGED}
 """Of presets that have not the usual one."""
 
-LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p")
+LUMOS1 = ("demo_masked", "demo_masked_changed", "lumos1_256p", "lumos1_384p", "lumos1_480p")
 
 
 def test_all_presets_are_known_here() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.training.masked_evaluate import FusedLumos
-from vllm_packcache.demo.masked.bundle import write_checkpoint
+from benchmarks.training.masked_bundle import load_bundle
+from benchmarks.training.masked_model import Lumos
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> FusedLumos:
-    """The bundled masked model as the reference computes it."""
-    model = FusedLumos.load(write_checkpoint(tmp_path_factory.mktemp("masked")))
-    assert isinstance(model, FusedLumos)
-    return model
+def loaded() -> Lumos:
+    """The bundled masked model as it is trained."""
+    return load_bundle()

@@ -14,25 +14,18 @@ from benchmarks.training import masked_evaluate as evaluate
 from benchmarks.training import masked_sparse as sparse
 from benchmarks.training import masked_train as train
 from benchmarks.training.masked_model import LumosSize
-from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo import scores
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked.tokenizer import (
-    FRAME,
-    GRID_SHAPE,
     RATE,
     build_text_tokenizer,
     prompt,
     used_ids,
-    world_frame,
 )
 from vllm_packcache.demo.tokenizer import WORDS, VideoTokenizer
 from vllm_packcache.demo.world import make_world, palette
-from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.families import lumos
 from vllm_packcache.reference.lumos import LumosReference
-from vllm_packcache.reference.masked_video import MaskedVideo
-
-F = FRAME.tokens_per_frame
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +36,6 @@ def saved(tmp_path_factory) -> LumosReference:
     sparse.initialise(model, torch.Generator().manual_seed(0))
     masked_bundle.save_bundle(model, folder / "bundle")
     return LumosReference.load(bundle.write_checkpoint(folder / "checkpoint", folder / "bundle"))
-
-
-@torch.inference_mode()
-def test_fused_attention_is_that_of_the_reference(saved):
-    reference = saved
-    fused = evaluate.FusedLumos(reference.config, reference._weights)
-    world = make_world(3)
-    ids = prompt(world.prompt, 4, build_text_tokenizer()) + world_frame(world, 0).tolist()
-    request = bundle.request_options(6, lumos.MaskedOptions(steps=2, guidance=2.0), policy="packcache")
-    plan = ServerConfig.parse("packcache", bundle.PRESET, family=LUMOS).request(request, ids)
-    videos = [
-        MaskedVideo(model, ids, 6, plan.conditional, plan.options, evaluate.BLOCK_SIZE) for model in (reference, fused)
-    ]
-    for frame in range(6):
-        empty = torch.from_numpy(lumos.masked_frame(GRID_SHAPE))
-        one, two = (video._guided_logits(frame, empty) for video in videos)
-        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
-        for video in videos:
-            video.commit(frame, torch.from_numpy(world_frame(world, frame + 1)))
 
 
 def test_a_checkpoint_has_every_row_and_only_used_ones_are_not_zero(saved):
@@ -111,7 +85,7 @@ def test_the_bundle_is_as_good_as_its_evaluation_says(loaded):
     assert recorded["options"] == dataclasses.asdict(bundle.OPTIONS)
     assert recorded["trained_frames"] == bundle.TRAINED_FRAMES
     world = make_world(scores.FIRST_HELD_OUT_SEED)
-    codes = evaluate.generate(loaded, world, 2, "packcache", bundle.OPTIONS)
+    codes = evaluate.generate(loaded, [world], 2, "packcache", [bundle.OPTIONS])[0]
     true = np.stack([world.frame_ids(k) for k in (1, 2)])
     changed = true != np.stack([world.frame_ids(k) for k in (0, 1)])
     assert (codes == true).mean() > 0.98
@@ -128,7 +102,7 @@ def test_the_text_says_which_way_things_go(loaded):
             (world.prompt, said),
             (" ".join(other.get(word, word) for word in world.prompt.split()), contradicted),
         ):
-            codes = evaluate.generate(loaded, world, 1, "full", bundle.OPTIONS, text=text)
+            codes = evaluate.generate(loaded, [world], 1, "full", [bundle.OPTIONS], texts=[text])[0]
             right.append((codes[0] == true)[true != before].mean())
     assert np.mean(said) > 0.8
     assert np.mean(contradicted) < 0.6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -13,21 +12,23 @@ import pytest
 from PIL import Image
 
 from benchmarks.training import masked_evaluate as evaluate
+from benchmarks.training.masked_model import Lumos
 from tests.demo.test_run import ENVIRONMENT, SHORT, SHORTER, planned, processes_of
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.masked import run
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
-from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
+from vllm_packcache.demo.masked.bundle import OPTIONS, request_options
 from vllm_packcache.demo.run import CACHES
+from vllm_packcache.demo.scores import sightings
 from vllm_packcache.demo.tokenizer import VideoTokenizer
-from vllm_packcache.demo.world import make_world
+from vllm_packcache.demo.world import GRID, make_world
 from vllm_packcache.families import LUMOS
 from vllm_packcache.serving.log import record_of
 from vllm_packcache.tools.explain import explain
 
 
 @pytest.mark.timeout(500)
-def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: evaluate.FusedLumos) -> None:
+def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: Lumos) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
         [*SHORTER, "demo-masked", "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=450
@@ -41,24 +42,24 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: eva
     example = make_world(run.EXAMPLE)
     ids = masked_tokenizer.prompt(example.prompt, SHORT, masked_tokenizer.build_text_tokenizer())
     ids += masked_tokenizer.world_frame(example, 0).tolist()
-    server = ServerConfig.parse("packcache", PRESET, family=LUMOS)
+    server = ServerConfig.parse("packcache", run.CONFIG, family=LUMOS)
+    seen = sightings(example, np.zeros((SHORT, GRID, GRID), int)).visible.sum()
     for cache in CACHES:
         request = server.request(request_options(SHORT, OPTIONS, **cache.options), ids)
         assert request is not None
         held = planned(request)
         assert record_of(out / "server.log", f"cmpl-{cache.name}-")["peak_tokens_by_frame"] == held
-        assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +\d+ of {2 * SHORT} │", done.stdout)
+        assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +\d+ of {seen} │", done.stdout)
     assert processes_of(out / "server.log") == []
     # What explain --sequence reads: of both streams.
-    source = json.dumps({"layout": PRESET, "selection": "changed"})
-    explanation = explain(source, "packcache", sequence=out / "video.json")
+    explanation = explain(run.CONFIG, "packcache", sequence=out / "video.json")
     assert explanation.frames == SHORT
     assert [own.retention.layout for own in explanation.streams.values()] == [
         stream.plan.layout for stream in request.streams
     ]
 
     tokenizer = VideoTokenizer()
-    codes = evaluate.generate(loaded, example, SHORT, "packcache", OPTIONS)
+    codes = evaluate.generate(loaded, [example], SHORT, "packcache", [OPTIONS], config=run.CONFIG)[0]
     expected = tokenizer.decode_frames(codes + tokenizer.visual_offset).repeat(4, 1).repeat(4, 2)
     # GIF has 256 colours, and rounding may turn a token that is near a tie.
     near = np.abs(shown.astype(int) - expected).max(-1) <= 8

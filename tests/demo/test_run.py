@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from vllm_packcache.cli import app
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.plan import VideoRequest
-from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.retention import Retention, some_tokens
 from vllm_packcache.demo import run
 from vllm_packcache.demo.masked import run as masked
 from vllm_packcache.demo.scores import sightings
@@ -69,7 +69,7 @@ def planned(request: VideoRequest) -> list[int]:
     """Tokens, in whole blocks of 32, that the plan of a video keeps while each of `SHORT` frames is made."""
     held = np.zeros(SHORT, int)
     for stream in request.streams:
-        retention = Retention(stream.plan.layout, stream.plan.policy, 32)
+        retention = Retention(stream.plan.layout, stream.plan.policy, 32, some_tokens)
         for frame in range(SHORT):
             own = -(-retention.layout.frame_start(frame + 1) // 32) - retention.blocks.tail_start(frame)
             held[frame] += 32 * (len(retention.past(frame)) + own)
@@ -100,7 +100,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
         assert iio.imread(out / f"video.{suffix}").shape == (SHORT, 256, 256, 3)
         assert iio.imread(out / f"story.{suffix}").shape == (SHORT, 396, 3 * 272 + 16, 3)
     assert Image.open(out / "story.png").width == pytest.approx(1606, abs=2)
-    server = ServerConfig.parse("packcache", "demo")
+    server = ServerConfig.parse("packcache", run.CONFIG)
     for cache in run.CACHES:
         request = server.video({f"packcache_{name}": value for name, value in cache.options.items()}, CONDITION_TOKENS)
         assert request is not None
@@ -112,7 +112,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     video = read_video(out / "video.json", 0)
     assert video.condition_tokens == CONDITION_TOKENS
     assert len(video.token_ids) == CONDITION_TOKENS + SHORT * FRAME_TOKENS
-    explanation = explain("demo_changed", "packcache", sequence=out / "video.json")
+    explanation = explain(run.CONFIG, "packcache", sequence=out / "video.json")
     assert explanation.frames == SHORT
 
 
@@ -139,10 +139,10 @@ def test_a_configuration_for_other_videos_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_preset_of_what_changed_is_for_the_demo() -> None:
-    assert run.fitting("demo_changed", run.PRESET).policy.reads_tokens
-    source = '{"layout": "demo_masked", "selection": "changed"}'
-    assert masked.fitting(source, masked.PRESET, LUMOS).policy.reads_tokens
+def test_the_configurations_of_the_demos_are_for_their_videos() -> None:
+    assert run.fitting(run.CONFIG, run.PRESET).policy.reads_tokens
+    assert masked.fitting(masked.CONFIG, masked.PRESET, LUMOS).policy.reads_tokens
+    assert not run.fitting(run.PRESET, run.PRESET).policy.reads_tokens
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

@@ -37,8 +37,8 @@ def ids(tokenizer: VideoTokenizer) -> torch.Tensor:
     return torch.from_numpy(np.stack([video_ids(tokenizer, make_world(seed), FRAMES) for seed in (3, 4)]))
 
 
-def whole_past(videos: int) -> sparse.Past:
-    return sparse.Past(torch.full((videos,), FRAMES), torch.zeros(videos, FRAMES, GRID, dtype=torch.bool))
+def whole_past(videos: int) -> sparse.Windows:
+    return sparse.Windows(torch.full((videos,), FRAMES), torch.zeros(videos, FRAMES, GRID, dtype=torch.bool))
 
 
 @torch.inference_mode()

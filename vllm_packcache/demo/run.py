@@ -51,12 +51,12 @@ from vllm_packcache.serving.server import ServerError, client_of, serving, token
 from vllm_packcache.tools import sequences
 
 ASSETS = Path(__file__).parent / "assets"
-PRESET = "demo"
-"""Configuration of the server where nobody gives another, and of the layout of the videos."""
-EXAMPLE = 10_001
+PRESET, CONFIG = "demo", "demo_changed"
+"""Preset of the layout of the videos, and configuration of the server where nobody gives another."""
+EXAMPLE = 10_058
 """Seed of the world whose picture and sentence the assets are."""
-FRAMES = 24
-"""Half as many again as the model was trained on."""
+FRAMES = 20
+"""More than the model was trained on."""
 BLOCK_SIZE = 32
 FRAMES_PER_SECOND = 4
 MOST_CHARACTERS = 80
@@ -138,7 +138,7 @@ def claimed(out: Path) -> Iterator[Path]:
         yield log
 
 
-def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PRESET) -> None:
+def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = CONFIG) -> None:
     """Serve the bundled model, make a video with each of `CACHES`, and write what came out to ``out``.
 
     Args:

@@ -23,8 +23,8 @@ MODEL_DIR = Path(__file__).parent / "model"
 PRESET = "demo_masked"
 """Configuration of a server of this model."""
 
-OPTIONS = MaskedOptions(steps=8, guidance=1.5)
-"""How the demo's videos are made."""
+OPTIONS = MaskedOptions(steps=4, guidance=1.2, remask=0.0)
+"""How the demo's videos are made: what is committed is what is remembered, so none of it is masked again."""
 
 TRAINED_FRAMES = 10
 """Of the longest videos that the bundled model was trained on."""

@@ -34,10 +34,12 @@ from vllm_packcache.media.pictures import read_picture
 from vllm_packcache.serving.server import serving
 from vllm_packcache.tools import sequences
 
-FRAMES = 12
-EXAMPLE = 10_003
-"""Seed of the world that is shown when nobody gives a picture or a sentence: the first that evaluation uses without a
-pillar, behind which this model loses things."""
+CONFIG = "demo_masked_changed"
+"""Configuration of the server where nobody gives another."""
+FRAMES = 16
+"""More than the model was trained on."""
+EXAMPLE = 10_027
+"""Seed of the world that is shown when nobody gives a picture or a sentence."""
 
 
 class _Asked(NamedTuple):
@@ -56,7 +58,7 @@ class _Asked(NamedTuple):
     world: World | None
 
 
-def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = PRESET) -> None:
+def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = CONFIG) -> None:
     """Serve the bundled masked model, make a video with each cache of the demo, and write what came out to ``out``.
 
     Args:
@@ -99,7 +101,7 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str
     arguments = [
         *("--kv-cache-policy", "packcache", "--kv-cache-policy-config", config),
         *("--served-model-name", "demo", "--dtype", "float32"),
-        *("--max-model-len", "4096", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "2"),
+        *("--max-model-len", "8192", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "2"),
         *("--distributed-executor-backend", "uni"),
     ]
     with claimed(out) as log, TemporaryDirectory() as folder:

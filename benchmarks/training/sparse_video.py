@@ -1,0 +1,161 @@
+"""Videos of the demo model under any policy that keeps where they begin: many at once, computed where somebody asks.
+
+What lives while a frame is made is asked of the same core as in the engine. `tests/benchmarks/test_sparse.py` compares
+with the reference, which computes everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from benchmarks.training.live import live_tokens, retention_of
+from benchmarks.training.llama import Llama
+from benchmarks.training.sparse import LOOKS, Asked, Known, hidden, learn_words
+from vllm_packcache.core.plan import Plan
+from vllm_packcache.core.retention import Retention, some_tokens
+from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, TEXT_TOKENS, VideoTokenizer
+
+Int64 = npt.NDArray[np.int64]
+
+Bool = npt.NDArray[np.bool_]
+
+NOT_ASKED = -1
+"""In place of a token that nobody asked for."""
+
+
+def is_computable(plan: Plan, block_size: int, frames: int) -> bool:
+    """Whether the first token lives, which heads read where there is nothing, and nothing is where heads look wrongly.
+
+    Args:
+        plan: of a video.
+        block_size: tokens of a KV-cache block.
+        frames: of the video.
+    """
+    window = plan.positions.window
+    # What outlives the window stays at the place of its oldest frame.
+    if plan.policy.outlives_window and (window is None or (window - 1) * FRAME_TOKENS <= max(LOOKS)):
+        return False
+    retention = Retention(plan.layout, plan.policy, block_size, some_tokens)
+    return all(live_tokens(retention, frame)[0] for frame in range(frames))
+
+
+class LivePast:
+    """A `sparse.Past` of one frame of V videos.
+
+    Args:
+        plan: of all of them.
+        retentions: what each keeps.
+        frame: the frame that is made.
+    """
+
+    def __init__(self, plan: Plan, retentions: Sequence[Retention], frame: int) -> None:
+        masks: dict[int, Bool] = {}
+        for retention in retentions:
+            if id(retention) not in masks:
+                masks[id(retention)] = live_tokens(retention, frame)
+        self._live = torch.from_numpy(np.stack([masks[id(retention)] for retention in retentions]))
+        self._slide = plan.positions.window_start(frame) * FRAME_TOKENS
+
+    def slide(self, rows: Asked) -> Tensor:
+        """As `sparse.Past`."""
+        return torch.full_like(rows.place, self._slide)
+
+    def there(self, rows: Asked, at: Tensor) -> Tensor:
+        """As `sparse.Past`."""
+        return self._live[rows.video[:, None], at]
+
+    def words(self) -> Tensor:
+        """As `sparse.Past`."""
+        return self._live[:, 1 : 1 + TEXT_TOKENS]
+
+
+def _retentions(plan: Plan, block_size: int, ids: Int64) -> list[Retention]:
+    """What each video keeps; one for all, where that does not hang on what they show."""
+    if plan.policy.reads_tokens:
+        return [retention_of(plan, block_size, own) for own in ids]
+    return [retention_of(plan, block_size, ids[0])] * len(ids)
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama, tokenizer: VideoTokenizer, plan: Plan, block_size: int, prompts: Int64, frames: int
+) -> Int64:
+    """Greedy videos of V prompts.
+
+    Args:
+        model: the model.
+        tokenizer: of the ids.
+        plan: of every video; see `is_computable`.
+        block_size: tokens of a KV-cache block.
+        prompts: conditions, [V, C].
+        frames: T.
+
+    Returns:
+        Token ids, [V, T, F].
+    """
+    videos, stop = len(prompts), CONDITION_TOKENS + frames * FRAME_TOKENS
+    ids = np.zeros((videos, stop), dtype=np.int64)
+    ids[:, :CONDITION_TOKENS] = prompts
+    shown, every = torch.from_numpy(ids), torch.arange(videos)
+    known = learn_words(model, tokenizer, shown)
+    retentions = _retentions(plan, block_size, ids)
+    first = CONDITION_TOKENS
+    for frame in range(frames):
+        past = LivePast(plan, retentions, frame)
+        start = plan.layout.frame_start(frame)
+        # The last token of a frame says what the next one begins with.
+        for place in range(first, min(stop, start + FRAME_TOKENS + 1)):
+            asked = Asked(every, torch.full((videos,), place))
+            said = model.logits(hidden(model, tokenizer, shown, past, asked, known)).argmax(-1)
+            shown[:, place] = said
+        first = start + FRAME_TOKENS + 1
+    return ids[:, CONDITION_TOKENS:].reshape(videos, frames, FRAME_TOKENS)
+
+
+@torch.inference_mode()
+def likeliest(model: Llama, tokenizer: VideoTokenizer, plan: Plan, block_size: int, ids: Int64, asked: Bool) -> Int64:
+    """The most likely visual tokens of V videos, each after the true ones before it.
+
+    Args:
+        model: the model.
+        tokenizer: of the ids.
+        plan: of every video; see `is_computable`.
+        block_size: tokens of a KV-cache block.
+        ids: of the conditions and T whole frames, [V, C + T F].
+        asked: which tokens are asked for, [V, T, F - 1]: the first token of a frame is none of the picture's.
+
+    Returns:
+        Token ids, [V, T, F - 1], `NOT_ASKED` where nobody asked.
+    """
+    found = np.full(asked.shape, NOT_ASKED, dtype=np.int64)
+    shown = torch.from_numpy(ids)
+    known = learn_words(model, tokenizer, shown)
+    retentions = _retentions(plan, block_size, ids)
+    for frame in range(asked.shape[1]):
+        video, token = asked[:, frame].nonzero()
+        if len(video):
+            found[video, frame, token] = _said(
+                model, tokenizer, shown, LivePast(plan, retentions, frame), known, video, frame, token
+            )
+    return found
+
+
+def _said(
+    model: Llama,
+    tokenizer: VideoTokenizer,
+    shown: Tensor,
+    past: LivePast,
+    known: Known,
+    video: Int64,
+    frame: int,
+    token: Int64,
+) -> Int64:
+    place = CONDITION_TOKENS + frame * FRAME_TOKENS + 1 + token
+    asked = Asked(torch.from_numpy(video), torch.from_numpy(place))
+    best: Int64 = model.logits(hidden(model, tokenizer, shown, past, asked, known)).argmax(-1).numpy()
+    return best
