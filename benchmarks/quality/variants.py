@@ -190,8 +190,11 @@ class _Make:
         return self.variant("packcache, absolute", "packcache", self.options(DEFAULT_BUDGET, positions="absolute"))
 
     def not_anchored(self) -> Variant:
-        """Of the condition only the first block, which an attention sink has too: what it would take is history."""
-        more = (self.shape.condition_tokens - 2 * BLOCK_SIZE) / self.shape.frame_tokens
+        """Of the condition only the first block, which an attention sink has too: what it would take is history.
+
+        That is rounded up to a block once more than the others.
+        """
+        more = (self.shape.condition_tokens - BLOCK_SIZE) / self.shape.frame_tokens
         options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0.5, "gamma_condition": 0}
         return self.variant("packcache, not anchored", "packcache", options)
 

@@ -76,7 +76,8 @@ def test_a_budget_is_the_same_number_of_live_tokens_for_everyone(variants: Varia
         by_budget.setdefault(variant.budget, set()).add(variant.live_tokens(63))
 
     assert set(by_budget) == (set(BUDGETS) if variants.frontier else {1, DEFAULT_BUDGET})
-    assert len(by_budget[DEFAULT_BUDGET]) == 1 or not variants.frontier
+    if variants.frontier:
+        assert max(by_budget[DEFAULT_BUDGET]) - min(by_budget[DEFAULT_BUDGET]) <= BLOCK_SIZE
     for live in by_budget.values():
         # A policy may round each of many frames up to a block.
         assert max(live) - min(live) <= 8 * BLOCK_SIZE
@@ -396,7 +397,7 @@ def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "generator", "videos", "frames"),
-    [([], Causal, 200, 64), (["--masked"], Masked, 8, 10), (["--masked", "--videos", "3"], Masked, 3, 10)],
+    [([], Causal, 200, 64), (["--masked"], Masked, 50, 40), (["--masked", "--videos", "3"], Masked, 3, 40)],
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
     plans = []
@@ -441,8 +442,11 @@ SCRIPT = """
 import signal
 import sys
 from pathlib import Path
+from benchmarks.quality import generators
 from benchmarks.quality.benchmark import CAUSAL
 from benchmarks.quality.runs import QualityPlan
+
+generators.AT_ONCE = 4
 
 if __name__ == "__main__":
     # Where tests run in the background it is ignored.
