@@ -12,6 +12,7 @@ from benchmarks.protocol import Benchmark, Session
 from benchmarks.quality.variants import BLOCK_SIZE
 from benchmarks.report.parts import Result
 from benchmarks.statistics import Float64, mean_of_videos
+from benchmarks.training.live import SPARSELY
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
 
 PAPER = "packcache, H = 2"
@@ -44,7 +45,7 @@ def summary(plan: MemoryPlan, of_worlds: Counts, asked_of_films: Counts) -> dict
         "block_size": BLOCK_SIZE,
         "notes": [
             "every token is asked for after the true ones before it: mistakes do not add up",
-            "computed is what heads look at (docs/train.md); tests compare that with the whole model under policies",
+            SPARSELY,
             "live tokens: what is held of the past when the last frame begins",
             "differences are of the same videos: the interval is that of the mean of the differences",
             "films: asked for is what differs from the frame before the cut, without what no frame of the scene showed",

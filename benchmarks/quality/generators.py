@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from benchmarks.bundled import CAUSAL, MASKED, identity
 from benchmarks.quality.variants import BLOCK_SIZE, Shape, Variant, Variants, all_variants, policies_only
+from benchmarks.training.live import SPARSELY
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.scores import sequence, true_frames
@@ -116,7 +117,7 @@ class Causal(Generator):
     @property
     def how(self) -> str:
         """As long as there has been this benchmark, and what is left out."""
-        return f"greedy, float32, generated from the condition alone; {_SPARSELY}"
+        return f"greedy, float32, generated from the condition alone; {SPARSELY}"
 
     @cached_property
     def variants(self) -> Variants:
@@ -141,6 +142,7 @@ class Causal(Generator):
         from benchmarks.training.llama import load_pretrained
 
         model, tokenizer, plan = load_pretrained(MODEL_DIR), VideoTokenizer(), variant.plan()
+        is_sparse = self.is_sparse(variant, frames)
 
         def make(seed: int) -> Int64:
             world = make_world(seed)
@@ -149,7 +151,7 @@ class Causal(Generator):
             return generate(model, cache, world_prompt(tokenizer, world), frames, _draft(truth))
 
         def make_all(seeds: range) -> Int64:
-            if self.is_sparse(variant, frames):
+            if is_sparse:
                 prompts = np.array([world_prompt(tokenizer, make_world(seed)) for seed in seeds])
                 ids = sparse_video.generate(model, tokenizer, plan, BLOCK_SIZE, prompts, frames)
             else:
@@ -193,7 +195,7 @@ class Masked(Generator):
         return (
             f"image to video, float32, {own.steps} + 1 passes a frame, guidance {own.guidance:g}; noise depends on "
             "the world, the frame and the step, not on the policy"
-            f"{'' if self.checkpoint else f'; {_SPARSELY}'}"
+            f"{'' if self.checkpoint else f'; {SPARSELY}'}"
         )
 
     @cached_property
@@ -250,10 +252,6 @@ class Masked(Generator):
 
         return lambda seeds: np.stack([make(seed) for seed in seeds]) + offset
 
-
-_SPARSELY = (
-    "computed is what heads look at (docs/train.md); tests compare that with the whole model under these policies"
-)
 
 _USUAL_TEXT, _MOST_TEXT = 21, 24
 """Tokens of a prompt before the picture: on average, and at most."""

@@ -19,16 +19,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, Shape, Variant
 from benchmarks.training.llama import Llama, load_pretrained
 from benchmarks.training.sparse_video import generate, likeliest
-from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.plan import Plan
-from vllm_packcache.core.policies import Full
-from vllm_packcache.core.positions import Positions
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, summary, true_frames
 from vllm_packcache.demo.tokenizer import (
     CONDITION_TOKENS,
-    FRAME_TOKENS,
     GRID,
     MODEL_DIR,
     VideoTokenizer,
@@ -39,12 +35,7 @@ from vllm_packcache.demo.world import make_world
 AT_ONCE = 25
 """Videos that are computed together."""
 
-LAYOUT = VideoLayout(
-    FrameLayout.from_grid((GRID, GRID), FRAME_TOKENS - GRID * GRID, 0, 0), CONDITION_TOKENS, GRID * GRID
-)
-EVERYTHING = Plan(LAYOUT, Full(), Positions(LAYOUT))
-BLOCK_SIZE = 16
-"""Of the KV cache: where nothing is dropped it decides nothing."""
+EVERYTHING = Variant(Shape("demo", CONDITION_TOKENS), FULL_CACHE, "full", {}).plan()
 
 
 def evaluate(model: Llama, tokenizer: VideoTokenizer, count: int, frames: int) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from vllm_packcache.core.retention import Retention
 
 Int64 = npt.NDArray[np.int64]
 
+SPARSELY = (
+    "computed is what heads look at (docs/train.md); tests compare that with the whole model under these policies"
+)
+"""What a result says that was made so."""
+
 
 def retention_of(plan: Plan, block_size: int, ids: Int64) -> Retention:
     """What a video keeps.

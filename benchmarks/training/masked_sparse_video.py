@@ -19,12 +19,11 @@ from benchmarks.training.live import live_tokens, retention_of
 from benchmarks.training.masked_model import Lumos
 from benchmarks.training.masked_sparse import COLUMNS, ROWS, Asked, Videos, hidden
 from vllm_packcache.core.plan import Plan
-from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention, some_tokens
 from vllm_packcache.demo.masked.tokenizer import GRID_SHAPE
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
-from vllm_packcache.reference.masked_video import unmask
+from vllm_packcache.reference.masked_video import unconditional_plan, unmask
 
 Int64 = npt.NDArray[np.int64]
 
@@ -43,7 +42,7 @@ def is_computable(plan: Plan, block_size: int, frames: int) -> bool:
     """
     if plan.policy.outlives_window:
         return False
-    text = plan.layout.condition_tokens - plan.layout.condition_image_tokens
+    text = _text_tokens(plan)
     retention = Retention(plan.layout, plan.policy, block_size, some_tokens)
     return all(live_tokens(retention, frame)[:text].all() for frame in range(frames))
 
@@ -74,7 +73,7 @@ class _Stream:
         self._ids = [np.zeros(own.layout.frame_start(frames), dtype=np.int64) for own in plans]
         for own, prompt in zip(self._ids, prompts, strict=True):
             own[: len(prompt)] = prompt
-        lengths = [own.layout.condition_tokens - own.layout.condition_image_tokens for own in plans]
+        lengths = [_text_tokens(own) for own in plans]
         text = np.zeros((len(plans), max(lengths)), dtype=np.int64)
         for row, length, prompt in zip(text, lengths, prompts, strict=True):
             row[:length] = np.searchsorted(model.ids, prompt[:length])
@@ -157,7 +156,7 @@ def generate(model: Lumos, requests: Sequence[Request], block_size: int, frames:
         prompts = [own.prompt[_text_tokens(own.plan) - lumos.VIDEO_START_TOKENS :] for own in requests]
         # Where it is not shared, what is committed is masked, all but the image.
         own_history = history if options.share_history else history.clone()
-        streams.append(_Stream(model, list(map(_without_text, plans)), prompts, block_size, own_history, canvas))
+        streams.append(_Stream(model, list(map(unconditional_plan, plans)), prompts, block_size, own_history, canvas))
     for frame in range(frames):
         for stream in streams:
             stream.begin(frame)
@@ -189,8 +188,3 @@ def generate(model: Lumos, requests: Sequence[Request], block_size: int, frames:
 
 def _text_tokens(plan: Plan) -> int:
     return plan.layout.condition_tokens - plan.layout.condition_image_tokens
-
-
-def _without_text(plan: Plan) -> Plan:
-    layout = lumos.unconditional_layout(plan.layout)
-    return Plan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.training.live import live_tokens, retention_of
 from benchmarks.training.llama import Llama
-from benchmarks.training.sparse import LOOKS, Asked, Known, hidden, learn_words
+from benchmarks.training.sparse import LOOKS, Asked, hidden, learn_words
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention, some_tokens
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, TEXT_TOKENS, VideoTokenizer
@@ -49,16 +49,14 @@ class LivePast:
 
     Args:
         plan: of all of them.
-        retentions: what each keeps.
+        retentions: what each keeps, or one for all.
+        videos: V.
         frame: the frame that is made.
     """
 
-    def __init__(self, plan: Plan, retentions: Sequence[Retention], frame: int) -> None:
-        masks: dict[int, Bool] = {}
-        for retention in retentions:
-            if id(retention) not in masks:
-                masks[id(retention)] = live_tokens(retention, frame)
-        self._live = torch.from_numpy(np.stack([masks[id(retention)] for retention in retentions]))
+    def __init__(self, plan: Plan, retentions: Sequence[Retention], videos: int, frame: int) -> None:
+        live = np.stack([live_tokens(retention, frame) for retention in retentions])
+        self._live = torch.from_numpy(live).expand(videos, -1)
         self._slide = plan.positions.window_start(frame) * FRAME_TOKENS
 
     def slide(self, rows: Asked) -> Tensor:
@@ -78,7 +76,7 @@ def _retentions(plan: Plan, block_size: int, ids: Int64) -> list[Retention]:
     """What each video keeps; one for all, where that does not hang on what they show."""
     if plan.policy.reads_tokens:
         return [retention_of(plan, block_size, own) for own in ids]
-    return [retention_of(plan, block_size, ids[0])] * len(ids)
+    return [retention_of(plan, block_size, ids[0])]
 
 
 @torch.inference_mode()
@@ -106,7 +104,7 @@ def generate(
     retentions = _retentions(plan, block_size, ids)
     first = CONDITION_TOKENS
     for frame in range(frames):
-        past = LivePast(plan, retentions, frame)
+        past = LivePast(plan, retentions, videos, frame)
         start = plan.layout.frame_start(frame)
         # The last token of a frame says what the next one begins with.
         for place in range(first, min(stop, start + FRAME_TOKENS + 1)):
@@ -139,23 +137,9 @@ def likeliest(model: Llama, tokenizer: VideoTokenizer, plan: Plan, block_size: i
     for frame in range(asked.shape[1]):
         video, token = asked[:, frame].nonzero()
         if len(video):
-            found[video, frame, token] = _said(
-                model, tokenizer, shown, LivePast(plan, retentions, frame), known, video, frame, token
-            )
+            past = LivePast(plan, retentions, len(ids), frame)
+            place = plan.layout.frame_start(frame) + 1 + token
+            wanted = Asked(torch.from_numpy(video), torch.from_numpy(place))
+            said = model.logits(hidden(model, tokenizer, shown, past, wanted, known)).argmax(-1)
+            found[video, frame, token] = said.numpy()
     return found
-
-
-def _said(
-    model: Llama,
-    tokenizer: VideoTokenizer,
-    shown: Tensor,
-    past: LivePast,
-    known: Known,
-    video: Int64,
-    frame: int,
-    token: Int64,
-) -> Int64:
-    place = CONDITION_TOKENS + frame * FRAME_TOKENS + 1 + token
-    asked = Asked(torch.from_numpy(video), torch.from_numpy(place))
-    best: Int64 = model.logits(hidden(model, tokenizer, shown, past, asked, known)).argmax(-1).numpy()
-    return best

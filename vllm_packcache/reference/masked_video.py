@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_packcache.core.layout import CONDITION, VideoLayout
+from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
@@ -103,9 +103,9 @@ class MaskedVideo:
         self._conditional = _Stream(model, prompt, frames, plan, block_size)
         self._unconditional: _Stream | None = None
         if options.guided:
-            without_text = lumos.unconditional_layout(layout)
-            start = layout.condition_tokens - without_text.condition_tokens
-            self._unconditional = _Stream(model, prompt[start:], frames, _plan_of(plan, without_text), block_size)
+            without_text = unconditional_plan(plan)
+            start = layout.condition_tokens - without_text.layout.condition_tokens
+            self._unconditional = _Stream(model, prompt[start:], frames, without_text, block_size)
 
     @torch.inference_mode()
     def make(self, frame: int) -> tuple[Tensor, Tensor]:
@@ -271,6 +271,7 @@ class _Stream:
         return self._model.run(ids, start, self._cache, at, mask.expand(len(ids), -1))
 
 
-def _plan_of(plan: Plan, layout: VideoLayout) -> Plan:
-    """The same policy and the same kind of positions for another layout."""
+def unconditional_plan(plan: Plan) -> Plan:
+    """Of the stream without text: the same policy and the same kind of positions."""
+    layout = lumos.unconditional_layout(plan.layout)
     return Plan(layout, plan.policy, Positions(layout, plan.positions.window, plan.positions.scale))
