@@ -78,7 +78,7 @@ def demo(
     config: Annotated[
         str,
         typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
-    ] = "demo_changed",
+    ] = "demo",
 ) -> None:
     """Turn a picture and a sentence into a video, with packcache and with more and less memory."""
     with one_sentence("demo"):
@@ -157,7 +157,7 @@ def demo_masked(
     config: Annotated[
         str,
         typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache, with the layout of this default."),
-    ] = "demo_masked_changed",
+    ] = "demo_masked",
 ) -> None:
     """The same in Lumos-1's way: whole frames in a few passes, with guidance."""
     with one_sentence("demo"):
@@ -185,7 +185,7 @@ def explain(
         Path | None,
         typer.Option(
             help="JSON file with the video's token ids, condition and frames, as a demo writes it: for selection: "
-            "changed, which depends on them."
+            "changed, which depends on them; an example by default."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture too, as PNG or SVG.")] = None,

@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.model import ModelShape
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
+from vllm_packcache.core.policies import PAPER, AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.retention import Retention, some_tokens
 
 SEED = 0
-POLICY = PackCache()
-CHANGED = PackCache(selection="changed", window=12)
+POLICY = PAPER
+CHANGED = PackCache()
 """The same budget, what changed first, over a longer window."""
 
 CHANGED_LEAST = dataclasses.replace(CHANGED, history_frames=1.0625)

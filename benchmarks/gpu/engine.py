@@ -126,7 +126,8 @@ class EnginePlan:
         """An engine on the model in the folder ``model``."""
         # With the size of a frame the plugin knows at start that a video of any length fits into the KV cache.
         layout = {"tokens_per_frame": self.video.tokens_per_frame}
-        switched_on = {"kv_cache_policy": kernels.PACKCACHE.name, "kv_cache_policy_config": {"layout": layout}}
+        options = {**dataclasses.asdict(kernels.PACKCACHE), "layout": layout}
+        switched_on = {"kv_cache_policy": kernels.PACKCACHE.name, "kv_cache_policy_config": options}
         return EngineSettings(
             model=str(model),
             dtype=self.model.dtype,

@@ -49,7 +49,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.goals import judged
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.policies import PackCache, Policy, SlidingWindow
+from vllm_packcache.core.policies import PAPER, Policy, SlidingWindow
 from vllm_packcache.core.positions import Float64, Int64, Positions, slide_angles
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.tools import files
@@ -57,7 +57,7 @@ from vllm_packcache.worker.blocks.compaction import Int32, compact
 from vllm_packcache.worker.step import Row, Step
 
 SEED = 0
-PACKCACHE = PackCache()
+PACKCACHE = PAPER
 POLICIES: dict[str, Policy | None] = {"full": None, "packcache": PACKCACHE, "sliding_window": SlidingWindow()}
 SHORT = "as_if_short"
 RATIOS = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
+from vllm_packcache.core.policies import PAPER
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, TRAINED_FRAMES
@@ -33,7 +34,7 @@ class Variant:
     Args:
         name: in table and plot.
         policy: name of the policy.
-        options: of the policy, and ``positions``; the rest is the demo's preset.
+        options: of the policy, and ``positions``; frames are the demo's.
         colour: in the plot.
         generates: whether it is asked to generate as well.
     """
@@ -47,9 +48,8 @@ class Variant:
     @property
     def config(self) -> dict[str, Any]:
         """The server's configuration."""
-        preset = load_mapping(PRESET)
-        base = preset if self.policy == "packcache" else {"layout": preset["layout"]}
-        return {**base, **self.options}
+        base = asdict(PAPER) if self.policy == PAPER.name else {}
+        return {"layout": load_mapping(PRESET)["layout"], **base, **self.options}
 
     @property
     def measurements(self) -> tuple[str, ...]:

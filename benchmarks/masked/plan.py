@@ -13,13 +13,13 @@ import numpy as np
 from benchmarks.engine_process import Device
 from benchmarks.model import ModelShape
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
-from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies import PAPER
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
 
 SEED = 0
-POLICY = PackCache()
+POLICY = PAPER
 BLOCK_SIZE = 32
 
 SECONDS, RATE = 4, 12

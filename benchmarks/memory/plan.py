@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, LONG_WINDOW, Shape, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, Shape, Variant
+from vllm_packcache.core.policies import PAPER, PackCache
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, TRAINED_FRAMES
 
 SHAPE = Shape("demo", CONDITION_TOKENS)
@@ -39,7 +40,7 @@ FILMS = {"returned_soon": (3, 8, 13), "returned_late": (2, 4, 17)}
 """Frames with which the shots of a film begin, of which the last is the return that is asked about.
 
 It is to the scene that only frames have shown, not the condition: after 5 frames, more than the paper's window and
-fewer than `LONG_WINDOW`, and after 13, more than both.
+fewer than `PackCache.window`, and after 13, more than both.
 """
 
 
@@ -85,9 +86,9 @@ def _full() -> Variant:
 
 
 def _variant(family: str, budget: float) -> Variant:
-    history = {"history_frames": budget, "window": LONG_WINDOW}
+    history = {"history_frames": budget, "window": PackCache.window}
     changed = {**history, "selection": "changed"}
-    paper = {"history_frames": budget, "window": 4}
+    paper = {"history_frames": budget, "window": PAPER.window, "selection": PAPER.selection}
     recent = CONDITION_TOKENS + round(budget * SHAPE.frame_tokens)
     policies: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "packcache": ("packcache", paper),
@@ -98,7 +99,7 @@ def _variant(family: str, budget: float) -> Variant:
         "changed, absolute": ("packcache", {**changed, "positions": "absolute"}),
         # No block changes as much as that, so only the budget of the older frames is another.
         "last frame, evenly": ("packcache", {**changed, "changed_tokens": BLOCK_SIZE, "decay": 1}),
-        "evenly": ("packcache", {**history, "decay": 1}),
+        "evenly": ("packcache", {**history, "selection": PAPER.selection, "decay": 1}),
         "last frames": ("sliding_window", {"window": int(budget), "positions": "rebase"}),
         "attention sink": ("attention_sink", {"sink_tokens": 16, "recent_tokens": recent}),
     }

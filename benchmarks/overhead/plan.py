@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.model import ModelShape
-from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies import PAPER
 
 SEED = 0
-POLICY = PackCache()
+POLICY = PAPER
 BLOCK_SIZE = 32
 THREADS = 1
 

@@ -16,7 +16,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import Plan
-from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies import PAPER, PackCache
 from vllm_packcache.core.retention import Retention, some_tokens
 
 BLOCK_SIZE = 16
@@ -31,10 +31,7 @@ SELECTIONS = ("rows", "tail", "random")
 BUDGETS = (0.5, 1, 2, 4, 8)
 """H of the frontier, in frames; beyond them is the full cache."""
 
-DEFAULT_BUDGET = PackCache().history_frames
-
-LONG_WINDOW = 12
-"""W of what looks at changes, and of what is spread evenly beside it."""
+DEFAULT_BUDGET = PackCache.history_frames
 
 
 @dataclass(frozen=True)
@@ -165,20 +162,20 @@ class _Make:
         return Variant(self.shape, name, policy, options, *args, **kwargs)
 
     def options(self, budget: float, **options: Any) -> dict[str, Any]:
-        """Of packcache: a window as many times as long as the default's, and no shorter than that."""
-        default = PackCache()
-        most = max(default.window, int(budget * default.window / default.history_frames))
+        """Of the paper's rule: a window as many times as long as `PAPER`'s, and no shorter than that."""
+        most = max(PAPER.window, int(budget * PAPER.window / PAPER.history_frames))
         # Of a long window the oldest frames may be left nothing, which is refused.
-        choices = ({"history_frames": budget, "window": window, **options} for window in range(most, 0, -1))
+        own = {"selection": PAPER.selection, **options}
+        choices = ({"history_frames": budget, "window": window, **own} for window in range(most, 0, -1))
         return next(filter(self.shape.accepts, choices))
 
     def packcache(self, budget: float) -> Variant:
-        """The policy itself."""
+        """The paper's rule."""
         return self.variant(PACKCACHE, "packcache", self.options(budget), PACKCACHE, budget, lengths=4)
 
     def changed(self, budget: float) -> Variant:
-        """What changed first, as ``configs/demo_changed.yaml`` has it."""
-        options = {"history_frames": budget, "window": LONG_WINDOW, "selection": "changed"}
+        """The default: what changed first."""
+        options = {"history_frames": budget, "window": PackCache.window, "selection": "changed"}
         return self.variant(CHANGED, "packcache", options, CHANGED, budget, lengths=4)
 
     def last_frame_and_others(self) -> Variant:
@@ -195,7 +192,10 @@ class _Make:
         That is rounded up to a block once more than the others.
         """
         more = (self.shape.condition_tokens - BLOCK_SIZE) / self.shape.frame_tokens
-        options = {"history_frames": DEFAULT_BUDGET + more, "gamma_text": 0.5, "gamma_condition": 0}
+        options = {
+            **self.options(DEFAULT_BUDGET, gamma_text=0.5, gamma_condition=0),
+            "history_frames": DEFAULT_BUDGET + more,
+        }
         return self.variant("packcache, not anchored", "packcache", options)
 
     def last_frames(self, budget: int) -> Variant:

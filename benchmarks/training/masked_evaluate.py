@@ -65,7 +65,6 @@ def generate(
     *,
     with_image: bool = True,
     texts: Sequence[str] | None = None,
-    config: str = PRESET,
 ) -> np.ndarray:
     """Make the frames of worlds.
 
@@ -77,12 +76,11 @@ def generate(
         options: of each request; but for the seed they are the same.
         with_image: image to video; else text to video.
         texts: of the prompts; None: what the worlds do.
-        config: of the server.
 
     Returns:
         Codes, int64 [V, frames, 16, 16]: of image to video frames 1, 2, ... of each world.
     """
-    server = ServerConfig.parse("packcache", config, family=LUMOS)
+    server = ServerConfig.parse("packcache", PRESET, family=LUMOS)
     requests = []
     for video, text, own in zip(videos, texts or [video.prompt for video in videos], options, strict=True):
         ids = prompt(text, frames, build_text_tokenizer())

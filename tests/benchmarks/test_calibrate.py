@@ -141,9 +141,9 @@ def test_no_more_scores_are_held_than_allowed(models: Models, monkeypatch: pytes
 @pytest.mark.parametrize(
     "policy",
     [
-        PackCache(history_frames=0.75, window=2, decay=0.4),
-        PackCache(history_frames=2, window=4, decay=0.7),
-        PackCache(history_frames=2, window=3, decay=0.5, gamma_text=0.5, gamma_condition=0.5),
+        PackCache(history_frames=0.75, window=2, decay=0.4, selection="spatial"),
+        PackCache(history_frames=2, window=4, decay=0.7, selection="spatial"),
+        PackCache(history_frames=2, window=3, decay=0.5, gamma_text=0.5, gamma_condition=0.5, selection="spatial"),
         PackCache(history_frames=1.5, window=4, selection="changed", changed_tokens=2),
     ],
 )
@@ -218,7 +218,7 @@ def test_the_suggestion_is_the_cheapest(seed: int, share: float, tokens_per_fram
     good = []
     for quarters in range(1, 21):
         for window in range(1, 6):
-            policy = PackCache(history_frames=quarters / 4, window=window, decay=decay)
+            policy = PackCache(history_frames=quarters / 4, window=window, decay=decay, selection="spatial")
             if allowed(policy, frame) and kept(policy, mean, frame) >= target:
                 good.append((quarters / 4, window))
     assert good
@@ -239,7 +239,7 @@ def test_what_cannot_be_kept_is_not_suggested() -> None:
 def test_kept_counts_what_the_policy_keeps() -> None:
     mean = np.array([0.05, 0.05, 0.1, 0.1, 0.4, 0.16, 0.08, 0.06])
     # Of frames of 8 tokens, 8, 4, 2 and 2.
-    policy = PackCache(history_frames=2, window=4, decay=0.5)
+    policy = PackCache(history_frames=2, window=4, decay=0.5, selection="spatial")
     assert kept(policy, mean, FrameLayout(8)) == pytest.approx(0.2 + 0.4 + 0.16 / 2 + 0.08 / 4 + 0.06 / 4)
 
 
@@ -347,7 +347,9 @@ def test_the_configuration_is_what_was_suggested(demo: tuple[Any, dict[str, Any]
     suggestion = result["suggestion"]
     assert server.layout == preset.layout
     assert server.positions == "rebase"
-    assert server.policy == PackCache(**{k: suggestion[k] for k in ("history_frames", "window", "decay")})
+    assert server.policy == PackCache(
+        **{k: suggestion[k] for k in ("history_frames", "window", "decay")}, selection="spatial"
+    )
     assert server.policy.decay == result["fit"]["decay"]
     header = (folder / "out.yaml").read_text().split("layout:")[0]
     assert "rho = " in header
@@ -576,4 +578,4 @@ def test_measured_share_where_every_block_has_as_much() -> None:
     layout = VideoLayout(FrameLayout(4), 4)
     even = Mass(layout, np.full((1, 1, NEAREST + 2), 1 / 6), np.full((1, 1, 4), 0.25))
     # Frame 2 is block 3; the window of one frame is block 2; the condition is block 0.
-    assert measured(PackCache(history_frames=1, window=1), [even], 4) == pytest.approx([0.75])
+    assert measured(PackCache(history_frames=1, window=1, selection="spatial"), [even], 4) == pytest.approx([0.75])

@@ -213,7 +213,7 @@ def test_the_configuration_is_one_for_this_model(done: tuple[dict[str, Any], str
     assert server.layout == ServerConfig.parse("packcache", CONFIG).layout
     assert server.positions == "rebase"
     options = {key: result["suggestion"][key] for key in ("history_frames", "window", "decay")}
-    assert server.policy == PackCache(**options)
+    assert server.policy == PackCache(**options, selection="spatial")
     assert result["suggestion"]["kept"] >= 0.7
     for words in ("Attention by pass", "unconditional,", "nearly"):
         assert words in " ".join(printed.split())
@@ -225,7 +225,8 @@ def test_the_configuration_is_one_for_this_model(done: tuple[dict[str, Any], str
 def test_kept_is_measured_in_both_streams(done: tuple[dict[str, Any], str, Path], folder: Path) -> None:
     """Streams have other blocks: each is asked of its own."""
     result, _, _ = done
-    policy = PackCache(**{key: result["suggestion"][key] for key in ("history_frames", "window", "decay")})
+    options = {key: result["suggestion"][key] for key in ("history_frames", "window", "decay")}
+    policy = PackCache(**options, selection="spatial")
     model = masked_attention.load(folder)
     kept = []
     for own in (video(0), cut(video(1, 7)), video(2, images=0)):

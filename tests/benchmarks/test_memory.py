@@ -16,8 +16,9 @@ from benchmarks.memory import runs
 from benchmarks.memory.benchmark import MEMORY, of_films
 from benchmarks.memory.plan import FILMS, FULL, QUICK
 from benchmarks.memory.runs import CHANGED, FILM_MEASURES, MEASURES, REMEMBERED, RETURNED, UNSEEN
-from benchmarks.quality.variants import FULL_CACHE, LONG_WINDOW
+from benchmarks.quality.variants import FULL_CACHE
 from benchmarks.training.sparse_video import NOT_ASKED
+from vllm_packcache.core.policies import PackCache
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, VideoTokenizer
 from vllm_packcache.demo.world import make_film, make_world
@@ -39,7 +40,7 @@ def test_films_end_with_the_return_that_they_are_about():
         assert film.returns(last)
         away[kind] = film.scene(last), next(n for n in range(1, last) if film.scene(last - n) == film.scene(last)) - 1
     assert away == {"returned_soon": (1, 5), "returned_late": (1, 13)}
-    assert paper < 5 < LONG_WINDOW < 13
+    assert paper < 5 < PackCache.window < 13
     assert FILM_MEASURES.keys() == {*FILMS, *(kind + REMEMBERED for kind in FILMS)}
 
 

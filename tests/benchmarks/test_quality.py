@@ -139,7 +139,7 @@ def random_folder(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "policy",
     [
         Full(),
-        PackCache(window=2, history_frames=1.0),
+        PackCache(window=2, history_frames=1.0, selection="spatial"),
         SlidingWindow(window=1),
         AttentionSink(sink_tokens=8, recent_tokens=40),
     ],

@@ -38,12 +38,13 @@ def _variant(policy: str, **options: Any) -> Variant:
     return Variant(SHAPE, policy, policy, options)
 
 
-PAPER = {"history_frames": 1.5, "window": 2}
+SHORT = {"history_frames": 1.5, "window": 2}
+PAPER = {**SHORT, "selection": "spatial"}
 CAUSAL = (
     _variant("full"),
     _variant("packcache", **PAPER),
     _variant("packcache", **PAPER, positions="absolute"),
-    _variant("packcache", **PAPER, selection="changed"),
+    _variant("packcache", **SHORT, selection="changed"),
     _variant("packcache", history_frames=2, window=12, selection="changed", episodes=1),
     _variant("packcache", **PAPER, gamma_text=0.5, gamma_condition=0.3),
     _variant("sliding_window", window=1, positions="rebase"),

@@ -250,9 +250,10 @@ def test_a_json_number_too_long_for_python_is_refused():
 
 
 def test_a_budget_that_leaves_a_frame_nothing_is_refused_when_the_frame_is_known():
-    ServerConfig.parse("packcache", {"history_frames": 0.01})
+    options = {"history_frames": 0.01, "window": 4, "selection": "spatial"}
+    ServerConfig.parse("packcache", options)
 
-    message = refusal(lambda: ServerConfig.parse("packcache", {"history_frames": 0.01, "layout": GRID}))
+    message = refusal(lambda: ServerConfig.parse("packcache", {**options, "layout": GRID}))
 
     assert message.startswith("kv_cache_policy_config: history_frames = 0.01 leaves ")
     assert message.endswith("of window = 4 frames: raise history_frames or lower window")
@@ -636,15 +637,15 @@ REQUEST_OPTIONS = ", ".join(
             "packcache_history_frames must be above 0 and at most 1048576, not inf",
         ),
         (
-            {"packcache_selection": "changed", "packcache_history_frames": 0.9},
+            {"packcache_history_frames": 0.9},
             "packcache_history_frames of selection = changed must be 1 or more, not 0.9",
         ),
         (
-            {"packcache_changed_tokens": 2},
+            {"packcache_selection": "spatial", "packcache_changed_tokens": 2},
             "packcache_changed_tokens is for selection = changed, not for spatial, where it must be 1, not 2",
         ),
         (
-            {"packcache_episodes": 1},
+            {"packcache_selection": "spatial", "packcache_episodes": 1},
             "packcache_episodes is for selection = changed, not for spatial, where it must be 0, not 1",
         ),
         (
@@ -695,11 +696,14 @@ def test_a_request_cannot_choose_by_changes_under_another_policy():
     assert message.startswith("packcache_selection is no known option: known are ")
 
 
-def test_a_request_may_choose_by_changes_whatever_the_server_does(server):
+@pytest.mark.parametrize("own", ["spatial", "changed"])
+def test_a_request_may_choose_by_changes_whatever_the_server_does(own):
+    server = ServerConfig.parse("packcache", {"layout": GRID, "window": 4, "selection": own})
     policy = server.plan({"packcache_selection": "changed", "packcache_changed_tokens": 3}, 300).policy
 
     assert policy.reads_tokens
-    assert not server.plan({"packcache_window": 3}, 300).policy.reads_tokens
+    assert server.plan({"packcache_window": 3}, 300).policy.reads_tokens is (own == "changed")
+    assert not server.plan({"packcache_selection": "spatial"}, 300).policy.reads_tokens
 
 
 def test_a_request_must_give_the_frame_where_the_server_has_none(server_without_layout):
@@ -711,6 +715,7 @@ def test_a_request_must_give_the_frame_where_the_server_has_none(server_without_
 
 
 def test_a_budget_too_small_for_the_requests_frame_is_refused(server):
-    message = refusal(lambda: server.plan({"packcache_tokens_per_frame": 1, "packcache_window": 8}, 300))
+    options = {"packcache_tokens_per_frame": 1, "packcache_window": 8, "packcache_selection": "spatial"}
+    message = refusal(lambda: server.plan(options, 300))
 
     assert message.startswith("packcache: history_frames = 2 leaves ")

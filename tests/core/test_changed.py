@@ -166,7 +166,7 @@ def test_a_video_that_stands_still_is_kept_evenly_and_one_that_flickers_by_its_l
     layout, size, frames = VideoLayout(FrameLayout(32), 16), 4, 12
     policy = PackCache(selection="changed", history_frames=2, window=4)
     still = retention(layout, policy, size, video(layout, frames, 0, share=0))
-    evenly = Retention(layout, PackCache(history_frames=2, window=4), size)
+    evenly = Retention(layout, PackCache(history_frames=2, window=4, selection="spatial"), size)
     flickers = retention(layout, policy, size, flicker(layout, frames))
     for frame in range(frames):
         assert still.past(frame).tolist() == evenly.past(frame).tolist()
@@ -210,7 +210,7 @@ def shown(scenes: str, changes: int = 0) -> tuple[VideoLayout, np.ndarray]:
 
 def kept_of(layout: VideoLayout, ids: np.ndarray, frame: int, **options: Any) -> dict[int, int]:
     """How many blocks live of each frame while ``frame`` is made."""
-    policy = PackCache(selection="changed", **options)
+    policy = PackCache(**options)
     computed = retention(layout, policy, 4, ids)
     tags = computed.blocks.tags(computed.past(frame)[4:])
     return {int(tag): int((tags == tag).sum()) for tag in np.unique(tags)}
@@ -264,11 +264,13 @@ def test_options_that_cannot_work_together_are_refused_by_name():
             ServerConfig.parse("packcache", options)
         return str(error.value)
 
-    assert "changed_tokens is for selection = changed, not for spatial" in refused({"changed_tokens": 3})
+    assert "changed_tokens is for selection = changed, not for spatial" in refused(
+        {"selection": "spatial", "changed_tokens": 3}
+    )
     assert "history_frames of selection = changed must be 1 or more, not 0.5" in refused(
         {"selection": "changed", "history_frames": 0.5}
     )
-    assert "episodes is for selection = changed, not for spatial" in refused({"episodes": 1})
+    assert "episodes is for selection = changed, not for spatial" in refused({"selection": "spatial", "episodes": 1})
     assert "history_frames of episodes must be above 1, not 1" in refused(
         {"selection": "changed", "history_frames": 1.0, "episodes": 1}
     )

@@ -149,7 +149,7 @@ def test_an_entry_point_that_cannot_be_used_is_in_nobodys_way(tmp_path):
 
     assert result.stdout.splitlines() == [
         "['attention_sink', 'full', 'gone', 'newest', 'none', 'packcache', 'sliding_window']",
-        "4",
+        "12",
         "False",
         *(f"kv_cache_policy: {sentence}" for _, sentence in BROKEN.values()),
     ], result.stderr

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import cost, layouts, packcaches, quick, retentions
 from vllm_packcache.core.layout import CONDITION, MAX_FRAMES, FrameLayout, VideoLayout
-from vllm_packcache.core.policies import PackCache
+from vllm_packcache.core.policies import PAPER, PackCache
 from vllm_packcache.core.policies.packcache import MAX_WINDOW, allotment, shares
 from vllm_packcache.core.retention import Retention
 
@@ -60,7 +60,7 @@ def test_shares_at_one_half_are_the_closed_form_of_the_paper(window):
     ],
 )
 def test_allotment_in_numbers(history_frames, frame, given):
-    policy = PackCache(history_frames=history_frames, window=4)
+    policy = PackCache(history_frames=history_frames, window=4, selection="spatial")
 
     assert allotment(policy, 1000, frame) == given
 
@@ -124,7 +124,9 @@ def test_each_frame_keeps_its_share_in_whole_blocks_and_leaves_after_the_window(
 @quick
 @given(layout=layouts(), block_size=st.integers(8, 128), text=st.integers(0, 20), image=st.integers(0, 20))
 def test_quotas_keep_a_fraction_of_the_condition_in_whole_blocks(layout, block_size, text, image):
-    policy = PackCache(history_frames=0.5, gamma_text=text / 20, gamma_condition=image / 20)
+    policy = PackCache(
+        history_frames=0.5, gamma_text=text / 20, gamma_condition=image / 20, window=4, selection="spatial"
+    )
     retention = Retention(layout, policy, block_size)
     past = set(retention.past(1000).tolist())
 
@@ -136,7 +138,11 @@ def test_quotas_keep_a_fraction_of_the_condition_in_whole_blocks(layout, block_s
 
 
 def test_quotas_do_not_apply_while_everything_fits():
-    retention = Retention(VideoLayout(FrameLayout(100), 320), PackCache(history_frames=2, gamma_text=0.5), 16)
+    retention = Retention(
+        VideoLayout(FrameLayout(100), 320),
+        PackCache(history_frames=2, gamma_text=0.5, window=4, selection="spatial"),
+        16,
+    )
 
     assert retention.past(2).tolist() == list(range(32))
     assert len(retention.past(3)) < 32
@@ -173,7 +179,7 @@ frame_sizes = st.one_of(st.integers(1, 16), st.integers(1, 5000), st.just(2**20)
 @quick
 @given(window=windows, budget=budgets, decay=decays, size=frame_sizes, block_size=st.sampled_from([1, 8, 16, 100]))
 def test_what_is_kept_is_the_number_by_number_statement(window, budget, decay, size, block_size):
-    policy = PackCache(window=window, history_frames=budget, decay=decay)
+    policy = PackCache(window=window, history_frames=budget, decay=decay, selection="spatial")
     stated = literal_kept(policy, size, 2 * window + 3)
 
     assert [list(policy.kept_tokens(size, frame)) for frame in range(len(stated))] == stated
@@ -195,7 +201,7 @@ def test_the_largest_window_is_planned_with_little_work(budget):
     layout = VideoLayout(FrameLayout(4084), 100)
 
     def plan():
-        policy = PackCache(window=MAX_WINDOW, history_frames=budget, decay=0.99)
+        policy = PackCache(window=MAX_WINDOW, history_frames=budget, decay=0.99, selection="spatial")
         policy.check(layout.frame)
         Retention(layout, policy, 16).most_blocks()
 
@@ -286,7 +292,7 @@ def literal_packcache(
     decay=st.sampled_from([Fraction(1, 4), Fraction(1, 3), Fraction(1, 2), Fraction(2, 3), Fraction(3, 4)]),
 )
 def test_packcache_is_the_literal_statement(layout, block_size, quarters, window, decay):
-    policy = PackCache(history_frames=quarters / 4, window=window, decay=float(decay))
+    policy = PackCache(history_frames=quarters / 4, window=window, decay=float(decay), selection="spatial")
     retention = Retention(layout, policy, block_size)
     frames = 3 * window + 2
 
@@ -306,7 +312,7 @@ def test_packcache_is_the_literal_statement(layout, block_size, quarters, window
 def test_lumos_at_thirteen_latent_frames_in_numbers():
     """48 frames of 672x384 in the paper: 13 latent frames of 4,084 tokens."""
     layout = VideoLayout(FrameLayout(4084), 0)
-    retention = Retention(layout, PackCache(), 16)
+    retention = Retention(layout, PAPER, 16)
 
     assert layout.frame_start(13) == 53_092
     # Two frames of history, rounded up to blocks, and the frame being made.
@@ -335,7 +341,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_before_the_first_frame_there_is_no_past():
-    retention = Retention(VideoLayout(FrameLayout(64), 100), PackCache(), 16)
+    retention = Retention(VideoLayout(FrameLayout(64), 100), PAPER, 16)
 
     assert retention.past(CONDITION).size == 0
     assert retention.live_blocks(50).tolist() == [0, 1, 2, 3]

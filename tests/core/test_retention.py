@@ -247,7 +247,7 @@ def test_a_step_handles_as_much_at_frame_100_000_as_early_on(name, data):
 @pytest.mark.parametrize(
     "policy",
     [
-        PackCache(window=8, gamma_text=0.5),
+        PackCache(window=8, gamma_text=0.5, selection="spatial"),
         SlidingWindow(window=8),
         AttentionSink(sink_tokens=64, recent_tokens=4000),
     ],

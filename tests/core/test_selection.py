@@ -99,7 +99,7 @@ def test_random_differs_from_frame_to_frame_and_not_from_process_to_process():
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_every_selection_is_an_option_and_decides_what_is_kept(selection):
     layout = {"grid": [16, 16], "frame_start_tokens": 1}
-    policy = ServerConfig.parse("packcache", {"layout": layout, "selection": selection}).policy
+    policy = ServerConfig.parse("packcache", {"layout": layout, "selection": selection, "window": 4}).policy
     # Where nothing changed, what changed first is what is spread evenly.
     ids = np.zeros(288 + 9 * 257, dtype=np.int64)
     layout = VideoLayout(FrameLayout.from_grid((16, 16), 1), 288, 256)

@@ -42,7 +42,7 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: Lum
     example = make_world(run.EXAMPLE)
     ids = masked_tokenizer.prompt(example.prompt, SHORT, masked_tokenizer.build_text_tokenizer())
     ids += masked_tokenizer.world_frame(example, 0).tolist()
-    server = ServerConfig.parse("packcache", run.CONFIG, family=LUMOS)
+    server = ServerConfig.parse("packcache", run.PRESET, family=LUMOS)
     seen = sightings(example, np.zeros((SHORT, GRID, GRID), int)).visible.sum()
     for cache in CACHES:
         request = server.request(request_options(SHORT, OPTIONS, **cache.options), ids)
@@ -52,14 +52,14 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: Lum
         assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +\d+ of {seen} │", done.stdout)
     assert processes_of(out / "server.log") == []
     # What explain --sequence reads: of both streams.
-    explanation = explain(run.CONFIG, "packcache", sequence=out / "video.json")
+    explanation = explain(run.PRESET, "packcache", sequence=out / "video.json")
     assert explanation.frames == SHORT
     assert [own.retention.layout for own in explanation.streams.values()] == [
         stream.plan.layout for stream in request.streams
     ]
 
     tokenizer = VideoTokenizer()
-    codes = evaluate.generate(loaded, [example], SHORT, "packcache", [OPTIONS], config=run.CONFIG)[0]
+    codes = evaluate.generate(loaded, [example], SHORT, "packcache", [OPTIONS])[0]
     expected = tokenizer.decode_frames(codes + tokenizer.visual_offset).repeat(4, 1).repeat(4, 2)
     # GIF has 256 colours, and rounding may turn a token that is near a tie.
     near = np.abs(shown.astype(int) - expected).max(-1) <= 8

@@ -72,7 +72,7 @@ def test_training_computes_what_the_reference_says(model, reference, image, text
     positions = Positions(layout, scale=lumos.MM_ROPE_SCALE)
     cache = reference.new_cache(first + FRAMES * F)
     rows, columns = (torch.from_numpy(own.ravel().copy()) for own in np.indices(GRID_SHAPE))
-    policy = PackCache(history_frames=window, window=window, decay=1.0)
+    policy = PackCache(history_frames=window, window=window, decay=1.0, selection="spatial")
     retention = Retention(layout, policy, 1)
     differences = []
     for frame in range(FRAMES):

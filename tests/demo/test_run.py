@@ -100,7 +100,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
         assert iio.imread(out / f"video.{suffix}").shape == (SHORT, 256, 256, 3)
         assert iio.imread(out / f"story.{suffix}").shape == (SHORT, 396, 3 * 272 + 16, 3)
     assert Image.open(out / "story.png").width == pytest.approx(1606, abs=2)
-    server = ServerConfig.parse("packcache", run.CONFIG)
+    server = ServerConfig.parse("packcache", run.PRESET)
     for cache in run.CACHES:
         request = server.video({f"packcache_{name}": value for name, value in cache.options.items()}, CONDITION_TOKENS)
         assert request is not None
@@ -112,7 +112,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
     video = read_video(out / "video.json", 0)
     assert video.condition_tokens == CONDITION_TOKENS
     assert len(video.token_ids) == CONDITION_TOKENS + SHORT * FRAME_TOKENS
-    explanation = explain(run.CONFIG, "packcache", sequence=out / "video.json")
+    explanation = explain(run.PRESET, "packcache", sequence=out / "video.json")
     assert explanation.frames == SHORT
 
 
@@ -124,7 +124,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
         ("demo-masked", "lumos1_256p", "--config: 'lumos1_256p' has not the layout of the bundled model's videos: "
          "give a configuration with layout: demo_masked"),
         ("demo", "nope", "'nope' is neither a file nor a preset"),
-        ("demo", '{"layout": "demo", "changed_tokens": 2}', "changed_tokens is for selection = changed, not for"),
+        ("demo", '{"layout": "demo", "selection": "rows", "episodes": 2}', "episodes is for selection = changed"),
     ],
 )  # fmt: skip
 def test_a_configuration_for_other_videos_is_one_sentence(
@@ -140,9 +140,8 @@ def test_a_configuration_for_other_videos_is_one_sentence(
 
 
 def test_the_configurations_of_the_demos_are_for_their_videos() -> None:
-    assert run.fitting(run.CONFIG, run.PRESET).policy.reads_tokens
-    assert masked.fitting(masked.CONFIG, masked.PRESET, LUMOS).policy.reads_tokens
-    assert not run.fitting(run.PRESET, run.PRESET).policy.reads_tokens
+    assert run.fitting(run.PRESET, run.PRESET).policy.reads_tokens
+    assert masked.fitting(masked.PRESET, masked.PRESET, LUMOS).policy.reads_tokens
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

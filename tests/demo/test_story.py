@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import VideoLayout
-from vllm_packcache.core.policies import Full, PackCache
+from vllm_packcache.core.policies import PAPER, Full, PackCache
 from vllm_packcache.demo import run, story
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, request_options
@@ -227,14 +228,16 @@ def test_the_videos_beside_each_other(tokenizer: VideoTokenizer) -> None:
 
 def causal() -> tuple[ServerConfig, list[int], list[int]]:
     ids = video_ids(VideoTokenizer(), WORLD, 12).tolist()
-    return ServerConfig.parse("packcache", "demo"), ids[: -12 * 257], ids[-12 * 257 :]
+    config = {**asdict(PAPER), "layout": "demo", "positions": "rebase"}
+    return ServerConfig.parse("packcache", config), ids[: -12 * 257], ids[-12 * 257 :]
 
 
 def masked() -> tuple[ServerConfig, list[int], list[int]]:
     words = masked_tokenizer.build_text_tokenizer()
     prompt = masked_tokenizer.prompt(WORLD.prompt, 12, words) + masked_tokenizer.world_frame(WORLD, 0).tolist()
     made = np.concatenate([masked_tokenizer.world_frame(WORLD, k) for k in range(1, 13)]).tolist()
-    return ServerConfig.parse("packcache", PRESET, family=LUMOS), prompt, made
+    config = {**asdict(PAPER), "layout": PRESET, "positions": "rebase"}
+    return ServerConfig.parse("packcache", config, family=LUMOS), prompt, made
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
@@ -270,7 +273,7 @@ def test_a_row_holds_what_the_plan_keeps(kind: str, cache: run.Cache) -> None:
 
 def test_a_row_of_a_policy_that_looks_at_tokens() -> None:
     _, prompt, made = causal()
-    server, options = ServerConfig.parse("packcache", "demo_changed"), {"packcache_policy": "packcache"}
+    server, options = ServerConfig.parse("packcache", "demo"), {"packcache_policy": "packcache"}
     row = run.row_of(server, prompt, run.Generated(run.CACHES[1], options, made, [32 * 10_000], 1.0), TRUE[:12])
     assert row.keeps == "one frame, and what changed in 12"
     assert row.held[-2:].all()
@@ -292,7 +295,7 @@ def test_places_of_the_given_picture(kind: str, image: int) -> None:
 
 def test_what_a_policy_keeps_is_said() -> None:
     assert run.kept(Full()) == "every frame"
-    assert run.kept(PackCache()) == "less and less of the last 4 frames"
+    assert run.kept(PAPER) == "less and less of the last 4 frames"
     assert run.kept(PackCache(selection="changed", window=12)) == "one frame, and what changed in 12"
     assert run.kept(PackCache(window=1, history_frames=1, selection="changed")) == "one frame"
 
@@ -307,7 +310,9 @@ EPISODES = {
 }
 
 
-@pytest.mark.parametrize("config", ["demo", "demo_changed", EPISODES], ids=["demo", "changed", "episodes"])
+@pytest.mark.parametrize(
+    "config", ["demo", {**asdict(PAPER), "layout": "demo"}, EPISODES], ids=["demo", "paper", "episodes"]
+)
 def test_one_frame_is_what_the_last_cache_keeps_on_any_server(config: str | dict[str, Any]) -> None:
     options = {f"packcache_{name}": value for name, value in run.CACHES[2].options.items()}
     plan = ServerConfig.parse("packcache", config).plan(options, 288)

@@ -15,7 +15,7 @@ FRAME = 18
 # Four whole blocks and two tokens: the fifth is shared with frame 0.
 CONDITION = 4 * BLOCK + 2
 
-PACKCACHE = ServerConfig.parse("packcache", {"history_frames": 1.0, "window": 2})
+PACKCACHE = ServerConfig.parse("packcache", {"history_frames": 1.0, "window": 2, "selection": "spatial"})
 SLIDING_WINDOW = ServerConfig.parse("sliding_window", {"window": 1})
 ATTENTION_SINK = ServerConfig.parse("attention_sink", {"sink_tokens": 4, "recent_tokens": 9})
 FULL = ServerConfig.parse("full")

@@ -164,7 +164,8 @@ def needed_blocks(spec: KVCacheSpec, max_model_len: int) -> int:
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_the_pool_must_hold_the_usual_video_and_not_its_length(ahead: int) -> None:
     layout = {"tokens_per_frame": 100, "condition_image_tokens": 30}
-    config = ServerConfig.parse("packcache", {"history_frames": 2, "window": 4, "layout": layout})
+    options = {"history_frames": 2, "window": 4, "selection": "spatial"}
+    config = ServerConfig.parse("packcache", {**options, "layout": layout})
     spec = RetentionSpec.retaining(stock_spec(16), config, ahead)
     # The image takes 2 blocks; of four frames 100, 50, 25 and 25 tokens are kept, each rounded up; the frame being
     # made begins anywhere in a block.

@@ -54,7 +54,9 @@ class TwoStreams(Family):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerConfig]:
     monkeypatch.setattr(families, "_BUILT_IN", (*families._BUILT_IN, TwoStreams()))
     families.find.cache_clear()
-    yield ServerConfig.parse("packcache", {"history_frames": 2, "window": 3}, family=TwoStreams())
+    yield ServerConfig.parse(
+        "packcache", {"history_frames": 2, "window": 3, "selection": "spatial"}, family=TwoStreams()
+    )
     families.find.cache_clear()
 
 
@@ -157,7 +159,10 @@ def test_the_scheduler_is_told_the_family(server: ServerConfig, monkeypatch: pyt
 
     engine = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["TwoStreams"])),
-        additional_config={POLICY_KEY: "packcache", CONFIG_KEY: {"history_frames": 2, "window": 3}},
+        additional_config={
+            POLICY_KEY: "packcache",
+            CONFIG_KEY: {"history_frames": 2, "window": 3, "selection": "spatial"},
+        },
         use_v2_model_runner=False,
         max_concurrent_batches=1,
     )

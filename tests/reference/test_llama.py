@@ -137,9 +137,9 @@ def test_without_a_plan_generation_is_that_of_transformers(folder, reference):
 @pytest.mark.parametrize(
     ("policy", "rebase"),
     [
-        (PackCache(window=4), False),
-        (PackCache(window=1), True),
-        (PackCache(history_frames=0.5, window=2, gamma_text=0.5), True),
+        (PackCache(window=4, selection="spatial"), False),
+        (PackCache(window=1, selection="spatial"), True),
+        (PackCache(history_frames=0.5, window=2, gamma_text=0.5, selection="spatial"), True),
         (SlidingWindow(window=1), False),
         (SlidingWindow(window=1), True),
         (AttentionSink(sink_tokens=32, recent_tokens=64), False),
@@ -170,14 +170,16 @@ def test_a_policy_with_room_for_everything_changes_nothing(reference):
     tokens = prompt(500)
     everything = reference.logits(tokens)
 
-    for policy in (Full(), PackCache(history_frames=8, window=8), SlidingWindow(window=8)):
+    for policy in (Full(), PackCache(history_frames=8, window=8, selection="spatial"), SlidingWindow(window=8)):
         for rebase in (False, True):
             logits = reference.logits(tokens, plan(policy, rebase=rebase), BLOCK_SIZE)
             assert torch.equal(logits.argmax(-1), everything.argmax(-1))
             torch.testing.assert_close(logits, everything, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("policy", [PackCache(window=3), SlidingWindow(window=3)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    "policy", [PackCache(window=3, selection="spatial"), SlidingWindow(window=3)], ids=lambda policy: policy.name
+)
 def test_rebasing_changes_nothing_before_the_window_slides_and_something_after(reference, policy):
     tokens = prompt(70 + 6 * 64)
     rebased, absolute = (
@@ -195,7 +197,11 @@ def test_rebasing_changes_nothing_before_the_window_slides_and_something_after(r
 def test_without_a_condition_only_distances_count_and_rebasing_keeps_them(reference):
     tokens = prompt(12 * 40)
     rebased, absolute = (
-        reference.logits(tokens, plan(PackCache(window=2), tokens_per_frame=40, condition=0, rebase=rebase), BLOCK_SIZE)
+        reference.logits(
+            tokens,
+            plan(PackCache(window=2, selection="spatial"), tokens_per_frame=40, condition=0, rebase=rebase),
+            BLOCK_SIZE,
+        )
         for rebase in (True, False)
     )
 
@@ -207,7 +213,7 @@ def test_three_equal_axes_are_one(tmp_path, reference, rope):
     model = LlamaReference.load(make_random_llama(tmp_path, rope=rope))
     tokens = prompt(500)
 
-    for video in (None, plan(PackCache(window=2), rebase=True), plan(SlidingWindow(window=1))):
+    for video in (None, plan(PackCache(window=2, selection="spatial"), rebase=True), plan(SlidingWindow(window=1))):
         assert torch.equal(model.logits(tokens, video, BLOCK_SIZE), reference.logits(tokens, video, BLOCK_SIZE))
 
 
@@ -247,7 +253,7 @@ def test_three_axes_turn_as_in_transformers(tmp_path, name, embedding, config):
 @pytest.mark.parametrize("rope", AXES.values(), ids=AXES.keys())
 def test_with_three_axes_token_by_token_and_all_at_once_agree_and_slides_show(tmp_path, rope):
     model = LlamaReference.load(make_random_llama(tmp_path, rope=rope))
-    video = picture_plan(PackCache(window=2), rebase=True)
+    video = picture_plan(PackCache(window=2, selection="spatial"), rebase=True)
     given = prompt(80)
 
     # More than three windows of frames.
@@ -257,7 +263,7 @@ def test_with_three_axes_token_by_token_and_all_at_once_agree_and_slides_show(tm
 
     assert teacher_forced[79:].argmax(-1).tolist() == generated.token_ids
     torch.testing.assert_close(generated.logits, teacher_forced[79:], atol=1e-4, rtol=0)
-    absolute = model.logits(tokens, picture_plan(PackCache(window=2), rebase=False), BLOCK_SIZE)
+    absolute = model.logits(tokens, picture_plan(PackCache(window=2, selection="spatial"), rebase=False), BLOCK_SIZE)
     slides_at = 70 + 3 * 26
     assert torch.equal(teacher_forced[:slides_at], absolute[:slides_at])
     assert (teacher_forced - absolute)[slides_at:].abs().amax(-1).min() > 1e-3
@@ -272,9 +278,9 @@ def test_dropping_blocks_and_rebasing_change_what_is_generated_within_twelve_fra
         plan(policy, tokens_per_frame=64, rebase=rebase)
         for policy, rebase in (
             (Full(), False),
-            (PackCache(window=4), True),
-            (PackCache(window=4), False),
-            (PackCache(window=3), True),
+            (PackCache(window=4, selection="spatial"), True),
+            (PackCache(window=4, selection="spatial"), False),
+            (PackCache(window=3, selection="spatial"), True),
             (SlidingWindow(window=2), False),
         )
     ]

@@ -32,7 +32,7 @@ from .chameleon import ONE_AXIS, BruteForce, Chameleon, Segment, Variant, causal
 
 GRID = (3, 4)
 BLOCK_SIZE = 8
-PACKED = PackCache(window=2, history_frames=1.0)
+PACKED = PackCache(window=2, history_frames=1.0, selection="spatial")
 
 SHAPES = {
     "as it comes": {},
@@ -197,7 +197,7 @@ def test_a_folder_without_weights_is_refused(folder, tmp_path):
         (Full(), False),
         (PACKED, True),
         (PACKED, False),
-        (PackCache(window=3, history_frames=0.9, gamma_text=0.5, gamma_condition=0.5), True),
+        (PackCache(window=3, history_frames=0.9, gamma_text=0.5, gamma_condition=0.5, selection="spatial"), True),
     ],
     ids=["full", "packcache", "packcache absolute", "packcache quotas"],
 )
@@ -255,7 +255,9 @@ def test_a_conditioning_image_is_committed_as_it_is(make, chameleon):
 
 @prompts
 @pytest.mark.parametrize(
-    "policy", [PackCache(history_frames=8, window=8), SlidingWindow(window=8)], ids=lambda policy: policy.name
+    "policy",
+    [PackCache(history_frames=8, window=8, selection="spatial"), SlidingWindow(window=8)],
+    ids=lambda policy: policy.name,
 )
 def test_a_budget_that_holds_everything_changes_nothing(make, prompt, images, policy):
     everything = make(prompt, Full(), images=images)

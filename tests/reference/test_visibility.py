@@ -11,8 +11,8 @@ from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference import positions, visibility
 
 POLICIES = [
-    PackCache(window=4),
-    PackCache(history_frames=1, window=3, gamma_text=0.5),
+    PackCache(window=4, selection="spatial"),
+    PackCache(history_frames=1, window=3, gamma_text=0.5, selection="spatial"),
     SlidingWindow(window=2),
     AttentionSink(sink_tokens=20, recent_tokens=100),
     Full(),

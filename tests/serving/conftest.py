@@ -15,6 +15,9 @@ from tests.runner import shorter
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.plan import Plan
 
+PAPERS = {"window": 4, "selection": "spatial"}
+"""The rule of the paper: what it keeps is known beforehand, and frames fill up the window."""
+
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     """``length`` random token ids."""

@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.margins import CarefulReference, steady
-from tests.serving.conftest import prompt, run, sampling
+from tests.serving.conftest import PAPERS, prompt, run, sampling
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.reference.decoder import read_weights
 from vllm_packcache.reference.models import make_random_llama
@@ -26,7 +26,7 @@ GIVEN = CONDITION + 8 * FRAME + 5
 
 
 def plan_of(condition: int, **options: Any) -> Any:
-    return ServerConfig.parse("packcache").plan({f"packcache_{k}": v for k, v in options.items()}, condition)
+    return ServerConfig.parse("packcache", PAPERS).plan({f"packcache_{k}": v for k, v in options.items()}, condition)
 
 
 PLAN = plan_of(GIVEN, **VIDEO)
@@ -36,7 +36,7 @@ PLAN = plan_of(GIVEN, **VIDEO)
 
 
 def test_logprobs_of_given_frames(engine: Any, reference: Any) -> None:
-    llm = engine("packcache", max_num_batched_tokens=61, max_num_seqs=4)
+    llm = engine("packcache", PAPERS, max_num_batched_tokens=61, max_num_seqs=4)
     ids = prompt(GIVEN, seed=1)
     params = sampling(2, **VIDEO)
     params.prompt_logprobs = 0
@@ -55,13 +55,23 @@ def test_logprobs_of_given_frames(engine: Any, reference: Any) -> None:
 
 
 def test_a_video_whose_prompt_is_embeddings(engine: Any, reference: Any, checkpoint: Path) -> None:
-    llm = engine("packcache", enable_prompt_embeds=True, max_num_batched_tokens=128)
-    ids = prompt(GIVEN, seed=2)
+    llm = engine("packcache", PAPERS, enable_prompt_embeds=True, max_num_batched_tokens=128)
     embeddings = read_weights(checkpoint)["model.embed_tokens.weight"]
-    (output,) = llm.generate([{"prompt_embeds": embeddings[ids]}], sampling(90, **VIDEO), use_tqdm=False)
-    made = list(output.outputs[0].token_ids)
+
+    def made_of(ids: list[int], params: Any) -> list[int]:
+        (output,) = llm.generate([{"prompt_embeds": embeddings[ids]}], params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    ids = prompt(GIVEN, seed=2)
+    made = made_of(ids, sampling(90, **VIDEO))
     reference.check(ids, made, 90, PLAN)
     assert reference.differs(ids, made)
+    # Frames that are made have ids to compare, and the condition needs none.
+    changed = {"selection": "changed", "tokens_per_frame": FRAME}
+    ids, length = prompt(CONDITION, seed=3), 6 * FRAME + 5
+    made = made_of(ids, sampling(length, **changed))
+    reference.check(ids, made, length, plan_of(CONDITION, **changed))
+    assert reference.differs(ids, made, plan_of(CONDITION, tokens_per_frame=FRAME))
 
 
 # --------------------------------------------------------------------------- adapters
@@ -92,7 +102,7 @@ def make_adapter(folder: Path, weights: dict[str, Tensor], seed: int) -> dict[st
 
 def test_videos_with_adapters(engine: Any, reference: Any, checkpoint: Path, tmp_path: Path) -> None:
     """Two in a batch. Rows of the model itself beside them are wrong on a CPU without any policy, too."""
-    llm = engine("packcache", enable_lora=True, max_lora_rank=8, max_loras=2, max_num_seqs=2)
+    llm = engine("packcache", PAPERS, enable_lora=True, max_lora_rank=8, max_loras=2, max_num_seqs=2)
     prompts = [prompt(GIVEN, seed=10 + number) for number in (1, 2)]
     folders = [tmp_path / str(number) for number in (1, 2)]
     merged = [make_adapter(folder, read_weights(checkpoint), seed) for seed, folder in enumerate(folders)]
@@ -134,7 +144,7 @@ def test_grammars_of_preempted_videos(
     engine: Any, reference: Any, with_tokenizer: Path, preemptions: list[int]
 ) -> None:
     llm = engine(
-        "packcache", num_gpu_blocks_override=40, max_model_len=1024, max_num_batched_tokens=256,
+        "packcache", PAPERS, num_gpu_blocks_override=40, max_model_len=1024, max_num_batched_tokens=256,
         model=with_tokenizer, skip_tokenizer_init=False,
     )  # fmt: skip
     prompts = [prompt(70 + i, seed=20 + i) for i in range(4)]
@@ -146,7 +156,7 @@ def test_grammars_of_preempted_videos(
     outputs = run(llm, prompts, params)
     assert max(preemptions) > 10
     for ids, tokens, own in zip(prompts, outputs, params, strict=True):
-        plan = ServerConfig.parse("packcache").plan(own.extra_args, len(ids))
+        plan = ServerConfig.parse("packcache", PAPERS).plan(own.extra_args, len(ids))
         logits = reference.logits([*ids, *tokens[:-1]], plan)[len(ids) - 1 :]
         assert tokens == steady(lambda each: each[:, :ALLOWED].argmax(-1).tolist(), logits)
         assert tokens != logits.argmax(-1).tolist(), "the grammar changed nothing"

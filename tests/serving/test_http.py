@@ -103,7 +103,7 @@ def test_only_a_video_may_be_longer_than_the_model_has_positions(server: httpx.C
     assert "the model has 8192 positions" in refused.json()["error"]["message"]
     window = complete(server, prompt(70), 12_000, grid=[40, 50])
     assert window.status_code == 400
-    assert "this video needs 10075 positions" in window.json()["error"]["message"]
+    assert "this video needs 12070 positions" in window.json()["error"]["message"]
 
 
 def test_metrics_reach_the_process_that_serves_them(server: httpx.Client) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.conftest import prompt, sampling
+from tests.serving.conftest import PAPERS, prompt, sampling
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.retention import Retention
 
@@ -24,10 +24,10 @@ def resident_blocks(llm: Any, request_id: str) -> list[int]:
 
 
 def test_resident_blocks_follow_the_schedule_and_return(engine: Any) -> None:
-    llm = engine("packcache")
+    llm = engine("packcache", PAPERS)
     pool = kv_cache_manager(llm).block_pool
     free_before = pool.get_num_free_blocks()
-    plan = ServerConfig.parse("packcache").plan({"packcache_tokens_per_frame": FRAME}, CONDITION)
+    plan = ServerConfig.parse("packcache", PAPERS).plan({"packcache_tokens_per_frame": FRAME}, CONDITION)
     assert plan is not None
     retention = Retention(plan.layout, plan.policy, BLOCK)
     llm.llm_engine.add_request(
@@ -59,7 +59,7 @@ def test_resident_blocks_follow_the_schedule_and_return(engine: Any) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 200, 450])
 def test_abort_returns_everything(engine: Any, steps: int) -> None:
-    llm = engine("packcache")
+    llm = engine("packcache", PAPERS)
     pool = kv_cache_manager(llm).block_pool
     free_before = pool.get_num_free_blocks()
     llm.llm_engine.add_request(

@@ -32,7 +32,7 @@ from vllm_packcache.engine.record import read_line
 
 BLOCK = 32
 CONDITION, FRAME = 50, 41
-CONFIG = {"window": 2, "history_frames": 1.5}
+CONFIG: dict[str, Any] = {"window": 2, "history_frames": 1.5, "selection": "spatial"}
 
 
 ALL = {

@@ -36,7 +36,7 @@ def plan_of(config: dict[str, Any], num_prompt_tokens: int, kind: str = "packcac
     ("policy", "config"),
     [
         pytest.param("packcache", {"window": 2, "history_frames": 1.5}, id="packcache"),
-        pytest.param("packcache", {"window": 1, "history_frames": 0.6}, id="one frame"),
+        pytest.param("packcache", {"window": 1, "history_frames": 0.6, "selection": "spatial"}, id="one frame"),
         pytest.param("packcache", {"window": 3, "gamma_text": 0.4}, id="a thinned condition"),
         pytest.param("sliding_window", {"window": 2, "positions": "rebase"}, id="sliding window"),
     ],
@@ -166,7 +166,7 @@ def logical_blocks(llm: Any) -> dict[int, int]:
 @pytest.mark.parametrize("given", shorter([0, 9], [9]))
 def test_cached_keys_are_the_references(engine: Any, reference: Any, chunk: int, given: int) -> None:
     condition, frame, frames = 50, 41, given + 5 if V2 else 14
-    config = {"window": 3, "history_frames": 1.5}
+    config = {"window": 3, "history_frames": 1.5, "selection": "spatial"}
     llm = engine("packcache", config, max_num_batched_tokens=chunk, max_num_seqs=2, enable_prefix_caching=False)
     plan = plan_of(config, condition, tokens_per_frame=frame)
     before = prompt(condition + given * frame, seed=6)
@@ -246,7 +246,8 @@ def test_what_is_not_rebased_ends_at_the_table(engine: Any, short_table: Path) -
     from vllm.exceptions import VLLMValidationError
 
     layout = {"tokens_per_frame": 12}
-    llm = engine("packcache", {"layout": layout}, model=short_table, max_model_len=4000, num_gpu_blocks_override=40)
+    config = {"layout": layout, "window": 4}
+    llm = engine("packcache", config, model=short_table, max_model_len=4000, num_gpu_blocks_override=40)
     limit = 20 + 16 * 12
     own = CarefulReference.load(short_table)
     for options in ({}, {"policy": "full", "condition_tokens": 20}):

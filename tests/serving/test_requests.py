@@ -236,13 +236,19 @@ def test_the_operators_most_tokens_hold_for_frames() -> None:
 
 def test_frames_without_ids_cannot_be_compared() -> None:
     on = processor(CAUSAL)
-    params = SamplingParams(extra_args={"packcache_selection": "changed", "packcache_condition_tokens": 60})
-    spatial = SamplingParams(extra_args={"packcache_condition_tokens": 60})
+    own = {"packcache_condition_tokens": 60, "packcache_window": 4}
+    params, spatial = (
+        SamplingParams(extra_args={**own, "packcache_selection": name}) for name in ("changed", "spatial")
+    )
     embeddings = {"prompt_token_ids": None, "prompt_embeds": [[0.0]] * PROMPT}
-    assert "a prompt of embeddings has none: send token ids" in refusal(
-        lambda: admitted(on, params, [5] * PROMPT, **embeddings)
+    assert (
+        "those of a prompt of embeddings have none: send token ids, or ask for the paper's rule, packcache_s"
+        in refusal(lambda: admitted(on, params, [5] * PROMPT, **embeddings))
     )
     assert admitted(on, spatial, [5] * PROMPT, **embeddings).max_tokens == FRAME - 10
+    # A prompt that is condition alone has no frames.
+    alone = SamplingParams(extra_args={"packcache_selection": "changed"})
+    assert admitted(on, alone, [5] * PROMPT, **embeddings).max_tokens == FRAME
 
     def picture(offset: int) -> dict[str, Any]:
         return {"mm_features": [SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=30))]}

@@ -191,14 +191,6 @@ def test_axis_scale_needs_a_model_with_axes(start: Callable[..., Any]) -> None:
     start("three-axes", additional=policy(layout=layout))
 
 
-def test_embeddings_have_no_ids_to_compare(start: Callable[..., Any]) -> None:
-    changed = policy(selection="changed")
-    with pytest.raises(ConfigError, match=r"compares the ids of frames, and .* leave out --enable-prompt-embeds, or "):
-        start(additional=changed, enable_prompt_embeds=True)
-    start(additional=changed)
-    start(enable_prompt_embeds=True)
-
-
 def test_transformers_own_code_rotates_keys_itself(start: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"rotates them in Transformers' own code \(--model-impl\): set positions"):
         start(model_impl="transformers")

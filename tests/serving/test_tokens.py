@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.runner import V2, shorter
-from tests.serving.conftest import check_together, check_video, generate, prompt, sampling
+from tests.serving.conftest import PAPERS, check_together, check_video, generate, prompt, sampling
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.plan import Plan
 
@@ -33,9 +33,9 @@ LAYOUTS = [
 def test_packcache_equals_reference(
     engine: Any, reference: Any, condition: int, frame: int, block_size: int, frames: int
 ) -> None:
-    llm = engine("packcache", block_size=block_size)
+    llm = engine("packcache", PAPERS, block_size=block_size)
     ids = prompt(condition, seed=frame)
-    plan = plan_of("packcache", {}, condition, frame)
+    plan = plan_of("packcache", PAPERS, condition, frame)
     video = check_video(llm, reference, ids, frames * frame + 3, plan, block_size, tokens_per_frame=frame)
     assert reference.differs(*video), "the policy changed nothing: the comparison shows nothing"
 
@@ -43,7 +43,7 @@ def test_packcache_equals_reference(
 POLICIES = [
     pytest.param("packcache", {"window": 2, "history_frames": 1}, id="small window"),
     pytest.param("packcache", {"decay": 0.8, "window": 6, "history_frames": 2.5}, id="slow decay"),
-    pytest.param("packcache", {"window": 1, "history_frames": 0.4}, id="part of one frame"),
+    pytest.param("packcache", {"window": 1, "history_frames": 0.4, "selection": "spatial"}, id="part of one frame"),
     pytest.param(
         "packcache",
         {
@@ -152,7 +152,11 @@ def test_preempted_videos_come_out_the_same(engine: Any, reference: Any, monkeyp
     requests = [(prompt(70 + i, seed=20 + i), sampling(length, tokens_per_frame=frame - 7 * i)) for i in range(4)]
     # A pool that holds the four at first, and not once they have grown.
     crowded = engine(
-        "packcache", num_gpu_blocks_override=blocks, max_model_len=shorter(1024, 192), max_num_batched_tokens=256
+        "packcache",
+        PAPERS,
+        num_gpu_blocks_override=blocks,
+        max_model_len=shorter(1024, 192),
+        max_num_batched_tokens=256,
     )
-    check_together(crowded, reference, "packcache", {}, requests)
+    check_together(crowded, reference, "packcache", PAPERS, requests)
     assert preempted

@@ -39,7 +39,7 @@ from vllm_packcache.tools.explain import (
 )
 from vllm_packcache.tools.sequences import write_video
 
-TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3})
+TINY = json.dumps({"layout": {"tokens_per_frame": 16}, "window": 3, "selection": "spatial"})
 TINY_OPTIONS = ["--frames", "6", "--condition-tokens", "8", "--block-size", "8"]
 TINY_TEXT = """\
 JSON: packcache (history_frames 2, window 3, decay 0.5, gamma_text 1, gamma_condition 1, selection spatial,\x20
@@ -61,7 +61,9 @@ Positions stay below 72 however long the video gets.
 """
 
 
-ABSOLUTE = json.dumps({"layout": "demo", "positions": "absolute"})
+PAPERS = {"layout": "demo", "window": 4, "selection": "spatial"}
+DEMO, ABSOLUTE = json.dumps(PAPERS), json.dumps({**PAPERS, "positions": "absolute"})
+"""The rule of the paper, which does not depend on what is seen."""
 
 
 def run(*arguments: str, columns: int = 120) -> str:
@@ -215,7 +217,7 @@ def test_positions_are_those_of_the_retained_frames(preset: str, policy: str) ->
 
 
 def test_positions_follow_the_configuration() -> None:
-    rebased, absolute = explain("demo", "packcache", frames=3), explain(ABSOLUTE, "packcache", frames=3)
+    rebased, absolute = explain(DEMO, "packcache", frames=3), explain(ABSOLUTE, "packcache", frames=3)
     assert (rebased.positions.window, absolute.positions.window) == (4, None)
     assert rebased.options.endswith("positions rebase")
     assert absolute.options.endswith("positions absolute")
@@ -225,7 +227,7 @@ def test_positions_follow_the_configuration() -> None:
 
 
 def test_rebased_positions_stop_growing() -> None:
-    output = run("demo", "--frames", "16")
+    output = run(DEMO, "--frames", "16")
     rows = shown_positions(output)
     assert rows[:4] == [["288"], ["288", "545"], ["288", "545", "802"], ["288", "545", "802", "1,059"]]
     assert rows[4:] == [["288", "545", "802", "1,059", "1,316"]] * 12
@@ -247,7 +249,7 @@ def test_three_axes_show_time() -> None:
     assert shown_positions(output)[11] == ["39", "43", "47", "51", "55"]
     # The index on all axes of a token that ends a frame: condition 4,116 + 5 frames of 4,084.
     assert "Positions stay below 56 in time (t), below 24,536 on all axes, however long the video gets." in output
-    output = run('{"layout": "lumos1_384p", "positions": "absolute"}', columns=200)
+    output = run(json.dumps({**PAPERS, "layout": "lumos1_384p", "positions": "absolute"}), columns=200)
     assert shown_positions(output)[11] == ["67", "71", "75", "79", "83"]
     assert "below 84 in time (t), below 53,124 on all axes, after 12 frames." in output
 
@@ -326,7 +328,7 @@ def test_bars_of_positions_do_not_overlap(preset: str, policy: str) -> None:
 @pytest.mark.parametrize("positions", ["rebase", "absolute"])
 @pytest.mark.parametrize("preset", sorted(presets()))
 def test_bars_of_positions_end_where_the_words_say(preset: str, positions: str) -> None:
-    source = json.dumps({"layout": preset, "positions": positions})
+    source = json.dumps({**PAPERS, "layout": preset, "positions": positions})
     for stream in explain(source, "packcache", frames=9).streams.values():
         bound = int(re.findall(r"below ([\d,]+)", stream.positions_bound)[0].replace(",", ""))
         assert bound == max(stop for made in range(9) for _, _, stop in _position_bars(stream, made))
@@ -343,7 +345,7 @@ def test_a_conditioning_image_is_one_moment_too(condition_tokens: int | None, st
 @pytest.mark.parametrize(
     ("source", "bars"),
     [
-        ("demo", [(-1, 0, 288), (4, 288, 545), (3, 545, 802), (2, 802, 1059), (1, 1059, 1316), (0, 1316, 1573)]),
+        (DEMO, [(-1, 0, 288), (4, 288, 545), (3, 545, 802), (2, 802, 1059), (1, 1059, 1316), (0, 1316, 1573)]),
         (ABSOLUTE, [(-1, 0, 288), (4, 802, 1059), (3, 1059, 1316), (2, 1316, 1573), (1, 1573, 1830), (0, 1830, 2087)]),
     ],
 )
@@ -370,7 +372,8 @@ def test_picture_has_three_panels_for_every_stream(
     panels = figures[0].axes
     assert len(panels) == 3 * len(streams)
     title = figures[0].get_suptitle().splitlines()
-    assert title[0].startswith(f"{source}: packcache (history_frames 2, ")
+    example = " for an example video" if source == "demo" else ""
+    assert title[0].startswith(f"{source}: packcache{example} (history_frames 2, ")
     assert len(title) == len(streams)
     for stream, (blocks, positions, tokens) in zip(streams, np.reshape(panels, (-1, 3)), strict=True):
         assert blocks.get_xlabel().startswith("block of the sequence")
@@ -445,6 +448,31 @@ def test_blocks_that_changed_are_shown(tmp_path: Path) -> None:
     output = run(CHANGED, "--sequence", str(path), "--frames", "5", "--block-size", "4")
     assert output.startswith("JSON: packcache for video.json (history_frames 1.5, window 2, ")
     assert CHANGED_TEXT in output
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tokens_per_frame": 1}, {"tokens_per_frame": 16}, {"grid": [5, 7], "row_end_tokens": 1}, "demo_masked"]
+)
+def test_without_a_video_an_example_is_shown_in_which_something_moves(layout: Any) -> None:
+    source = json.dumps({"layout": layout, "history_frames": 3, "window": 5})
+    explanation = explain(source, "packcache", frames=9, block_size=1)
+    assert explanation.title == "JSON: packcache for an example video"
+    retention = explanation.retention
+    frame, tokens = retention.layout.frame, retention._tokens
+    assert tokens is not None
+    ids = tokens(retention.layout.condition_tokens, retention.layout.frame_start(9)).reshape(9, -1)
+    rows, columns = frame.grid or (1, frame.tokens_per_frame)
+    assert np.all(np.count_nonzero(ids, axis=1) == -(-rows // 4) * -(-columns // 4))
+    moves = (ids[1:] != ids[:-1]).any(axis=1)
+    assert moves.all() if columns > 1 else not moves.any()
+    row = np.arange(frame.tokens_per_frame) - frame.frame_start_tokens
+    picture = (row >= 0) & (row < rows * (columns + frame.row_end_tokens))
+    assert not ids[:, ~picture | (row % (columns + frame.row_end_tokens) >= columns)].any()
+    # There is room for all that changed in the window.
+    live = explanation.view(8).states[retention.layout.condition_tokens :].reshape(9, -1)[:8] > DROPPED
+    assert np.all(live[3:7][ids[3:7] != ids[4:8]])
+    assert np.all(live[7])
+    assert columns == 1 or not np.all(live[3:7])
 
 
 @pytest.mark.parametrize("condition_tokens", [None, 41])
@@ -560,7 +588,6 @@ def test_what_is_no_sequence_is_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([CHANGED], "depends on what is seen: give the token ids of a video with --sequence FILE"),
         ([TINY, "--sequence", "x.json"], "what packcache keeps here does not depend on them: leave it out"),
         (["demo", "--policy", "full", "--sequence", "x.json"], "what full keeps here does not depend on them"),
     ],

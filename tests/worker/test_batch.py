@@ -16,8 +16,8 @@ from vllm_packcache.worker.step import Kept, position_shifts
 BLOCK, COLUMNS = 8, 60
 
 POLICIES: list[tuple[Policy, bool]] = [
-    (PackCache(history_frames=1.0, window=2), True),
-    (PackCache(history_frames=2.5, window=4, decay=0.4), False),
+    (PackCache(history_frames=1.0, window=2, selection="spatial"), True),
+    (PackCache(history_frames=2.5, window=4, decay=0.4, selection="spatial"), False),
     (SlidingWindow(window=1), True),
     (AttentionSink(sink_tokens=5, recent_tokens=11), False),
     (Full(), False),

@@ -21,9 +21,9 @@ from vllm_packcache.worker.step import Row, Step
 NULL_BLOCK = 0
 
 POLICIES: list[Policy] = [
-    PackCache(history_frames=1.0, window=2),
-    PackCache(history_frames=2.5, window=4, decay=0.4),
-    PackCache(history_frames=1.0, window=3, gamma_text=0.5, gamma_condition=0.25),
+    PackCache(history_frames=1.0, window=2, selection="spatial"),
+    PackCache(history_frames=2.5, window=4, decay=0.4, selection="spatial"),
+    PackCache(history_frames=1.0, window=3, gamma_text=0.5, gamma_condition=0.25, selection="spatial"),
     SlidingWindow(window=1),
     AttentionSink(sink_tokens=5, recent_tokens=11),
     Full(),

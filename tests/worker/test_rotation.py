@@ -149,7 +149,7 @@ def test_a_turn_rounds_once(dtype: torch.dtype) -> None:
 
 def sliding() -> tuple[Retention, Positions]:
     layout = VideoLayout(FrameLayout(13), 10)
-    return Retention(layout, PackCache(window=2, history_frames=1.5), 8), Positions(layout, 2)
+    return Retention(layout, PackCache(window=2, history_frames=1.5, selection="spatial"), 8), Positions(layout, 2)
 
 
 def test_many_blocks_are_turned_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:

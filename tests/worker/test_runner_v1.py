@@ -127,7 +127,10 @@ def test_a_failure_leaves_no_step_behind() -> None:
 
 # --------------------------------------------------------------------------- positions
 
-REBASING = {POLICY_KEY: "packcache", CONFIG_KEY: {"window": 2, "layout": {"tokens_per_frame": 8}}}
+REBASING = {
+    POLICY_KEY: "packcache",
+    CONFIG_KEY: {"window": 2, "selection": "spatial", "layout": {"tokens_per_frame": 8}},
+}
 
 
 class Rotation:
@@ -190,7 +193,7 @@ def test_a_model_with_three_axes_moves_on_all_of_them() -> None:
 
 def test_a_grid_is_positioned_by_row_and_column() -> None:
     layout = {"grid": [2, 3], "frame_start_tokens": 1, "frame_end_tokens": 1, "axis_scale": [4, 8, 2]}
-    config = {POLICY_KEY: "packcache", CONFIG_KEY: {"window": 2, "layout": layout}}
+    config = {POLICY_KEY: "packcache", CONFIG_KEY: {"window": 2, "selection": "spatial", "layout": layout}}
     one = batch([35, 5], state("a", VIDEO), state("b", None), config=config)
     positions, slides = run_step(one, {"a": 7, "b": 1}, axes=3)
     # Frame 3 is in slot 2 of its window; the first visual token of the video is 11.

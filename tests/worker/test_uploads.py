@@ -82,7 +82,7 @@ def test_positions(pinned: list[int]) -> None:
 
 def test_slides(pinned: list[int]) -> None:
     layout = VideoLayout(FrameLayout(8), 10)
-    retention = Retention(layout, PackCache(window=2, history_frames=1.5), BLOCK)
+    retention = Retention(layout, PackCache(window=2, history_frames=1.5, selection="spatial"), BLOCK)
     keys = rotation.KeyRotation(
         rotation.Rotary(np.ones(2), np.zeros(2, dtype=np.int64), np.arange(2), np.arange(2, 4)), ()
     )

@@ -38,7 +38,7 @@ from vllm_packcache.calibrate.mass import NEAREST, OLDER, SEGMENTS, Float64, Mas
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import OWNER_KEY, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import FrameLayout
-from vllm_packcache.core.policies.packcache import MAX_WINDOW, PackCache
+from vllm_packcache.core.policies.packcache import MAX_WINDOW, PAPER, PackCache
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
@@ -164,7 +164,12 @@ def run(
         options = {"history_frames", "window", "decay"}
         suggested = ServerConfig.parse(
             PackCache.name,
-            {"layout": result["layout"], **{k: suggestion[k] for k in options}, "positions": "rebase"},
+            {
+                "layout": result["layout"],
+                **{k: suggestion[k] for k in options},
+                "selection": PAPER.selection,
+                "positions": "rebase",
+            },
         )
         result["config"] = {OWNER_KEY: PackCache.name, **suggested.as_mapping()}
     if json_path is not None:
@@ -223,7 +228,7 @@ def analyse(masses: Mapping[str, Sequence[Mass]], frame: FrameLayout, target: fl
             for name, own, rho in zip(masses, by_view, rhos, strict=True)
         }
     # The paper's rho at the same budget and window; where nothing is suggested, both at the defaults.
-    usual = PackCache(window=min(PackCache.window, distances))
+    usual = replace(PAPER, window=min(PAPER.window, distances))
     base = best or replace(usual, decay=fitted.decay)
     compared = [base, replace(base, decay=PAPER_DECAY), usual]
     windows = sorted({n for n in (1, 2, 4, best.window if best else 1, distances) if n <= min(distances, MAX_WINDOW)})
@@ -296,7 +301,7 @@ def analyse_changes(
 def _curve(window: int, decay: float, mean: Float64, frame: FrameLayout) -> list[list[float]]:
     """Pairs of H and the share kept, for one W."""
     policies = (
-        PackCache(history_frames=history, window=window, decay=decay) for history in budgets(len(mean) - NEAREST)
+        replace(PAPER, history_frames=history, window=window, decay=decay) for history in budgets(len(mean) - NEAREST)
     )
     return [[policy.history_frames, kept(policy, mean, frame)] for policy in policies if allowed(policy, frame)]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from vllm_packcache.calibrate.mass import NEAREST, OLDER, Float64, Mass, Video
 from vllm_packcache.core.layout import FrameLayout
-from vllm_packcache.core.policies.packcache import MAX_WINDOW, PackCache
+from vllm_packcache.core.policies.packcache import MAX_WINDOW, PAPER, PackCache
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.tools.sequences import lookup
 
@@ -162,7 +162,7 @@ def suggest(mean: Float64, decay: float, frame: FrameLayout, target: float) -> P
         if mean[:OLDER].sum() + np.interp(history, np.arange(distances + 1), best) < target - 1e-6:
             continue
         for window in range(1, min(distances, MAX_WINDOW) + 1):
-            policy = PackCache(history_frames=history, window=window, decay=decay)
+            policy = replace(PAPER, history_frames=history, window=window, decay=decay)
             if allowed(policy, frame) and kept(policy, mean, frame) >= target:
                 return policy
     return None

@@ -51,8 +51,8 @@ from vllm_packcache.serving.server import ServerError, client_of, serving, token
 from vllm_packcache.tools import sequences
 
 ASSETS = Path(__file__).parent / "assets"
-PRESET, CONFIG = "demo", "demo_changed"
-"""Preset of the layout of the videos, and configuration of the server where nobody gives another."""
+PRESET = "demo"
+"""Preset of the videos' layout, and what the server keeps where nobody gives another configuration."""
 EXAMPLE = 10_058
 """Seed of the world whose picture and sentence the assets are."""
 FRAMES = 20
@@ -138,7 +138,7 @@ def claimed(out: Path) -> Iterator[Path]:
         yield log
 
 
-def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = CONFIG) -> None:
+def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PRESET) -> None:
     """Serve the bundled model, make a video with each of `CACHES`, and write what came out to ``out``.
 
     Args:

@@ -11,6 +11,7 @@ from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import VideoRequest
+from vllm_packcache.core.policies import PAPER
 from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
 
 if TYPE_CHECKING:
@@ -57,12 +58,6 @@ class CausalServing(Serving):
             raise ConfigError(
                 f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
                 "axis_scale out"
-            )
-        if config.policy.reads_tokens and model.enable_prompt_embeds:
-            raise ConfigError(
-                f"{CONFIG_FLAG}: policy {config.name} with these options compares the ids of frames, and a prompt of "
-                "embeddings has none: leave out --enable-prompt-embeds, or let requests of token ids choose the option "
-                f"(for packcache {REQUEST_PREFIX}selection)"
             )
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
@@ -134,27 +129,32 @@ def _check_request(
             f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
         )
     if plan.policy.reads_tokens:
-        _check_ids(request, plan.layout)
+        _check_ids(request, plan.layout, len(prompt))
     total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
     _check_size(made, total, config.position_limit, vllm_config)
 
 
-def _check_ids(request: EngineCoreRequest, layout: VideoLayout) -> None:
+_COMPARES_NONE = (
+    f"ask for the paper's rule, {REQUEST_PREFIX}selection: {PAPER.selection} and {REQUEST_PREFIX}window: {PAPER.window}"
+)
+
+
+def _check_ids(request: EngineCoreRequest, layout: VideoLayout, prompt_tokens: int) -> None:
     """Refuse frames without ids to a policy that compares them: all of them would look alike.
 
     Raises:
-        ConfigError: the prompt is embeddings, or has pictures behind its condition.
+        ConfigError: the prompt is embeddings, or has pictures, behind its condition.
     """
-    if request.prompt_embeds is not None:
+    if request.prompt_embeds is not None and layout.condition_tokens < prompt_tokens:
         raise ConfigError(
-            "what this video keeps depends on the ids of its frames, and a prompt of embeddings has none: send token "
-            f"ids, or leave {REQUEST_PREFIX}selection = changed out"
+            "what this video keeps depends on the ids of its frames, and those of a prompt of embeddings have none: "
+            f"send token ids, or {_COMPARES_NONE}"
         )
     pictures = [feature.mm_position for feature in request.mm_features or ()]
     if any(picture.offset + picture.length > layout.condition_tokens for picture in pictures):
         raise ConfigError(
             "what this video keeps depends on the ids of its frames, and a picture that the model's own processor "
-            f"places has none: send frames as token ids, or leave {REQUEST_PREFIX}selection = changed out"
+            f"places has none: send frames as token ids, or {_COMPARES_NONE}"
         )
 
 

@@ -27,7 +27,7 @@ from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
-from vllm_packcache.tools.sequences import lookup, read_video
+from vllm_packcache.tools.sequences import example_frames, lookup, read_video
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,6 +117,7 @@ class Explanation:
         frames: how many frames to show.
         unconditional: the same video in the other stream of masked generation; None: there is none, frames are made
             token by token.
+        example: whether what is kept depends on what is seen, and that is an example.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Explanation:
     positions: Positions
     frames: int
     unconditional: Explanation | None = None
+    example: bool = False
 
     @property
     def streams(self) -> dict[str, Explanation]:
@@ -281,7 +283,8 @@ def explain(
         condition_tokens: tokens before frame 0; by default what ``sequence`` says, or a short text and the conditioning
             image.
         block_size: tokens of a KV-cache block.
-        sequence: file with the video's token ids, for a policy that reads them, and only for such.
+        sequence: file with the video's token ids, for a policy that reads them, and only for such; by default an
+            example, `example_frames`.
 
     Raises:
         ConfigError: the configuration is wrong or has no layout, a number is impossible, or the file has no such video.
@@ -295,10 +298,13 @@ def explain(
         raise ConfigError(f"frames must be 1 or more, not {frames}")
     image_tokens = config.layout.condition_image_tokens
     frame = config.layout.frame_layout()
-    ids = None
-    if config.policy.reads_tokens:
+    ids, seen, example = None, "", config.policy.reads_tokens and sequence is None
+    if sequence is not None and config.policy.reads_tokens:
         ids, condition_tokens = _ids(sequence, condition_tokens, TEXT_TOKENS + image_tokens)
         frames = _frames_of(ids, condition_tokens, frame.tokens_per_frame, frames)
+        seen = f" for {sequence.name}"
+    elif example:
+        seen = " for an example video"
     elif sequence is not None:
         raise ConfigError(
             f"--sequence is for policies that look at tokens, such as packcache with selection: changed; what "
@@ -318,7 +324,7 @@ def explain(
             "without any words"
         )
     name = "JSON" if source.lstrip().startswith("{") else Path(source).name
-    title = f"{name}: {config.name}{'' if sequence is None else f' for {sequence.name}'}"
+    title = f"{name}: {config.name}{seen}"
 
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
@@ -326,26 +332,24 @@ def explain(
         tokens = None if ids is None else lookup(ids[condition_tokens - layout.condition_tokens :])
         retention = Retention(layout, config.policy, block_size, tokens)
         check_policy(retention, frames)
-        return Explanation(title, retention, positions, frames, unconditional)
+        return Explanation(title, retention, positions, frames, unconditional, example)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)
+        if example:
+            ids = np.concatenate([np.zeros(condition_tokens, dtype=np.int64), example_frames(frame, frames)])
         others = [explanation(other) for other in family.other_layouts(layout)]
         return explanation(layout, *others)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _ids(path: Path | None, condition_tokens: int | None, usual: int) -> tuple[Int64, int]:
+def _ids(path: Path, condition_tokens: int | None, usual: int) -> tuple[Int64, int]:
     """Token ids of the video to draw, and how many of them are condition.
 
     Raises:
         ConfigError: there is no file, or none of a video, or it has another condition than was asked for.
     """
-    if path is None:
-        raise ConfigError(
-            "what this configuration keeps depends on what is seen: give the token ids of a video with --sequence FILE"
-        )
     try:
         video = read_video(path, usual if condition_tokens is None else condition_tokens)
     except ConfigError as error:
@@ -493,7 +497,8 @@ def print_text(explanation: Explanation, console: Console) -> None:
             console.print()
             console.print(Text(name.capitalize(), style="bold"))
         _print_stream(stream, console)
-    for sentence in explanation.passes_summary:
+    yours = ["What is kept depends on what is seen: --sequence FILE draws it for a video of yours."]
+    for sentence in [*explanation.passes_summary, *(yours if explanation.example else ())]:
         console.print()
         console.print(Text(sentence))
 

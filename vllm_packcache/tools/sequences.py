@@ -1,4 +1,4 @@
-"""Files with the token ids of videos, which the command line reads and the demos write."""
+"""Token ids of videos: files that the command line reads and the demos write, and an example."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_packcache.config.errors import ConfigError, shown, shown_path
+from vllm_packcache.core.layout import FrameLayout
 from vllm_packcache.core.policies.base import Int64, Tokens
 
 FORM = '{"token_ids": [...], "condition_tokens": n}'
@@ -74,6 +76,29 @@ def write_video(path: Path, token_ids: list[int], condition_tokens: int) -> None
     """
     video = VideoIds(token_ids=token_ids, condition_tokens=condition_tokens)
     path.write_text(video.model_dump_json() + "\n", encoding="utf-8")
+
+
+def example_frames(frame: FrameLayout, frames: int) -> Int64:
+    """Ids of a video in which one thing, a quarter of the picture high and wide, goes to and fro before a still wall.
+
+    Args:
+        frame: the shape of a frame; without a grid it counts as one row.
+        frames: T.
+
+    Returns:
+        [T * F].
+    """
+    rows, columns = frame.grid or (1, frame.tokens_per_frame)
+    height, width = -(-rows // 4), -(-columns // 4)
+    way, step = columns - width, max(1, columns // 8)
+    thing = 1 + np.arange(height * width).reshape(height, width)
+    first = frame.frame_start_tokens + (rows - height) // 2 * (columns + frame.row_end_tokens)
+    cells = first + np.arange(height)[:, None] * (columns + frame.row_end_tokens) + np.arange(width)
+    ids = np.zeros((frames, frame.tokens_per_frame), dtype=np.int64)
+    for number, picture in enumerate(ids):
+        gone = step * number % max(1, 2 * way)
+        picture[cells + min(gone, 2 * way - gone)] = thing
+    return ids.ravel()
 
 
 def lookup(ids: Int64) -> Tokens:

@@ -28,10 +28,11 @@ MAX_WINDOW = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PackCache(Policy):
-    """Keep the condition, and of each earlier frame a share that decays with its temporal distance.
+    """Keep the condition, the last frame, and of the frames before it what changed or a share that decays with age.
 
     Three phases: *fill* (the history fits into the budget: nothing is dropped), *pack* (frames shrink as they
-    age), *slide* (more than ``window`` history frames exist: the oldest is dropped whole).
+    age), *slide* (more than ``window`` history frames exist: the oldest is dropped whole). The rule of the paper, which
+    looks at nothing but age, is `PAPER`.
 
     Args:
         history_frames: H in frames: the budget for the history is ``history_frames`` x tokens per frame.
@@ -52,11 +53,11 @@ class PackCache(Policy):
     name: ClassVar[str] = "packcache"
     rebases: ClassVar[bool] = True
     history_frames: float = 2.0
-    window: int = 4
+    window: int = 12
     decay: float = 0.5
     gamma_text: float = 1.0
     gamma_condition: float = 1.0
-    selection: Selection = "spatial"
+    selection: Selection = "changed"
     changed_tokens: int = 1
     episodes: int = 0
 
@@ -211,6 +212,10 @@ class PackCache(Policy):
                 for distance in range(len(kept), 0, -1)
             ]
         )
+
+
+PAPER = PackCache(window=4, selection="spatial")
+"""As arXiv 2601.04359 has it: 1, 1/2, 1/4 and 1/4 of the last four frames, each spread evenly over the picture."""
 
 
 def shares(decay: float, frames: int) -> tuple[float, ...]:

@@ -34,8 +34,6 @@ from vllm_packcache.media.pictures import read_picture
 from vllm_packcache.serving.server import serving
 from vllm_packcache.tools import sequences
 
-CONFIG = "demo_masked_changed"
-"""Configuration of the server where nobody gives another."""
 FRAMES = 16
 """More than the model was trained on."""
 EXAMPLE = 10_027
@@ -58,7 +56,7 @@ class _Asked(NamedTuple):
     world: World | None
 
 
-def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = CONFIG) -> None:
+def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str = PRESET) -> None:
     """Serve the bundled masked model, make a video with each cache of the demo, and write what came out to ``out``.
 
     Args:
