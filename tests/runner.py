@@ -26,6 +26,7 @@ ON_BOTH = frozenset(
         "failures",
         "interruptions",
         "tensor_parallel",
+        "frame_ids",
     )
 )
 """Files whose tests are run on both runners, relative to this folder."""

@@ -13,10 +13,12 @@ from vllm_packcache.config.sources import CONFIG_KEY, load_mapping, presets
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
+from vllm_packcache.families import LUMOS
 
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
-    "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale"
+    "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale, "
+    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids"
 )
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
 SCALED = {**GRID, "axis_scale": [4, 8, 8]}
@@ -598,6 +600,7 @@ REQUEST_OPTIONS = ", ".join(
         "condition_tokens",
         "condition_image_tokens",
         "frames",
+        "given_ids",
         "changed_tokens",
         "decay",
         "episodes",
@@ -719,3 +722,62 @@ def test_a_budget_too_small_for_the_requests_frame_is_refused(server):
     message = refusal(lambda: server.plan(options, 300))
 
     assert message.startswith("packcache: history_frames = 2 leaves ")
+
+
+# --------------------------------------------------------------------------- ids of frames
+
+ACTIONS = {"grid": [2, 3], "visual_ids": [0, 7], "frame_end_tokens": 2, "frame_end_ids": [8, [10, 12]]}
+
+
+def test_numbers_of_a_frame_have_as_many_tokens_as_digits():
+    header = {"frame_start_ids": [90, "rows", 91, "columns"], "digit_ids": [*range(50, 60)], "grid": [3, 12]}
+    server = ServerConfig.parse("packcache", {"layout": header})
+    for grid, tokens in ((None, 5 + 36), ([10, 123], 7 + 1230)):
+        made = server.video({"packcache_frames": 1, **({"packcache_grid": grid} if grid else {})}, 300)
+        assert made.streams[0].plan.layout.tokens_per_frame == tokens
+        assert made.grammar.frame.frame.frame_start_tokens == tokens - (36 if grid is None else 1230)
+    rows = [made.grammar.allowed(300 + place).first for place in range(7)]
+    assert rows == [90, 51, 50, 91, 51, 52, 53]
+    assert ServerConfig.parse("packcache", {"layout": {**header, "frame_start_tokens": 5}}).layout.has_ids
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"visual_ids": [7, 0]}, "layout: visual_ids must be the first and the last id of a range, not [7, 0]"),
+        ({"visual_ids": [0, 2**31]}, "layout.visual_ids: item 2: Input should be less than or equal to 2147483647"),
+        ({"row_end_ids": [1]}, "layout: row_end_ids must be of 0 tokens, as many as row_end_tokens, not of 1"),
+        ({"frame_end_ids": [8]}, "layout: frame_end_ids must be of 2 tokens, as many as frame_end_tokens, not of 1"),
+        ({"frame_start_ids": ["rows"]}, "layout: frame_start_ids: rows needs grid and digit_ids"),
+        ({"digit_ids": [1, 2]}, "layout.digit_ids: tuple should have at least 10 items after validation, not 2"),
+        (
+            {"frame_start_ids": ["rows"], "digit_ids": [*range(50, 60)], "frame_start_tokens": 2},
+            "layout: frame_start_tokens must be 1 where rows and columns have so many digits, not 2: leave it out",
+        ),
+        ({"grid": None, "tokens_per_frame": 8}, "layout: ids of a frame need grid, not tokens_per_frame alone"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused_in_one_sentence(layout, words):
+    given = {key: value for key, value in {**ACTIONS, **layout}.items() if value is not None}
+    message = refusal(lambda: ServerConfig.parse("packcache", {"layout": given}))
+    assert message.startswith("kv_cache_policy_config: ")
+    assert words in message
+
+
+def test_a_masked_models_frames_have_ids_that_are_known():
+    layout = {**load_mapping("lumos1_256p")["layout"], "visual_ids": [0, 7]}
+    message = refusal(lambda: ServerConfig.parse("packcache", {"layout": layout}, family=LUMOS))
+    assert message == "kv_cache_policy_config: layout: ids of frames are known of Lumos-1: leave them out"
+
+
+def test_what_a_client_gives_belongs_to_a_request_of_such_frames():
+    server = ServerConfig.parse("packcache", {"layout": ACTIONS})
+    made = server.video({"packcache_given_ids": [11, 12]}, 20)
+    assert made.grammar.given == ((11,), (12,))
+    assert [made.grammar.allowed(27 + 8 * frame) for frame in range(3)] == [(11, 11), (12, 12), (10, 12)]
+    message = refusal(lambda: server.video({"packcache_given_ids": [11, 13]}, 20))
+    assert message == "packcache_given_ids, frame 2: it must have ids from 10 to 12 as number 1, not 13"
+    plain = ServerConfig.parse("packcache", {"layout": GRID})
+    message = refusal(lambda: plain.video({"packcache_given_ids": [1]}, 300))
+    assert message.startswith("packcache_given_ids is given, and frames of this server have no ids that a client gives")
+    assert plain.video({"packcache_frames": 1}, 300).grammar is None

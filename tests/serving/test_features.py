@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.margins import CarefulReference, steady
+from tests.serving import test_frame_ids as frame_ids
 from tests.serving.conftest import PAPERS, prompt, run, sampling
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.reference.decoder import read_weights
@@ -160,3 +161,16 @@ def test_grammars_of_preempted_videos(
         logits = reference.logits([*ids, *tokens[:-1]], plan)[len(ids) - 1 :]
         assert tokens == steady(lambda each: each[:, :ALLOWED].argmax(-1).tolist(), logits)
         assert tokens != logits.argmax(-1).tolist(), "the grammar changed nothing"
+
+
+def test_a_grammar_beside_a_video_whose_frames_have_ids(engine: Any, reference: Any, with_tokenizer: Path) -> None:
+    llm = engine(
+        "packcache", frame_ids.CONFIG, max_num_batched_tokens=256, model=with_tokenizer, skip_tokenizer_init=False
+    )
+    ids, own = prompt(60, seed=31), sampling(50)
+    own.structured_outputs = StructuredOutputsParams(regex="([a-h][a-p]){400}")
+    video, params, allowed = frame_ids.video(30, 40, 2)
+    tokens, made = run(llm, [ids, video], [own, params])
+    logits = reference.logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
+    assert tokens == steady(lambda each: each[:, :ALLOWED].argmax(-1).tolist(), logits)
+    frame_ids.check(reference, frame_ids.CONFIG, video, params, allowed, made)

@@ -30,6 +30,7 @@ from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.core import policies
+from vllm_packcache.core.grammar import LARGEST_ID, FrameGrammar, FrameIds, IdRange, VideoGrammar, grammar_of
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.core.plan import REQUEST_PREFIX as REQUEST_PREFIX
 from vllm_packcache.core.plan import Plan, Stream, VideoRequest
@@ -75,10 +76,20 @@ _Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 _Scale = Annotated[int, Field(ge=1, le=2**16)]
 
 
+_Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
+_Ids = tuple[_Id, _Id]
+_Number = Literal["rows", "columns"]
+
+
 class LayoutConfig(BaseModel):
     """The shape of a frame: ``grid`` with its extra tokens, or ``tokens_per_frame`` alone.
 
     ``axis_scale`` is for models whose positions have three axes: how far frames, rows and columns are apart.
+
+    With ``visual_ids`` and the ids of special tokens it says which ids may stand where: an id is fixed, a pair is the
+    first and the last one of a range. Of visual tokens the model chooses among them, of special ones the client does.
+    ``rows`` and ``columns`` in a frame's start stand for the digits of that number, whose ids ``digit_ids`` has, from 0
+    to 9.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -90,6 +101,11 @@ class LayoutConfig(BaseModel):
     frame_end_tokens: int = 0
     condition_image_tokens: Annotated[int, Field(ge=0)] = 0
     axis_scale: tuple[_Scale, _Scale, _Scale] | None = None
+    visual_ids: _Ids | None = None
+    frame_start_ids: tuple[_Id | _Ids | _Number, ...] | None = None
+    row_end_ids: tuple[_Id, ...] | None = None
+    frame_end_ids: tuple[_Id | _Ids, ...] | None = None
+    digit_ids: Annotated[tuple[_Id, ...], Field(min_length=10, max_length=10)] | None = None
 
     def frame_layout(self) -> FrameLayout:
         """The frame this describes.
@@ -97,7 +113,16 @@ class LayoutConfig(BaseModel):
         Raises:
             ValueError: the numbers contradict each other, or neither grid nor tokens_per_frame is given.
         """
-        extra = (self.frame_start_tokens, self.row_end_tokens, self.frame_end_tokens)
+        start = self.frame_start_tokens
+        if self.frame_start_ids is not None and not set(get_args(_Number)).isdisjoint(self.frame_start_ids):
+            # As many tokens as the numbers have digits.
+            start = len(self.frame_ids().frame_start or ())
+            if self.frame_start_tokens not in (0, start):
+                raise ValueError(
+                    f"frame_start_tokens must be {start} where rows and columns have so many digits, not "
+                    f"{self.frame_start_tokens}: leave it out"
+                )
+        extra = (start, self.row_end_tokens, self.frame_end_tokens)
         if self.grid is None:
             if self.tokens_per_frame is None:
                 raise ValueError("layout needs grid or tokens_per_frame")
@@ -106,6 +131,42 @@ class LayoutConfig(BaseModel):
             return FrameLayout.from_grid(self.grid, *extra)
         return FrameLayout(self.tokens_per_frame, self.grid, *extra)
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether it says which ids may stand where."""
+        return not all(
+            own is None for own in (self.visual_ids, self.frame_start_ids, self.row_end_ids, self.frame_end_ids)
+        )
+
+    def frame_ids(self) -> FrameIds:
+        """What it says of ids.
+
+        Raises:
+            ValueError: a range is empty, or a number has no digits.
+        """
+        start = self.frame_start_ids
+        return FrameIds(
+            None if self.visual_ids is None else _id_range("visual_ids", self.visual_ids),
+            None if start is None else tuple(chain.from_iterable(map(self._start_ids, start))),
+            self.row_end_ids,
+            None if self.frame_end_ids is None else tuple(_special("frame_end_ids", own) for own in self.frame_end_ids),
+        )
+
+    def _start_ids(self, own: int | tuple[int, int] | str) -> Sequence[int | IdRange]:
+        if not isinstance(own, str):
+            return [_special("frame_start_ids", own)]
+        if self.grid is None or self.digit_ids is None:
+            raise ValueError(f"frame_start_ids: {own} needs grid and digit_ids")
+        return [self.digit_ids[int(digit)] for digit in str(self.grid[get_args(_Number).index(own)])]
+
+    def grammar(self) -> FrameGrammar | None:
+        """Which ids may stand at each place of a frame; None: it does not say.
+
+        Raises:
+            ValueError: as `frame_layout`, `frame_ids` and `vllm_packcache.core.grammar.grammar_of`.
+        """
+        return grammar_of(self.frame_layout(), self.frame_ids()) if self.has_ids else None
+
     def shortest_condition(self) -> VideoLayout:
         """A video whose condition is the conditioning image alone, without any text.
 
@@ -113,6 +174,16 @@ class LayoutConfig(BaseModel):
             ValueError: as `frame_layout`.
         """
         return VideoLayout(self.frame_layout(), self.condition_image_tokens, self.condition_image_tokens)
+
+
+def _special(name: str, own: int | tuple[int, int]) -> int | IdRange:
+    return own if isinstance(own, int) else _id_range(name, own)
+
+
+def _id_range(name: str, ids: tuple[int, int]) -> IdRange:
+    if ids[0] > ids[1]:
+        raise ValueError(f"{name} must be the first and the last id of a range, not {list(ids)}")
+    return IdRange(*ids)
 
 
 class _RequestOptions(BaseModel):
@@ -126,6 +197,7 @@ class _RequestOptions(BaseModel):
     condition_tokens: Annotated[int, Field(ge=0)] | None = None
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
     frames: _Frames | None = None
+    given_ids: tuple[_Id, ...] | None = None
 
 
 def _fields_of(model: type) -> list[str]:
@@ -202,6 +274,8 @@ class ServerConfig:
             check_finite(value, option)
         if layout is not None:
             _check_policy(parsed, layout.frame_layout(), CONFIG_KEY)
+            if layout.has_ids and family.role != "causal":
+                raise ConfigError(f"{CONFIG_KEY}: layout: ids of frames are known of {family.name}: leave them out")
             try:
                 family.check_layout(layout.frame_layout(), layout.axis_scale)
             except ValueError as error:
@@ -285,7 +359,7 @@ class ServerConfig:
         if not any(map(is_video_key, extra_args or ())):
             return None
         policy, (options,) = self.read(extra_args, _RequestOptions)
-        layout = self._request_layout(options, num_prompt_tokens)
+        layout, grammar = self._request_layout(options, num_prompt_tokens)
         self.check_policy(policy, layout.frame)
         if self.layout is None and options.grid is None and options.tokens_per_frame is None:
             if options.frames is not None:
@@ -298,7 +372,8 @@ class ServerConfig:
             positions = self.positions_of(layout, policy)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        return VideoRequest((Stream(Plan(layout, policy, positions)),), options.frames)
+        made = self._request_grammar(grammar, options.given_ids, layout, num_prompt_tokens)
+        return VideoRequest((Stream(Plan(layout, policy, positions)),), options.frames, grammar=made)
 
     def request_of(self, params: Any, token_ids: Sequence[int] | None, num_prompt_tokens: int) -> VideoRequest | None:
         """The same as `request`, of what vLLM knows of a request.
@@ -401,7 +476,28 @@ class ServerConfig:
         """
         return Positions(layout, self.window(policy), self.layout.axis_scale if self.layout else None)
 
-    def _request_layout(self, options: _RequestOptions, num_prompt_tokens: int) -> VideoLayout:
+    @staticmethod
+    def _request_grammar(
+        grammar: FrameGrammar | None, ids: tuple[int, ...] | None, layout: VideoLayout, num_prompt_tokens: int
+    ) -> VideoGrammar | None:
+        option, count = f"{REQUEST_PREFIX}given_ids", 0 if grammar is None else len(grammar.given)
+        if ids is not None and count == 0:
+            raise ConfigError(
+                f"{option} is given, and frames of this server have no ids that a client gives: leave it out"
+            )
+        if grammar is None:
+            return None
+        rows = [ids[first : first + count] for first in range(0, len(ids), count)] if ids else []
+        for number, row in enumerate(rows):
+            try:
+                grammar.check_given(row)
+            except ValueError as error:
+                raise ConfigError(f"{option}, frame {number + 1}: it {error}") from None
+        return VideoGrammar(layout, grammar, max(0, layout.frame_of(num_prompt_tokens)), tuple(rows))
+
+    def _request_layout(
+        self, options: _RequestOptions, num_prompt_tokens: int
+    ) -> tuple[VideoLayout, FrameGrammar | None]:
         base = self.layout or LayoutConfig()
         if options.grid is None and options.tokens_per_frame is None:
             if self.layout is None and options.policy != OPT_OUT:
@@ -411,6 +507,11 @@ class ServerConfig:
                 )
             merged = base if self.layout is not None else LayoutConfig(tokens_per_frame=1)
         elif options.grid is None:
+            if base.has_ids:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}tokens_per_frame says nothing of rows, by which this server knows which ids may "
+                    f"stand where: give {REQUEST_PREFIX}grid"
+                )
             # A bare number says nothing of rows, and a grid of the server's need not fit it.
             merged = LayoutConfig(tokens_per_frame=options.tokens_per_frame)
         else:
@@ -428,7 +529,7 @@ class ServerConfig:
                 # The server's number describes its usual prompt; a shorter one (text to video) has no such image.
                 image = self._usual_image_tokens(frame)
                 image = image if image <= condition else 0
-            return VideoLayout(frame, condition, image)
+            return VideoLayout(frame, condition, image), merged.grammar()
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
 
@@ -454,6 +555,7 @@ class ServerConfig:
         try:
             parsed = _validate(LayoutConfig, layout)
             Positions(parsed.shortest_condition(), scale=parsed.axis_scale)
+            parsed.grammar()
         except ValidationError as error:
             raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:

@@ -8,9 +8,10 @@ This module is pure: it knows neither vLLM nor torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from vllm_packcache.core.grammar import VideoGrammar
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Full, Policy
 from vllm_packcache.core.positions import Positions
@@ -61,10 +62,12 @@ class VideoRequest:
     Args:
         streams: one or more.
         frames: how many to make, one that the prompt ends in included; None: it does not say.
+        grammar: which ids its tokens may have; None: any.
     """
 
     streams: tuple[Stream, ...]
     frames: int | None
+    grammar: VideoGrammar | None = field(default=None, kw_only=True)
 
     @property
     def as_stock(self) -> bool:

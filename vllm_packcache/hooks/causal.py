@@ -8,7 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
+from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig, read_config
+from vllm_packcache.core.grammar import LARGEST_ID, IdRange, VideoGrammar
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.policies import PAPER
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 class CausalServing(Serving):
     """vLLM's own, with block tables and positions changed."""
+
+    def finish(self, vllm_config: VllmConfig) -> None:
+        """Have what is sampled restricted, where the layout says which ids may stand where."""
+        config = read_config(vllm_config)
+        if config is None or config.layout is None or not config.layout.has_ids:
+            return
+        own = f"vllm_packcache.worker.frame_ids:FrameIds{'V2' if vllm_config.use_v2_model_runner else 'V1'}"
+        model = vllm_config.model_config
+        model.logits_processors = [*(model.logits_processors or ()), own]
 
     def check_model(self, vllm_config: VllmConfig, config: ServerConfig) -> None:
         """See `Serving.check_model`."""
@@ -58,6 +68,13 @@ class CausalServing(Serving):
             raise ConfigError(
                 f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "
                 "axis_scale out"
+            )
+        grammar = None if config.layout is None else config.layout.grammar()
+        largest = -1 if grammar is None else max((own for own in grammar.last.tolist() if own < LARGEST_ID), default=-1)
+        if largest >= model.get_vocab_size():
+            raise ConfigError(
+                f"{CONFIG_FLAG}: layout: id {largest} is beyond the {model.get_vocab_size()} ids of {model.model}: "
+                "give ids of this model"
             )
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
@@ -116,6 +133,8 @@ def _check_request(
             f"{len(prompt) + (params.max_tokens or 0)}: ask for fewer frames ({REQUEST_PREFIX}frames), or let the "
             "policy drop some"
         )
+    if made is not None and made.grammar is not None:
+        _check_grammar(request, made.grammar, len(prompt))
     if made is None or plan is None:
         return
     if request.resumable:
@@ -137,6 +156,42 @@ def _check_request(
 _COMPARES_NONE = (
     f"ask for the paper's rule, {REQUEST_PREFIX}selection: {PAPER.selection} and {REQUEST_PREFIX}window: {PAPER.window}"
 )
+
+
+def _check_grammar(request: EngineCoreRequest, grammar: VideoGrammar, prompt_tokens: int) -> None:
+    """Refuse a video whose tokens cannot all have ids that its frames' grammar allows.
+
+    Raises:
+        ConfigError: a frame misses what a client gives, or something else would decide.
+    """
+    params, layout, ids = request.sampling_params, grammar.layout, request.prompt_token_ids
+    assert params is not None
+    if ids is None:
+        raise ConfigError(
+            "frames of this server have ids of their own, and a prompt of embeddings has none: send token ids"
+        )
+    if params.structured_outputs is not None:
+        raise ConfigError(
+            "what may stand in a frame is said by the layout of this server: leave structured outputs out of a video"
+        )
+    if params.max_tokens and len(grammar.frame.given):
+        frames = layout.frame_of(prompt_tokens + params.max_tokens - 1) + 1 - grammar.first_frame
+        own, wanted = (len(grammar.frame.given) * count for count in (len(grammar.given), frames))
+        if own != wanted:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}given_ids must have {len(grammar.frame.given)} ids for each frame that is made, "
+                f"{wanted} for {frames} of them, not {own}"
+            )
+    wrong = grammar.first_wrong(ids)
+    if wrong is not None:
+        raise ConfigError(
+            f"token {wrong} of the prompt is in a frame, where it must be {_ids_in_words(grammar.allowed(wrong))}, not "
+            f"{ids[wrong]}: see layout, and {REQUEST_PREFIX}condition_tokens"
+        )
+
+
+def _ids_in_words(allowed: IdRange) -> str:
+    return str(allowed.first) if allowed.fixed else f"from {allowed.first} to {allowed.last}"
 
 
 def _check_ids(request: EngineCoreRequest, layout: VideoLayout, prompt_tokens: int) -> None:

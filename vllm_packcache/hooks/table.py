@@ -151,6 +151,7 @@ ENDS = {
     "V1 runner": _V1,
     "V2 runner": _V2,
     "attention": _ATTENTION,
+    "ids": "a grammar by place in vLLM's structured outputs",
     "flag": "command line options that plugins may add",
     "keys": "the layout of cached keys as an attention backend's published interface",
     "manager": _RETENTION,
@@ -619,7 +620,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V1,
-        "_bookkeeping_sync: num_reqs, discard_request_mask, generators",
+        "_bookkeeping_sync: num_reqs, discard_request_mask, generators, output_token_ids",
         "V1 runner: which tokens are thrown away, and whose generators are turned back",
     ),
     Hook(
@@ -697,8 +698,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V2,
-        "add_requests: _remove_request, add_request; finish_requests: preempted_req_ids, _remove_request",
-        "V2 runner: a request that comes; preempted ones are removed",
+        "add_requests: _remove_request, req_states, add_request, sampler, add_request; "
+        "finish_requests: preempted_req_ids, _remove_request",
+        "V2 runner: a request that comes, its length before its sampling; preempted ones are removed",
     ),
     Hook(
         _RUNNER_V2,
@@ -838,6 +840,37 @@ HOOKS: tuple[Hook, ...] = (
         "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
+    ),
+    # Which ids a video's tokens may have
+    Hook(
+        "vllm.v1.sample.logits_processor.interface:LogitsProcessor",
+        "is_argmax_invariant; update_state; apply",
+        "ids: a processor of logits on the V1 runner",
+        subclass="vllm_packcache.worker.frame_ids:FrameIdsV1",
+        ends=_V1,
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor.builtin",
+        "process_dict_updates(req_entries, batch_update, new_state)",
+        "ids: where in the batch each request is",
+        ends=_V1,
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor",
+        "build_logitsprocs(vllm_config, device, is_pin_memory, ...): ctor",
+        "ids: the V1 runner makes it",
+        ends=_V1,
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor",
+        "add_request; apply",
+        "ids: a processor of logits on the V2 runner",
+        subclass="vllm_packcache.worker.frame_ids:FrameIdsV2",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface",
+        "LogitsProcRequestState.prompt_len; LogitsContext.idx_mapping_np; LogitsContext.seq_lens_upper_bound_np",
+        "ids: how long a request is, on the host",
     ),
     Hook(
         _RUNNER_V2,
