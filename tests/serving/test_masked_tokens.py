@@ -35,7 +35,7 @@ pytestmark = needs_v2
 
 CODES = 64
 BLOCK = 32
-CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_frames": 1}
+CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_frames": 1, "selection": "spatial"}
 CANVAS = lumos.frame_layout((4, 6)).tokens_per_frame
 
 
