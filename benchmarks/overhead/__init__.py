@@ -9,9 +9,9 @@ case             what it runs
 ===============  =============================================================================================
 ``stock``        vLLM, no plugin loaded
 ``again``        the same once more: how far apart two equal engines are
-``text``         vLLM with the plugin and the default policy, on requests that are no videos
+``text``         vLLM with the plugin and a policy, on requests that are no videos
 ``room``         the same, on videos whose history is so long that nothing is dropped
-``packcache``    the same, on videos under the default policy
+``packcache``    the same, on videos under the rule of the paper
 ===============  =============================================================================================
 
 **Time in our own functions** is measured afterwards, on both model runners (`benchmarks.overhead.clock`). Model Runner

@@ -21,7 +21,7 @@ CASES = {
     AGAIN: "stock vLLM once more",
     TEXT: "plugin, text only",
     ROOM: "plugin, videos from which nothing is dropped",
-    PACKCACHE: "plugin, videos under the default policy",
+    PACKCACHE: "plugin, videos under the rule of the paper",
 }
 """What is run, and its name for people."""
 
