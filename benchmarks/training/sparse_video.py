@@ -29,7 +29,7 @@ NOT_ASKED = -1
 
 
 def is_computable(plan: Plan, block_size: int, frames: int) -> bool:
-    """Whether the first token lives, which heads read where there is nothing, and nothing is where heads look wrongly.
+    """Whether the whole text lives, which heads were trained with, and nothing is where heads look wrongly.
 
     Args:
         plan: of a video.
@@ -41,7 +41,7 @@ def is_computable(plan: Plan, block_size: int, frames: int) -> bool:
     if plan.policy.outlives_window and (window is None or (window - 1) * FRAME_TOKENS <= max(LOOKS)):
         return False
     retention = Retention(plan.layout, plan.policy, block_size, some_tokens)
-    return all(live_tokens(retention, frame)[0] for frame in range(frames))
+    return all(live_tokens(retention, frame)[: 1 + TEXT_TOKENS].all() for frame in range(frames))
 
 
 class LivePast:
