@@ -328,6 +328,9 @@ def test_goals_follow_from_the_differences(done):
         ("packcache not worse than full cache", "frames 1-2"),
         ("packcache better than last frame", "frames 3-4"),
         ("packcache better than last frame, absolute", "frames 3-4"),
+        ("changed not worse than full cache", "frames 1-2"),
+        ("changed better than last frame", "frames 3-4"),
+        ("changed better than last frame, absolute", "frames 3-4"),
         ("changed better than packcache", "frames 1-2"),
         ("changed better than packcache", "frames 3-4"),
     }
