@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import prompt
+from tests.serving.conftest import PAPERS, prompt
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.serving.server import serving
 
-CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}}
+# With the rule of the paper 500 tokens of these frames slide the window.
+CONFIG = {"layout": {"grid": [6, 11], "frame_start_tokens": 1}, **PAPERS}
 SERVER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
@@ -103,7 +104,7 @@ def test_only_a_video_may_be_longer_than_the_model_has_positions(server: httpx.C
     assert "the model has 8192 positions" in refused.json()["error"]["message"]
     window = complete(server, prompt(70), 12_000, grid=[40, 50])
     assert window.status_code == 400
-    assert "this video needs 12070 positions" in window.json()["error"]["message"]
+    assert "this video needs 10075 positions" in window.json()["error"]["message"]
 
 
 def test_metrics_reach_the_process_that_serves_them(server: httpx.Client) -> None:
