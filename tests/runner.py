@@ -27,6 +27,7 @@ ON_BOTH = frozenset(
         "interruptions",
         "tensor_parallel",
         "frame_ids",
+        "sessions",
     )
 )
 """Files whose tests are run on both runners, relative to this folder."""

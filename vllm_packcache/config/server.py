@@ -33,7 +33,7 @@ from vllm_packcache.core import policies
 from vllm_packcache.core.grammar import LARGEST_ID, FrameGrammar, FrameIds, IdRange, VideoGrammar, grammar_of
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.core.plan import REQUEST_PREFIX as REQUEST_PREFIX
-from vllm_packcache.core.plan import Plan, Stream, VideoRequest
+from vllm_packcache.core.plan import Plan, Stream, Turn, VideoRequest
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
@@ -77,6 +77,7 @@ _Scale = Annotated[int, Field(ge=1, le=2**16)]
 
 
 _Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
+_Tokens = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Ids = tuple[_Id, _Id]
 _Number = Literal["rows", "columns"]
 
@@ -198,6 +199,8 @@ class _RequestOptions(BaseModel):
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
     frames: _Frames | None = None
     given_ids: tuple[_Id, ...] | None = None
+    session_tokens: _Tokens | None = None
+    forget_frames: _Tokens = 0
 
 
 def _fields_of(model: type) -> list[str]:
@@ -373,7 +376,28 @@ class ServerConfig:
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
         made = self._request_grammar(grammar, options.given_ids, layout, num_prompt_tokens)
-        return VideoRequest((Stream(Plan(layout, policy, positions)),), options.frames, grammar=made)
+        streams = (Stream(Plan(layout, policy, positions)),)
+        return VideoRequest(streams, options.frames, grammar=made, turn=self._request_turn(options))
+
+    @staticmethod
+    def _request_turn(options: _RequestOptions) -> Turn | None:
+        if options.session_tokens is None:
+            if options.forget_frames:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}forget_frames is for turns of a session: give {REQUEST_PREFIX}session_tokens too"
+                )
+            return None
+        for name in ("frames", "given_ids"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}{name} is not for a session, whose turns make one frame each: leave it out"
+                )
+        if options.condition_tokens is None:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}condition_tokens is needed in every turn of a session: its prompt grows, and its "
+                "condition does not"
+            )
+        return Turn(options.session_tokens, options.forget_frames)
 
     def request_of(self, params: Any, token_ids: Sequence[int] | None, num_prompt_tokens: int) -> VideoRequest | None:
         """The same as `request`, of what vLLM knows of a request.
@@ -516,6 +540,8 @@ class ServerConfig:
             merged = LayoutConfig(tokens_per_frame=options.tokens_per_frame)
         else:
             merged = base.model_copy(update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame})
+        # Of a session's later turns a front end sees what they add.
+        num_prompt_tokens += options.session_tokens or 0
         condition = num_prompt_tokens if options.condition_tokens is None else options.condition_tokens
         if condition > num_prompt_tokens:
             raise ConfigError(

@@ -157,19 +157,20 @@ class VideoGrammar:
                 return IdRange(own, own)
         return self.frame.range_at(offset)
 
-    def first_wrong(self, ids: Sequence[int]) -> int | None:
+    def first_wrong(self, ids: Sequence[int], begin: int = 0) -> int | None:
         """The first token of a sequence that has an id which it may not have; None: there is none.
 
         Args:
-            ids: of the sequence from its beginning.
+            ids: of the sequence from token ``begin`` on.
+            begin: the first of them.
         """
-        start = self.layout.condition_tokens
-        own = np.array(ids[start:], dtype=np.int64)
-        offsets = np.arange(len(own)) % self.layout.tokens_per_frame
+        start = max(begin, self.layout.condition_tokens)
+        own = np.array(ids[start - begin :], dtype=np.int64)
+        offsets = (start - self.layout.condition_tokens + np.arange(len(own))) % self.layout.tokens_per_frame
         wrong = (own < self.frame.first[offsets]) | (own > self.frame.last[offsets])
         # What a client gives for a frame that the sequence ends in is one id.
-        begun = self.layout.frame_start(self.first_frame) - start
-        for token in begun + self.frame.given[begun + self.frame.given < len(own)]:
+        begun = self.layout.frame_start(self.first_frame) - start + self.frame.given
+        for token in begun[(begun >= 0) & (begun < len(own))] if self.given else ():
             wrong[token] |= own[token] < self.allowed(start + int(token)).first
             wrong[token] |= own[token] > self.allowed(start + int(token)).last
         return int(start + wrong.argmax()) if wrong.any() else None

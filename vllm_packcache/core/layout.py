@@ -155,6 +155,12 @@ class VideoLayout:
             return CONDITION
         return (token - self.condition_tokens) // self.tokens_per_frame
 
+    def offsets(self, start: int, stop: int) -> set[int]:
+        """Places in their frames of the tokens ``[start, stop)``, those of the condition left out."""
+        start = max(start, self.condition_tokens) - self.condition_tokens
+        tokens = range(start, max(start, stop - self.condition_tokens))
+        return {token % self.tokens_per_frame for token in tokens[: self.tokens_per_frame]}
+
     def tokens_to_end(self, given: int, frames: int) -> int:
         """Tokens that end a video of ``given`` tokens after ``frames`` more frames; one that has begun is the first."""
         return frames * self.tokens_per_frame - (given - self.condition_tokens) % self.tokens_per_frame

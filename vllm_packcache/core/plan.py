@@ -9,7 +9,7 @@ This module is pure: it knows neither vLLM nor torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vllm_packcache.core.grammar import VideoGrammar
 from vllm_packcache.core.layout import VideoLayout
@@ -55,6 +55,18 @@ class Stream:
         return max(0, tokens - self.start)
 
 
+class Turn(NamedTuple):
+    """What a turn of a session says of the session, see `vllm_packcache.core.session`.
+
+    Args:
+        tokens: of the session before this turn, without the one sampled last, which begins the turn.
+        forget_frames: how many of its oldest frames it forgets with this turn; ``tokens`` still counts them.
+    """
+
+    tokens: int
+    forget_frames: int
+
+
 @dataclass(frozen=True)
 class VideoRequest:
     """What a request makes: stream i is in KV cache group i of those that its family has.
@@ -63,11 +75,13 @@ class VideoRequest:
         streams: one or more.
         frames: how many to make, one that the prompt ends in included; None: it does not say.
         grammar: which ids its tokens may have; None: any.
+        turn: of a session; None: it is none.
     """
 
     streams: tuple[Stream, ...]
     frames: int | None
     grammar: VideoGrammar | None = field(default=None, kw_only=True)
+    turn: Turn | None = field(default=None, kw_only=True)
 
     @property
     def as_stock(self) -> bool:

@@ -117,6 +117,20 @@ class Retention:
                 self._keep_in_mind(other)
         return self._keep_in_mind(frame)
 
+    def forget(self, frames: int, blocks: int) -> None:
+        """The oldest frames are not counted any more: frame ``frames`` is frame 0 now, in the blocks that this had.
+
+        Args:
+            frames: of which nothing lives; see `vllm_packcache.core.session.Forgetting`.
+            blocks: that they are.
+        """
+        condition = self.blocks.condition_blocks.stop
+        decided, self._decided = self._decided, {}
+        for frame, past in decided.items():
+            kept = np.where(past < condition, past, past - blocks)
+            kept.flags.writeable = False
+            self._decided[frame - frames] = kept
+
     def tell(self, decisions: Sequence[Decision]) -> None:
         """Take decisions as they are, where a policy reads tokens that are not known here: see `Decision`."""
         # All of a step are asked about in that step.

@@ -28,6 +28,7 @@ from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import DECISIONS, Decision, PolicyError, Retention
+from vllm_packcache.core.session import Forgetting
 from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 
@@ -115,6 +116,15 @@ class Held:
         """Blocks have been freed up to ``frame``."""
         self.frame = frame
         self.frame_ends = self.stream.start + self.retention.layout.frame_start(frame + 1)
+
+    def forget(self, frames: int, blocks: int) -> None:
+        """The oldest frames are not counted any more: see `vllm_packcache.core.session`."""
+        self.retention.forget(frames, blocks)
+        self.record.forgotten_frames += frames
+        self.enter(self.frame - frames)
+        self.blocks -= blocks
+        # They had been freed.
+        self.dropped_blocks -= blocks
 
     def slides(self, frame: int) -> int:
         """By how many frames the window moves on until ``frame`` is made."""
@@ -299,6 +309,59 @@ class RetentionManager(FullAttentionManager):
             video.decided = layout.frame_start(frame + 1)
             if retention.policy.reads_tokens and frame != CONDITION:
                 self.decisions.setdefault(request.request_id, []).append(Decision(self.stream, frame, past))
+
+    def resume(self, request: Request) -> None:
+        """Another turn of a session begins, of which the workers know nothing yet but its blocks.
+
+        Raises:
+            PolicyError: the turn contradicts those before it.
+        """
+        name = request.request_id
+        self.settled.pop(name, None)
+        video, before = self._videos.get(name), getattr(request, _REQUEST, None)
+        if before is None or name in self.failures:
+            return
+        delattr(request, _REQUEST)
+        made = self.request(request)
+        if made is None or made.turn is None or made.streams != before.streams:
+            raise PolicyError("a turn of a session must say of its video what the first one said")
+        if made.turn.forget_frames:
+            self._forget(request, video, made.turn.forget_frames)
+        if record := self._records.get(name):
+            record.resume(request.num_prompt_tokens)
+        if video is not None:
+            video.quiet_until = 0
+            # What is read by the frame that the last turn was in has to be told again.
+            frame = video.retention.layout.frame_of(request.num_computed_tokens)
+            video.decided = min(video.decided, video.retention.layout.frame_start(frame))
+
+    def _forget(self, request: Request, video: Held | None, frames: int) -> None:
+        """Leave the oldest frames of a session out of its sequence, and out of its block table."""
+        blocks, room = self.req_to_blocks[request.request_id], 0
+        if video is not None:
+            forgetting = Forgetting(video.stream.plan, self.block_size)
+            room = forgetting.frames(video.retention.layout.frame_of(request.num_computed_tokens))
+        if video is None or frames > room or frames % (forgetting.step or 1):
+            raise PolicyError(
+                f"{frames} frames cannot be forgotten by now: it must be {room} at most, and a multiple of "
+                f"{forgetting.step if video is not None else 0}"
+            )
+        layout, count = video.retention.layout, forgetting.blocks(frames)
+        first = video.retention.blocks.condition_blocks.stop
+        if not all(block is self._null_block for block in blocks[first : first + count]):
+            raise PolicyError(f"{frames} frames cannot be forgotten: blocks of theirs live")
+        del blocks[first : first + count]
+        start, tokens = layout.condition_tokens, frames * layout.tokens_per_frame
+        assert request.prompt_token_ids is not None
+        for ids in (request.prompt_token_ids, request._all_token_ids):
+            del ids[start : start + tokens]
+        request.num_prompt_tokens -= tokens
+        request.num_computed_tokens -= tokens
+        # Those of the condition stay. Hashes of frames are never looked up, but there must be one of every block.
+        del request.block_hashes[start // self.block_pool.hash_block_size :]
+        request.update_block_hashes()
+        video.decided -= tokens
+        video.forget(frames, count)
 
     def take_decisions(self, request: Request) -> list[Decision]:
         """What the workers must be told of a request by now: what its tokens read that have been scheduled.
@@ -543,6 +606,37 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
             for manager in managers:
                 manager.settle(name)
         return num_new_tokens
+
+    return wrapper
+
+
+def resume_sessions(update_request_as_session: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``Scheduler._update_request_as_session``, which appends another turn to a session that waits for it."""
+
+    @wraps(update_request_as_session)
+    def wrapper(scheduler: Scheduler, session: Request, update: Any) -> None:
+        update_request_as_session(scheduler, session, update)
+        managers = retention_managers(scheduler.kv_cache_manager)
+        try:
+            for manager in managers:
+                manager.resume(session)
+        # A request may say anything, and none may take others with it.
+        except Exception as error:
+            managers[0].fail(session.request_id, " ".join(str(error).split()) or repr(error))
+
+    return wrapper
+
+
+def end_turns(handle_stopped_request: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap ``Scheduler._handle_stopped_request``: where a turn ends, the time that its frame took does too."""
+
+    @wraps(handle_stopped_request)
+    def wrapper(scheduler: Scheduler, request: Request) -> bool:
+        record = record_of(request) if request.resumable else None
+        manager = retention_manager(scheduler.kv_cache_manager)
+        if record is not None and manager is not None:
+            manager.totals.frame_seconds += record.pause(time.monotonic())
+        return handle_stopped_request(scheduler, request)
 
     return wrapper
 

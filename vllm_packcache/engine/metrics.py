@@ -101,7 +101,7 @@ def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, 
     gauges = {
         "resident_tokens": blocks * managers[0].block_size,
         "resident_bytes": blocks * block_bytes,
-        "logical_tokens": sum([record.computed for record in running]),
+        "logical_tokens": sum([record.logical_tokens for record in running]),
         **{f"{VIDEOS}_{phase}": phases.count(phase) for phase in PHASES},
     }
     if not any(manager.totals for manager in managers):

@@ -36,6 +36,7 @@ class VideoRecord:
         freed_blocks: blocks that the policy has freed.
         frames: that have been made; given ones are not.
         seconds: that they took.
+        forgotten_frames: of a session, by which ``layout`` begins later than its video.
     """
 
     layout: VideoLayout
@@ -51,8 +52,18 @@ class VideoRecord:
     freed_blocks: int = 0
     frames: int = 0
     seconds: float = 0.0
+    forgotten_frames: int = 0
     _making: int = CONDITION
     _began: float | None = None
+
+    @property
+    def logical_tokens(self) -> int:
+        """Tokens that have been computed, dropped and forgotten ones included."""
+        return self.computed + self._forgotten_tokens
+
+    @property
+    def _forgotten_tokens(self) -> int:
+        return self.forgotten_frames * self.layout.tokens_per_frame
 
     def hold(self, group: int, blocks: int, frame: int) -> None:
         """It holds ``blocks`` blocks in a KV cache group now, while ``frame`` is computed."""
@@ -61,6 +72,7 @@ class VideoRecord:
         self.peak_blocks = max(self.peak_blocks, held)
         if frame == CONDITION:
             return
+        frame += self.forgotten_frames
         while frame // self.frames_per_peak >= MOST_PEAKS:
             self.peaks = [max(self.peaks[i : i + 2]) for i in range(0, len(self.peaks), 2)]
             self.frames_per_peak *= 2
@@ -94,6 +106,22 @@ class VideoRecord:
             return []
         return self._end_frames(frame, now)
 
+    def pause(self, now: float) -> list[float]:
+        """A turn of a session has ended, and with it the frame being made; how long the next one waits is no matter.
+
+        Returns:
+            Seconds of the frame.
+        """
+        if self._began is None:
+            return []
+        seconds = self._end_frames(self._making + 1, now)
+        self._began = None
+        return seconds
+
+    def resume(self, prompt_tokens: int) -> None:
+        """Another turn of a session begins, in which tokens behind so many are made."""
+        self.prompt_tokens, self._began = prompt_tokens, None
+
     def end(self, tokens: int, now: float) -> list[float]:
         """The request has ended with ``tokens`` tokens; the last frame has ended if it is whole.
 
@@ -123,6 +151,7 @@ class VideoRecord:
             tokens: of the request, dropped ones included.
             preemptions: of the request.
         """
+        tokens += self._forgotten_tokens
         each = f", {self.seconds / self.frames:.3g} s each" if self.frames else ""
         peak = self.peak_blocks * self.block_size
         said = {

@@ -120,13 +120,19 @@ def _check_request(
     assert prompt is not None
     made = config.request_of(params, request.prompt_token_ids, len(prompt))
     plan = None if made is None or made.as_stock else made.streams[0].plan
-    whole = None if made is None else _whole_frames(made, len(prompt), params, vllm_config, length_given)
+    turn = None if made is None else made.turn
+    if made is not None and (turn is not None or request.resumable):
+        _check_turn(request, made, vllm_config)
+    length = len(prompt) + (0 if made is None else _counted_before(made))
+    whole = None
+    if made is not None and turn is None:
+        whole = _whole_frames(made, len(prompt), params, vllm_config, length_given)
     if plan is None or plan.positions.window is None:
-        _end_within(config.position_limit, "the model has", "positions", len(prompt), params)
+        _end_within(config.position_limit, "the model has", "positions", length, params)
     if plan is None:
         blocks = pool_blocks(vllm_config)
         tokens = None if blocks is None else blocks * vllm_config.cache_config.block_size
-        _end_within(tokens, "the KV cache has room for", "tokens", len(prompt), params)
+        _end_within(tokens, "the KV cache has room for", "tokens", length, params)
     if whole is not None and (params.max_tokens or 0) < whole:
         raise ConfigError(
             f"this video has {len(prompt) + whole} tokens with its prompt, and keeps them all, but there is room for "
@@ -134,23 +140,60 @@ def _check_request(
             "policy drop some"
         )
     if made is not None and made.grammar is not None:
-        _check_grammar(request, made.grammar, len(prompt))
+        _check_grammar(request, made, made.grammar, len(prompt))
     if made is None or plan is None:
         return
-    if request.resumable:
-        raise ConfigError(
-            f"a session with streamed input cannot be a video, because its condition would grow: leave the "
-            f"{REQUEST_PREFIX}* options out, or send the whole prompt at once"
-        )
     if plan.positions.scale is not None and request.mm_features:
         raise ConfigError(
             "this server positions the tokens of a video itself (layout: axis_scale), and a picture that the model's "
             f"own processor places has other positions: send token ids, or leave the {REQUEST_PREFIX}* options out"
         )
     if plan.policy.reads_tokens:
-        _check_ids(request, plan.layout, len(prompt))
-    total = min(len(prompt) + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
+        _check_ids(request, plan.layout, length)
+    total = min(length + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
     _check_size(made, total, config.position_limit, vllm_config)
+
+
+def _counted_before(made: VideoRequest) -> int:
+    """Tokens of a session before a turn that are still counted when it has begun; 0: it is no session."""
+    if made.turn is None:
+        return 0
+    return made.turn.tokens - made.turn.forget_frames * made.streams[0].plan.layout.tokens_per_frame
+
+
+def _check_turn(request: EngineCoreRequest, made: VideoRequest, vllm_config: VllmConfig) -> None:
+    """Refuse what cannot be a turn of a session, and see that nothing but its length ends it.
+
+    With any other end a step would be in flight which may have slid the window already.
+
+    Raises:
+        ConfigError: naming the option, or what there is not enough of.
+    """
+    turn, params = made.turn, request.sampling_params
+    assert params is not None
+    if turn is None or not request.resumable:
+        raise ConfigError(
+            f"{REQUEST_PREFIX}session_tokens is for requests with streamed input, which need it in every turn to know "
+            "where the turn begins: give it there and only there"
+        )
+    if request.mm_features:
+        raise ConfigError("a turn of a session is token ids: send pictures as such")
+    if params.stop_token_ids or params.min_tokens:
+        raise ConfigError("a turn of a session ends with its max_tokens: leave stop_token_ids and min_tokens out")
+    params.ignore_eos = True
+    begin, length = _counted_before(made), len(request.prompt_token_ids or ())
+    plan, most = made.streams[0].plan, vllm_config.model_config.max_model_len
+    if begin < (plan.layout.condition_tokens if turn.tokens else 0):
+        raise ConfigError(
+            f"{REQUEST_PREFIX}forget_frames is {turn.forget_frames}, which is more than the session has made: its "
+            f"turn begins at token {turn.tokens}"
+        )
+    if begin + length + (params.max_tokens or 0) > most:
+        raise ConfigError(
+            f"this session has {begin + length + (params.max_tokens or 0)} tokens with this turn, and the server makes "
+            f"{most}: forget more of its oldest frames ({REQUEST_PREFIX}forget_frames), or start it with a larger "
+            "--max-model-len"
+        )
 
 
 _COMPARES_NONE = (
@@ -158,7 +201,7 @@ _COMPARES_NONE = (
 )
 
 
-def _check_grammar(request: EngineCoreRequest, grammar: VideoGrammar, prompt_tokens: int) -> None:
+def _check_grammar(request: EngineCoreRequest, made: VideoRequest, grammar: VideoGrammar, prompt_tokens: int) -> None:
     """Refuse a video whose tokens cannot all have ids that its frames' grammar allows.
 
     Raises:
@@ -174,7 +217,16 @@ def _check_grammar(request: EngineCoreRequest, grammar: VideoGrammar, prompt_tok
         raise ConfigError(
             "what may stand in a frame is said by the layout of this server: leave structured outputs out of a video"
         )
-    if params.max_tokens and len(grammar.frame.given):
+    begin = _counted_before(made)
+    if made.turn is not None and len(grammar.frame.given):
+        stop = begin + prompt_tokens + (params.max_tokens or 0)
+        chosen = layout.offsets(begin + prompt_tokens, stop)
+        if not set(grammar.frame.given.tolist()).isdisjoint(chosen):
+            raise ConfigError(
+                "a turn of a session ends before ids that the client gives, which begin the next one: lower "
+                "max_tokens, or give them in this turn"
+            )
+    elif params.max_tokens and len(grammar.frame.given):
         frames = layout.frame_of(prompt_tokens + params.max_tokens - 1) + 1 - grammar.first_frame
         own, wanted = (len(grammar.frame.given) * count for count in (len(grammar.given), frames))
         if own != wanted:
@@ -182,11 +234,11 @@ def _check_grammar(request: EngineCoreRequest, grammar: VideoGrammar, prompt_tok
                 f"{REQUEST_PREFIX}given_ids must have {len(grammar.frame.given)} ids for each frame that is made, "
                 f"{wanted} for {frames} of them, not {own}"
             )
-    wrong = grammar.first_wrong(ids)
+    wrong = grammar.first_wrong(ids, begin)
     if wrong is not None:
         raise ConfigError(
             f"token {wrong} of the prompt is in a frame, where it must be {_ids_in_words(grammar.allowed(wrong))}, not "
-            f"{ids[wrong]}: see layout, and {REQUEST_PREFIX}condition_tokens"
+            f"{ids[wrong - begin]}: see layout, and {REQUEST_PREFIX}condition_tokens"
         )
 
 

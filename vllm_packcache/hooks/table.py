@@ -162,6 +162,7 @@ ENDS = {
     "request": _REQUESTS,
     "rotation": "rotation of cached keys as a rotary embedding's published interface",
     "schedule": _SCHEDULING,
+    "session": "sessions whose cache a plugin bounds, see [53876](https://github.com/vllm-project/vllm/issues/53876)",
     "scheduler": _SCHEDULING,
     "spec": _REGISTRY,
     "start-up": "a check of the finished configuration that plugins may add",
@@ -342,7 +343,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.sampling_params:SamplingParams", "extra_args", "request: its options"),
     Hook(
         "vllm.v1.request:Request",
-        "__init__: request_id, sampling_params, num_prompt_tokens, num_in_flight_tokens, num_preemptions",
+        "__init__: request_id, sampling_params, prompt_token_ids, num_prompt_tokens, _all_token_ids, "
+        "num_in_flight_tokens, num_preemptions, block_hashes, resumable",
         "request: what the scheduler knows",
     ),
     # KV cache specs and managers
@@ -442,6 +444,34 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.core.kv_cache_manager:KVCacheManager",
         "truncate_computed_blocks(blocks, num_computed_tokens, ...)",
         "prefix cache: shorten a hit",
+    ),
+    # Sessions
+    Hook(
+        _SCHEDULER,
+        "_update_request_as_session(self, session, update): "
+        "num_computed_tokens, _all_token_ids, block_hashes, prompt_token_ids, num_prompt_tokens, sampling_params",
+        "session: a turn is checked, tells the workers anew what lives, and forgets frames that are long gone",
+        wrapper="vllm_packcache.engine.manager:resume_sessions",
+    ),
+    Hook(
+        _SCHEDULER,
+        "_handle_stopped_request(self, request): resumable, streaming_queue, _update_request_as_session",
+        "session: the time of a frame ends with its turn",
+        wrapper="vllm_packcache.engine.manager:end_turns",
+        ends=_ACCOUNTS,
+    ),
+    Hook(
+        "vllm.v1.request:Request",
+        "update_block_hashes: block_hashes",
+        "session: lists of the sequence, of which tokens that are forgotten are taken out",
+    ),
+    Hook(
+        _RUNNER_V1,
+        "_update_streaming_request(self, req_id, new_req_data): "
+        "remove_request, prompt_token_ids, sampling_params, num_computed_tokens",
+        "session: the V1 runner hears anew what lives, and of each frame's seed",
+        wrapper="vllm_packcache.worker.runner_v1:resume_sessions",
+        ends=_V1,
     ),
     # Metrics
     Hook(

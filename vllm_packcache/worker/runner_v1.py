@@ -71,6 +71,26 @@ def hear_decisions(update_states: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def resume_sessions(update_streaming_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GPUModelRunner._update_streaming_request``: in another turn of a session all that is kept is told anew.
+
+    A turn's seed is of its frame alone, so that a video which is played again comes out the same.
+    """
+
+    @wraps(update_streaming_request)
+    def wrapper(runner: GPUModelRunner, req_id: str, new_req_data: Any) -> CachedRequestState:
+        request = update_streaming_request(runner, req_id, new_req_data)
+        if getattr(request, _VIDEO, None) is not None:
+            delattr(request, _VIDEO)
+            setattr(runner, _BATCH, None)
+        seed = None if request.sampling_params is None else request.sampling_params.seed
+        if request.generator is not None and seed is not None and config_of(runner) is not None:
+            request.generator.manual_seed(seed)
+        return request
+
+    return wrapper
+
+
 def publish_step(build_attention_metadata: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``GPUModelRunner._build_attention_metadata`` to publish the step it builds for."""
 

@@ -94,6 +94,15 @@ class Policy(ABC):
         """
         return False
 
+    @property
+    def settles_at(self) -> int | None:
+        """The frame from which on it decides alike, wherever the video began; None: it never does, or nobody has said.
+
+        What it keeps for a later frame n + p is what it keeps for n, all of it p frames on, where p frames are a whole
+        number of blocks, and their tokens are the same. Only such a video can be played without end.
+        """
+        return None
+
     def check(self, frame: FrameLayout) -> None:
         """Check the options against the shape of a frame.
 

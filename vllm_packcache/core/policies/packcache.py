@@ -117,6 +117,14 @@ class PackCache(Policy):
         """Whether anchors are kept."""
         return self.episodes > 0
 
+    @property
+    def settles_at(self) -> int | None:
+        """Where the last frame has left the window that saw fewer than W before it.
+
+        Never, where an anchor outlives all windows, or a frame's number says which of its blocks are drawn.
+        """
+        return None if self.outlives_window or self.selection == "random" else 2 * self.window + 1
+
     def most_past_blocks(self, blocks: BlockMap) -> int:
         """Condition blocks, and what a history takes: where each frame has its share, every frame is rounded up."""
         if self._follows_changes(blocks):

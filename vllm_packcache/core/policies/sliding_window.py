@@ -34,6 +34,11 @@ class SlidingWindow(Policy):
         """W."""
         return self.window
 
+    @property
+    def settles_at(self) -> int:
+        """Where the window is full."""
+        return self.window
+
     def most_past_blocks(self, blocks: BlockMap) -> int:
         """Condition blocks, and those that end in one of n frames in a row."""
         frames = self.window * blocks.layout.tokens_per_frame

@@ -1,0 +1,179 @@
+"""A video that is played: frame after frame, each from what its client gives, for as long as somebody plays.
+
+A session is one sequence of tokens that grows by **turns**. A turn appends what the client gives (an action) with what
+the grammar fixes around it, and then the model makes the tokens of one frame that are its own to choose. So what is
+given or fixed between two frames costs no step of its own.
+
+What has left a window for ever need not be counted any more. A session **forgets** its oldest frames: the sequence is
+the condition and the frames that are left, their keys stay as they are, and everything that is decided from then on is
+decided alike. That is exact where the policy says from which frame on it decides alike
+(`vllm_packcache.core.policies.base.Policy.settles_at`), where positions are re-based, and where the frames forgotten
+are a whole number of blocks.
+
+This module is pure: it knows neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+
+from vllm_packcache.core.grammar import FrameGrammar, IdRange
+from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.plan import Plan
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a session's sequence grows.
+
+    Args:
+        plan: what it keeps.
+        grammar: of its frames; None: any id may stand anywhere, and the model chooses all of them.
+    """
+
+    plan: Plan
+    grammar: FrameGrammar | None = None
+
+    @cached_property
+    def _chosen(self) -> list[bool]:
+        """Of each place of a frame, whether the model chooses its id."""
+        frame = self.plan.layout.tokens_per_frame
+        if self.grammar is None:
+            return [True] * frame
+        given = set(self.grammar.given.tolist())
+        return [offset not in given and not self.grammar.range_at(offset).fixed for offset in range(frame)]
+
+    @cached_property
+    def picture(self) -> tuple[int, int]:
+        """The first and the last place of a frame that the model chooses.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not any(self._chosen):
+            raise ValueError("a layout whose ids are all fixed or given leaves nothing for the model to make")
+        return self._chosen.index(True), len(self._chosen) - 1 - self._chosen[::-1].index(True)
+
+    def next_picture(self, tokens: int) -> tuple[int, int, int]:
+        """What the model chooses next in a sequence of ``tokens`` tokens.
+
+        Returns:
+            The frame, and the tokens ``[start, stop)`` of the sequence that are made in it. Those before ``start`` are
+            given or fixed.
+        """
+        layout, (first, last) = self.plan.layout, self.picture
+        frame = max(0, layout.frame_of(tokens))
+        if tokens > layout.frame_start(frame) + last:
+            frame += 1
+        start = layout.frame_start(frame)
+        return frame, max(tokens, start + first), start + last + 1
+
+    def between(self, tokens: int) -> list[IdRange]:
+        """Which ids may stand at each token from ``tokens`` up to the next one that the model chooses."""
+        if self.grammar is None:
+            return []
+        layout, (_, start, _) = self.plan.layout, self.next_picture(tokens)
+        return [
+            self.grammar.range_at((token - layout.condition_tokens) % layout.tokens_per_frame)
+            for token in range(tokens, start)
+        ]
+
+    def needed(self, tokens: int) -> list[IdRange]:
+        """Of `between`, those that the client gives."""
+        return [allowed for allowed in self.between(tokens) if not allowed.fixed]
+
+    def given(self, tokens: int, ids: Sequence[int]) -> list[int]:
+        """Ids from token ``tokens`` up to the next one that the model chooses.
+
+        Args:
+            tokens: of the sequence so far.
+            ids: one for each of `needed`.
+
+        Raises:
+            ValueError: there are too many or too few, or one is outside its range.
+        """
+        needed = self.needed(tokens)
+        if len(ids) != len(needed):
+            raise ValueError(f"must have {len(needed)} ids, which the client gives before this frame, not {len(ids)}")
+        for number, (allowed, own) in enumerate(zip(needed, ids, strict=True), 1):
+            if not allowed.first <= own <= allowed.last:
+                raise ValueError(f"must have ids from {allowed.first} to {allowed.last} as number {number}, not {own}")
+        own_ids = iter(ids)
+        return [allowed.first if allowed.fixed else next(own_ids) for allowed in self.between(tokens)]
+
+    def after(self, frame: int) -> int:
+        """Tokens of a sequence that ends when the model has made ``frame``; `CONDITION`: with the condition."""
+        layout = self.plan.layout
+        return layout.condition_tokens if frame == CONDITION else layout.frame_start(frame) + self.picture[1] + 1
+
+    def pictures(self, ids: Sequence[int], frame: int) -> list[int]:
+        """Ids of a frame's visual tokens, row by row, where its grid is known; without, all that the model chose.
+
+        Args:
+            ids: of the sequence, in which the frame is finished.
+            frame: the frame.
+        """
+        layout, (first, last) = self.plan.layout, self.picture
+        start = layout.frame_start(frame)
+        if layout.frame.grid is None:
+            return list(ids[start + first : start + last + 1])
+        rows, columns = layout.frame.grid
+        begin = start + layout.frame.frame_start_tokens
+        stride = columns + layout.frame.row_end_tokens
+        return [own for row in range(rows) for own in ids[begin + row * stride : begin + row * stride + columns]]
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How many of its oldest frames a session may forget, so that nothing of what comes changes.
+
+    Args:
+        plan: what the session keeps.
+        block_size: tokens of a KV-cache block.
+    """
+
+    plan: Plan
+    block_size: int
+
+    @cached_property
+    def step(self) -> int | None:
+        """Frames are forgotten in multiples of this; None: none can be.
+
+        Frame k lies in blocks as frame k + step does.
+        """
+        if self._settled is None:
+            return None
+        return self.block_size // gcd(self.plan.layout.tokens_per_frame, self.block_size)
+
+    @cached_property
+    def _settled(self) -> int | None:
+        """The first frame of which nothing depends on how many came before; None: there is none."""
+        plan = self.plan
+        settled = plan.policy.settles_at
+        if settled is None or plan.positions.window is None:
+            return None
+        # What is dropped may be a part of the condition's last block, which a frame shares.
+        return max(settled, plan.positions.window + 1) + -(-self.block_size // plan.layout.tokens_per_frame)
+
+    @property
+    def shortest(self) -> int | None:
+        """Tokens, with the frame being made, below which a session never needs to grow; None: it grows for ever."""
+        if self._settled is None or self.step is None:
+            return None
+        return self.plan.layout.frame_start(self._settled + self.step + 1)
+
+    def frames(self, frame: int) -> int:
+        """How many frames may be forgotten before any token of ``frame`` + 1 is made; ``frame`` is whole or begun."""
+        if self._settled is None or self.step is None:
+            return 0
+        # The decision about `frame` follows from that about the one before.
+        return max(0, (frame - 1 - self._settled) // self.step * self.step)
+
+    def blocks(self, frames: int) -> int:
+        """Blocks that ``frames`` frames are, which are a multiple of `step`."""
+        tokens = frames * self.plan.layout.tokens_per_frame
+        assert tokens % self.block_size == 0, "frames are forgotten in whole blocks"
+        return tokens // self.block_size
