@@ -18,7 +18,7 @@ from vllm_packcache.families import LUMOS
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale, "
-    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids"
+    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids, actions, action_ranges"
 )
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
 SCALED = {**GRID, "axis_scale": [4, 8, 8]}

@@ -39,6 +39,8 @@ from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import PolicyError, Retention, some_tokens
 from vllm_packcache.families import DECODER, LUMOS, Family
+from vllm_packcache.families import actions as codings
+from vllm_packcache.families.actions import ActionCoding
 from vllm_packcache.families.base import Prompt
 
 POLICY_KEY = "kv_cache_policy"
@@ -79,6 +81,7 @@ _Scale = Annotated[int, Field(ge=1, le=2**16)]
 _Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Ids = tuple[_Id, _Id]
 _Number = Literal["rows", "columns"]
+_Value = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Specials = tuple[_Id | _Ids | _Number, ...]
 
 
@@ -91,6 +94,9 @@ class LayoutConfig(BaseModel):
     first and the last one of a range. Of visual tokens the model chooses among them, of special ones the client does.
     ``rows`` and ``columns`` in a frame's start or end stand for the digits of that number, whose ids ``digit_ids`` has,
     from 0 to 9.
+
+    ``actions`` names the coding by which a client's action becomes the ids that are left to it; ``action_ranges`` are
+    the smallest and the largest value of each number of an action, where the coding has a use for them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -107,6 +113,8 @@ class LayoutConfig(BaseModel):
     row_end_ids: tuple[_Id, ...] | None = None
     frame_end_ids: _Specials | None = None
     digit_ids: Annotated[tuple[_Id, ...], Field(min_length=10, max_length=10)] | None = None
+    actions: str | None = None
+    action_ranges: tuple[tuple[_Value, _Value], ...] | None = None
 
     def frame_layout(self) -> FrameLayout:
         """The frame this describes.
@@ -179,6 +187,18 @@ class LayoutConfig(BaseModel):
             ValueError: as `frame_layout`, `frame_ids` and `vllm_packcache.core.grammar.grammar_of`.
         """
         return grammar_of(self.frame_layout(), self.frame_ids()) if self.has_ids else None
+
+    def coding(self) -> ActionCoding | None:
+        """How a client's actions become the ids that are left to it; None: it does not say.
+
+        Raises:
+            ValueError: there is no such coding, or the ranges are not of its actions.
+        """
+        if self.actions is None:
+            if self.action_ranges is not None:
+                raise ValueError("action_ranges needs actions, the coding whose numbers these are of")
+            return None
+        return codings.find(self.actions, self.action_ranges)
 
     def shortest_condition(self) -> VideoLayout:
         """A video whose condition is the conditioning image alone, without any text.
@@ -564,7 +584,9 @@ class ServerConfig:
         try:
             parsed = _validate(LayoutConfig, layout)
             Positions(parsed.shortest_condition(), scale=parsed.axis_scale)
-            parsed.grammar()
+            grammar, coding = parsed.grammar(), parsed.coding()
+            if coding is not None:
+                coding.check(grammar)
         except ValidationError as error:
             raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:
