@@ -28,6 +28,10 @@ app = typer.Typer(
 )
 
 
+_convert = typer.Typer(help="Make a folder that vLLM loads of a checkpoint as it is published.", no_args_is_help=True)
+app.add_typer(_convert, name="convert")
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -254,6 +258,22 @@ def calibrate(
             plot_path=plot_path,
             json_path=json_path,
         )
+
+
+@_convert.command()
+def mineworld(
+    checkpoint: Annotated[Path, typer.Argument(help="Lightning's .ckpt file of the model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    frames: Annotated[int, typer.Option(help="Frames that the model was trained on: 16 or 32, as its name says.")],
+    dtype: Annotated[str, typer.Option(help="Of the tensors: bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """MineWorld: nothing in the file is run. Prints how to serve what it writes."""
+    with one_sentence():
+        from rich.console import Console
+
+        from vllm_packcache.convert.mineworld import convert
+
+        convert(checkpoint, out, frames=frames, dtype=dtype, console=Console(highlight=False))
 
 
 @app.command()

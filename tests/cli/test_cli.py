@@ -20,7 +20,7 @@ def test_version() -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "generate", "explain", "doctor", "bench", "calibrate"):
+    for command in ("demo", "generate", "explain", "doctor", "bench", "calibrate", "convert"):
         assert command in result.stdout
     benchmarks = CliRunner().invoke(app, ["bench", "--help"]).stdout
     for benchmark in ("decode", "masked", "serve", "quality", "long-video"):

@@ -18,7 +18,7 @@ from vllm_packcache.families import LUMOS
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale, "
-    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids"
+    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids, actions, action_ranges"
 )
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
 SCALED = {**GRID, "axis_scale": [4, 8, 8]}
@@ -729,16 +729,19 @@ def test_a_budget_too_small_for_the_requests_frame_is_refused(server):
 ACTIONS = {"grid": [2, 3], "visual_ids": [0, 7], "frame_end_tokens": 2, "frame_end_ids": [8, [10, 12]]}
 
 
-def test_numbers_of_a_frame_have_as_many_tokens_as_digits():
-    header = {"frame_start_ids": [90, "rows", 91, "columns"], "digit_ids": [*range(50, 60)], "grid": [3, 12]}
+@pytest.mark.parametrize(("place", "before"), [("frame_start", 0), ("frame_end", 1230)])
+def test_numbers_of_a_frame_have_as_many_tokens_as_digits(place, before):
+    header = {f"{place}_ids": [90, "rows", 91, "columns"], "digit_ids": [*range(50, 60)], "grid": [3, 12]}
     server = ServerConfig.parse("packcache", {"layout": header})
     for grid, tokens in ((None, 5 + 36), ([10, 123], 7 + 1230)):
         made = server.video({"packcache_frames": 1, **({"packcache_grid": grid} if grid else {})}, 300)
         assert made.streams[0].plan.layout.tokens_per_frame == tokens
-        assert made.grammar.frame.frame.frame_start_tokens == tokens - (36 if grid is None else 1230)
-    rows = [made.grammar.allowed(300 + place).first for place in range(7)]
-    assert rows == [90, 51, 50, 91, 51, 52, 53]
-    assert ServerConfig.parse("packcache", {"layout": {**header, "frame_start_tokens": 5}}).layout.has_ids
+        shape = made.grammar.frame.frame
+        assert getattr(shape, f"{place}_tokens") == tokens - (36 if grid is None else 1230)
+        assert shape.frame_start_tokens + shape.frame_end_tokens == getattr(shape, f"{place}_tokens")
+    ids = [made.grammar.allowed(300 + before + offset).first for offset in range(7)]
+    assert ids == [90, 51, 50, 91, 51, 52, 53]
+    assert ServerConfig.parse("packcache", {"layout": {**header, f"{place}_tokens": 5}}).layout.has_ids
 
 
 @pytest.mark.parametrize(
@@ -749,10 +752,16 @@ def test_numbers_of_a_frame_have_as_many_tokens_as_digits():
         ({"row_end_ids": [1]}, "layout: row_end_ids must be of 0 tokens, as many as row_end_tokens, not of 1"),
         ({"frame_end_ids": [8]}, "layout: frame_end_ids must be of 2 tokens, as many as frame_end_tokens, not of 1"),
         ({"frame_start_ids": ["rows"]}, "layout: frame_start_ids: rows needs grid and digit_ids"),
+        ({"frame_end_ids": [8, "columns"]}, "layout: frame_end_ids: columns needs grid and digit_ids"),
+        ({"frame_end_ids": [8, [3, 2]]}, "frame_end_ids must be the first and the last id of a range, not [3, 2]"),
         ({"digit_ids": [1, 2]}, "layout.digit_ids: tuple should have at least 10 items after validation, not 2"),
         (
             {"frame_start_ids": ["rows"], "digit_ids": [*range(50, 60)], "frame_start_tokens": 2},
             "layout: frame_start_tokens must be 1 where rows and columns have so many digits, not 2: leave it out",
+        ),
+        (
+            {"frame_end_ids": ["rows", "columns", 8], "digit_ids": [*range(50, 60)]},
+            "layout: frame_end_tokens must be 3 where rows and columns have so many digits, not 2: leave it out",
         ),
         ({"grid": None, "tokens_per_frame": 8}, "layout: ids of a frame need grid, not tokens_per_frame alone"),
     ],

@@ -39,6 +39,8 @@ from vllm_packcache.core.policies.base import check_class
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import PolicyError, Retention, some_tokens
 from vllm_packcache.families import DECODER, LUMOS, Family
+from vllm_packcache.families import actions as codings
+from vllm_packcache.families.actions import ActionCoding
 from vllm_packcache.families.base import Prompt
 
 POLICY_KEY = "kv_cache_policy"
@@ -80,6 +82,8 @@ _Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Tokens = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Ids = tuple[_Id, _Id]
 _Number = Literal["rows", "columns"]
+_Value = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Specials = tuple[_Id | _Ids | _Number, ...]
 
 
 class LayoutConfig(BaseModel):
@@ -89,8 +93,11 @@ class LayoutConfig(BaseModel):
 
     With ``visual_ids`` and the ids of special tokens it says which ids may stand where: an id is fixed, a pair is the
     first and the last one of a range. Of visual tokens the model chooses among them, of special ones the client does.
-    ``rows`` and ``columns`` in a frame's start stand for the digits of that number, whose ids ``digit_ids`` has, from 0
-    to 9.
+    ``rows`` and ``columns`` in a frame's start or end stand for the digits of that number, whose ids ``digit_ids`` has,
+    from 0 to 9.
+
+    ``actions`` names the coding by which a client's action becomes the ids that are left to it; ``action_ranges`` are
+    the smallest and the largest value of each number of an action, where the coding has a use for them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -103,10 +110,12 @@ class LayoutConfig(BaseModel):
     condition_image_tokens: Annotated[int, Field(ge=0)] = 0
     axis_scale: tuple[_Scale, _Scale, _Scale] | None = None
     visual_ids: _Ids | None = None
-    frame_start_ids: tuple[_Id | _Ids | _Number, ...] | None = None
+    frame_start_ids: _Specials | None = None
     row_end_ids: tuple[_Id, ...] | None = None
-    frame_end_ids: tuple[_Id | _Ids, ...] | None = None
+    frame_end_ids: _Specials | None = None
     digit_ids: Annotated[tuple[_Id, ...], Field(min_length=10, max_length=10)] | None = None
+    actions: str | None = None
+    action_ranges: tuple[tuple[_Value, _Value], ...] | None = None
 
     def frame_layout(self) -> FrameLayout:
         """The frame this describes.
@@ -114,16 +123,11 @@ class LayoutConfig(BaseModel):
         Raises:
             ValueError: the numbers contradict each other, or neither grid nor tokens_per_frame is given.
         """
-        start = self.frame_start_tokens
-        if self.frame_start_ids is not None and not set(get_args(_Number)).isdisjoint(self.frame_start_ids):
-            # As many tokens as the numbers have digits.
-            start = len(self.frame_ids().frame_start or ())
-            if self.frame_start_tokens not in (0, start):
-                raise ValueError(
-                    f"frame_start_tokens must be {start} where rows and columns have so many digits, not "
-                    f"{self.frame_start_tokens}: leave it out"
-                )
-        extra = (start, self.row_end_tokens, self.frame_end_tokens)
+        extra = (
+            self._special_tokens("frame_start", self.frame_start_tokens, self.frame_start_ids),
+            self.row_end_tokens,
+            self._special_tokens("frame_end", self.frame_end_tokens, self.frame_end_ids),
+        )
         if self.grid is None:
             if self.tokens_per_frame is None:
                 raise ValueError("layout needs grid or tokens_per_frame")
@@ -145,19 +149,36 @@ class LayoutConfig(BaseModel):
         Raises:
             ValueError: a range is empty, or a number has no digits.
         """
-        start = self.frame_start_ids
         return FrameIds(
             None if self.visual_ids is None else _id_range("visual_ids", self.visual_ids),
-            None if start is None else tuple(chain.from_iterable(map(self._start_ids, start))),
+            self._special_ids("frame_start", self.frame_start_ids),
             self.row_end_ids,
-            None if self.frame_end_ids is None else tuple(_special("frame_end_ids", own) for own in self.frame_end_ids),
+            self._special_ids("frame_end", self.frame_end_ids),
         )
 
-    def _start_ids(self, own: int | tuple[int, int] | str) -> Sequence[int | IdRange]:
+    def _special_tokens(self, place: str, tokens: int, ids: _Specials | None) -> int:
+        """How many special tokens stand there: of rows and columns as many as the numbers have digits."""
+        if ids is None or set(get_args(_Number)).isdisjoint(ids):
+            return tokens
+        digits = len(self._special_ids(place, ids) or ())
+        if tokens not in (0, digits):
+            raise ValueError(
+                f"{place}_tokens must be {digits} where rows and columns have so many digits, not {tokens}: leave it "
+                "out"
+            )
+        return digits
+
+    def _special_ids(self, place: str, ids: _Specials | None) -> tuple[int | IdRange, ...] | None:
+        """Of each special token that stands there; None: it does not say."""
+        return None if ids is None else tuple(chain.from_iterable(self._ids_of(f"{place}_ids", own) for own in ids))
+
+    def _ids_of(self, name: str, own: int | tuple[int, int] | str) -> Sequence[int | IdRange]:
+        if isinstance(own, int):
+            return [own]
         if not isinstance(own, str):
-            return [_special("frame_start_ids", own)]
+            return [_id_range(name, own)]
         if self.grid is None or self.digit_ids is None:
-            raise ValueError(f"frame_start_ids: {own} needs grid and digit_ids")
+            raise ValueError(f"{name}: {own} needs grid and digit_ids")
         return [self.digit_ids[int(digit)] for digit in str(self.grid[get_args(_Number).index(own)])]
 
     def grammar(self) -> FrameGrammar | None:
@@ -168,6 +189,18 @@ class LayoutConfig(BaseModel):
         """
         return grammar_of(self.frame_layout(), self.frame_ids()) if self.has_ids else None
 
+    def coding(self) -> ActionCoding | None:
+        """How a client's actions become the ids that are left to it; None: it does not say.
+
+        Raises:
+            ValueError: there is no such coding, or the ranges are not of its actions.
+        """
+        if self.actions is None:
+            if self.action_ranges is not None:
+                raise ValueError("action_ranges needs actions, the coding whose numbers these are of")
+            return None
+        return codings.find(self.actions, self.action_ranges)
+
     def shortest_condition(self) -> VideoLayout:
         """A video whose condition is the conditioning image alone, without any text.
 
@@ -175,10 +208,6 @@ class LayoutConfig(BaseModel):
             ValueError: as `frame_layout`.
         """
         return VideoLayout(self.frame_layout(), self.condition_image_tokens, self.condition_image_tokens)
-
-
-def _special(name: str, own: int | tuple[int, int]) -> int | IdRange:
-    return own if isinstance(own, int) else _id_range(name, own)
 
 
 def _id_range(name: str, ids: tuple[int, int]) -> IdRange:
@@ -581,7 +610,9 @@ class ServerConfig:
         try:
             parsed = _validate(LayoutConfig, layout)
             Positions(parsed.shortest_condition(), scale=parsed.axis_scale)
-            parsed.grammar()
+            grammar, coding = parsed.grammar(), parsed.coding()
+            if coding is not None:
+                coding.check(grammar)
         except ValidationError as error:
             raise ConfigError(_describe(error, f"{CONFIG_KEY}: layout.", list(LayoutConfig.model_fields), "")) from None
         except ValueError as error:

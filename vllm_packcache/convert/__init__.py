@@ -1,0 +1,1 @@
+"""Checkpoints as their authors publish them, made into folders that vLLM loads."""
