@@ -28,6 +28,7 @@ from pydantic.errors import PydanticUserError
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
+from vllm_packcache.config.sessions import SessionsConfig
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.core import policies
 from vllm_packcache.core.grammar import LARGEST_ID, FrameGrammar, FrameIds, IdRange, VideoGrammar, grammar_of
@@ -252,6 +253,7 @@ class ServerConfig:
             length of a request is enough.
         name: what the policy is called: the name of its entry point, whatever its class says.
         family: of the model that is served.
+        sessions: how long they wait and live.
     """
 
     policy: Policy
@@ -260,6 +262,7 @@ class ServerConfig:
     position_limit: int | None = None
     name: str = OPT_OUT
     family: Family = DECODER
+    sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
 
     @classmethod
     def parse(
@@ -293,13 +296,13 @@ class ServerConfig:
             raise ConfigError(f"{POLICY_KEY}: {policy!r}: {error}") from None
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
-        positions = options.pop("positions", None)
+        positions, sessions = options.pop("positions", None), options.pop("sessions", None)
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions"),
+            also=("layout", "positions", "sessions"),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -312,7 +315,15 @@ class ServerConfig:
                 family.check_layout(layout.frame_layout(), layout.axis_scale)
             except ValueError as error:
                 raise ConfigError(f"{CONFIG_KEY}: layout: {error}") from None
-        config = cls(parsed, layout, _parse_positions(positions, parsed, policy), position_limit, policy, family)
+        config = cls(
+            parsed,
+            layout,
+            _parse_positions(positions, parsed, policy),
+            position_limit,
+            policy,
+            family,
+            cls._parse_sessions(sessions),
+        )
         try:
             config.fingerprint()
         except PolicyError as error:
@@ -357,6 +368,8 @@ class ServerConfig:
     def as_mapping(self) -> dict[str, Any]:
         """The configuration as plain JSON-able data, every default spelled out."""
         mapping = dataclasses.asdict(self.policy) | {"positions": self.positions}
+        if self.sessions != SessionsConfig():
+            mapping["sessions"] = self.sessions.model_dump(mode="json", exclude_none=True)
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -597,6 +610,18 @@ class ServerConfig:
         return image if rest else frames * frame.tokens_per_frame
 
     @staticmethod
+    def _parse_sessions(sessions: object) -> SessionsConfig:
+        if sessions is None:
+            return SessionsConfig()
+        if not isinstance(sessions, Mapping):
+            raise ConfigError(f"{CONFIG_KEY}: sessions must be a mapping, not {shown(sessions)}")
+        try:
+            return _validate(SessionsConfig, sessions)
+        except ValidationError as error:
+            known = list(SessionsConfig.model_fields)
+            raise ConfigError(_describe(error, f"{CONFIG_KEY}: sessions.", known, "")) from None
+
+    @staticmethod
     def _parse_layout(layout: object) -> LayoutConfig | None:
         if layout is None:
             return None
@@ -623,6 +648,7 @@ class ServerConfig:
 _RESERVED = {
     "layout",
     "positions",
+    "sessions",
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }
@@ -719,7 +745,7 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
             f"{shown(owner)}"
         )
-    return {"layout": options["layout"]} if "layout" in options else {}
+    return {name: options[name] for name in ("layout", "sessions") if name in options}
 
 
 def _layout_alone(option: str) -> str:

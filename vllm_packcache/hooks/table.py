@@ -473,6 +473,50 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="vllm_packcache.worker.runner_v1:resume_sessions",
         ends=_V1,
     ),
+    Hook(
+        "vllm.plugins",
+        "load_endpoint_plugins(supported_tasks)",
+        "session: routes on vLLM's own server, behind its key, and the engine that they reach",
+        wrapper="vllm_packcache.hooks.sessions:offer_routes",
+        ends="endpoint plugins that no environment variable has to name",
+    ),
+    Hook(
+        "vllm.plugins.endpoint_plugins.interface",
+        "attach_endpoint_plugins(app, supported_tasks): load_endpoint_plugins, attach_router; "
+        "init_endpoint_plugins_state(engine_client, state, args): init_state",
+        "session: where a server asks for routes",
+        ends="endpoint plugins that no environment variable has to name",
+    ),
+    Hook(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        "_update_streaming_request_state(self, req_state, request, prompt): "
+        "resumable, input_chunk_queue, apply_streaming_update",
+        "session: a front end forgets what earlier turns have made",
+        wrapper="vllm_packcache.hooks.sessions:forget_turns",
+        ends=_ACCOUNTS,
+    ),
+    Hook(
+        "vllm.v1.engine.output_processor:RequestState",
+        "__init__: prompt_token_ids, detokenizer, sent_tokens_offset, input_chunk_queue; "
+        "apply_streaming_update: prompt_token_ids, prompt_len",
+        "session: what it would remember",
+    ),
+    Hook("vllm.v1.engine.detokenizer:IncrementalDetokenizer", "__init__: token_ids", "session: what it has made"),
+    Hook(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "generate(prompt, sampling_params, request_id, ...); "
+        "_add_streaming_input_request(request_id, input_stream, sampling_params, ...): "
+        "process_inputs, assign_request_id",
+        "session: one request whose prompt grows",
+    ),
+    Hook(
+        "vllm.engine.protocol",
+        "StreamingInput.prompt, StreamingInput.sampling_params, EngineClient",
+        "session: a turn",
+    ),
+    Hook("vllm.inputs.engine", "tokens_input(prompt_token_ids, ...)", "session: ids of a turn"),
+    Hook("vllm.v1.engine.exceptions", "EngineDeadError", "session: the engine has stopped"),
+    Hook("vllm.config.parallel:ParallelConfig", "_api_process_count", "session: one API server knows them"),
     # Metrics
     Hook(
         _SCHEDULER,

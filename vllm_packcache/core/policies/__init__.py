@@ -15,12 +15,13 @@ from vllm_packcache.core.policies.attention_sink import AttentionSink
 from vllm_packcache.core.policies.base import Policy
 from vllm_packcache.core.policies.full import Full
 from vllm_packcache.core.policies.packcache import PAPER, PackCache
+from vllm_packcache.core.policies.reset import Reset
 from vllm_packcache.core.policies.sliding_window import SlidingWindow
 
-__all__ = ["PAPER", "AttentionSink", "Full", "PackCache", "Policy", "SlidingWindow", "find", "names"]
+__all__ = ["PAPER", "AttentionSink", "Full", "PackCache", "Policy", "Reset", "SlidingWindow", "find", "names"]
 
 ENTRY_POINT_GROUP = "vllm_packcache.policies"
-_BUILT_IN = {policy.name: policy for policy in (PackCache, SlidingWindow, AttentionSink, Full)}
+_BUILT_IN = {policy.name: policy for policy in (PackCache, SlidingWindow, AttentionSink, Reset, Full)}
 
 
 def names() -> list[str]:

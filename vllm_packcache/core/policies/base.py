@@ -103,6 +103,11 @@ class Policy(ABC):
         """
         return None
 
+    @property
+    def begins_anew(self) -> tuple[int, int] | None:
+        """With how many frames a session begins anew, and with how many of the last; None: not before it must."""
+        return None
+
     def check(self, frame: FrameLayout) -> None:
         """Check the options against the shape of a frame.
 
