@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_packcache.core import policies
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
-from vllm_packcache.core.policies import AttentionSink, PackCache, Policy, SlidingWindow
+from vllm_packcache.core.policies import AttentionSink, PackCache, Policy, Reset, SlidingWindow
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
 
@@ -38,6 +38,9 @@ def packcaches(gammas: st.SearchStrategy[float] = fractions) -> st.SearchStrateg
 _OPTIONS = {
     "packcache": packcaches(),
     "sliding_window": st.builds(SlidingWindow, window=st.integers(1, 8)),
+    "reset": st.integers(2, 12).flatmap(
+        lambda frames: st.builds(Reset, reset_frames=st.just(frames), kept_frames=st.integers(1, frames - 1))
+    ),
     "attention_sink": st.builds(AttentionSink, sink_tokens=st.integers(0, 500), recent_tokens=st.integers(1, 3000)),
 }
 

@@ -39,24 +39,25 @@ def refusal(call) -> str:
         (
             "nope",
             None,
-            "kv_cache_policy: unknown policy 'nope': choose one of attention_sink, full, packcache, sliding_window",
+            "kv_cache_policy: unknown policy 'nope': choose one of attention_sink, full, packcache, reset, "
+            "sliding_window",
         ),
         (
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout, positions",
+            f"{PACKCACHE_OPTIONS}, layout, positions, sessions",
         ),
         (
             "sliding_window",
             {"decay": 1},
             "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
-            "positions",
+            "positions, sessions",
         ),
         (
             "full",
             {"window": 4},
-            "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions",
+            "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, sessions",
         ),
         (
             "packcache",
@@ -370,7 +371,7 @@ def test_whose_options_a_configuration_holds():
 def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
     assert refusal(lambda: ServerConfig.parse(policy, {"policy": owner, "window": 3})) == (
         "kv_cache_policy_config: policy must be the policy whose options these are, one of attention_sink, full, "
-        f"packcache, sliding_window, not {shown}"
+        f"packcache, reset, sliding_window, not {shown}"
     )
 
 
@@ -380,19 +381,19 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
         (
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
-            "decay is no option of policy 'sliding_window': its options are window, layout, positions; to take the "
-            "layout alone, say policy: packcache beside it, or leave decay out",
+            "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions; to "
+            "take the layout alone, say policy: packcache beside it, or leave decay out",
         ),
         (
             "full",
             {"sink_tokens": 4, "layout": "demo"},
-            "sink_tokens is no option of policy 'full': its options are layout, positions; to take the layout alone, "
-            "say policy: attention_sink beside it, or leave sink_tokens out",
+            "sink_tokens is no option of policy 'full': its options are layout, positions, sessions; to take the "
+            "layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
         ),
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions",
+            "decai is no option of policy 'full': its options are layout, positions, sessions",
         ),
     ],
 )
@@ -601,6 +602,8 @@ REQUEST_OPTIONS = ", ".join(
         "condition_image_tokens",
         "frames",
         "given_ids",
+        "session_tokens",
+        "forget_frames",
         "changed_tokens",
         "decay",
         "episodes",

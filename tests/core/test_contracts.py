@@ -100,7 +100,7 @@ def test_a_policy_of_another_package_is_found_and_configured(tmp_path):
     )
 
     assert result.stdout.splitlines() == [
-        "['attention_sink', 'full', 'newest', 'packcache', 'sliding_window']",
+        "['attention_sink', 'full', 'newest', 'packcache', 'reset', 'sliding_window']",
         "Newest(blocks=3)",
     ], result.stderr
 
@@ -148,7 +148,7 @@ def test_an_entry_point_that_cannot_be_used_is_in_nobodys_way(tmp_path):
     )
 
     assert result.stdout.splitlines() == [
-        "['attention_sink', 'full', 'gone', 'newest', 'none', 'packcache', 'sliding_window']",
+        "['attention_sink', 'full', 'gone', 'newest', 'none', 'packcache', 'reset', 'sliding_window']",
         "12",
         "False",
         *(f"kv_cache_policy: {sentence}" for _, sentence in BROKEN.values()),
@@ -167,4 +167,4 @@ def test_doctor_names_what_cannot_be_used(tmp_path):
     assert [line for line in lines if line.startswith("fail")] == [
         f"fail policy {name} {BROKEN[name][1]}" for name in ("full", "gone", "none")
     ], result.stderr
-    assert "ok policies attention_sink, packcache, sliding_window" in lines
+    assert "ok policies attention_sink, packcache, reset, sliding_window" in lines
