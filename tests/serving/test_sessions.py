@@ -101,14 +101,17 @@ def test_sessions_of_several_layouts_and_others_in_one_batch(
         for seed, session in enumerate(sessions, 31):
             begin_frame(session, seed, number)
         finish(sessions, others)
-    while llm.llm_engine.has_unfinished_requests() and len(texts) < 2:
-        for output in llm.llm_engine.step():
-            others(output)
     for (ids, params, allowed), session in zip(requests, sessions, strict=True):
         made = session.ids[len(ids) :]
         check(reference, CONFIG, ids, params, allowed[: len(made)], made)
+        assert llm.llm_engine.engine_core.engine_core.scheduler.requests[session.internal].num_preemptions == 0
         session.end()
-    llm.llm_engine.abort_request(["text 0", "text 1"])
+    # What sessions have held is there for the texts, which come out as they would alone.
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            others(output)
+    for number in range(2):
+        reference.check(prompt(60, seed=number), texts[f"text {number}"], shorter(500, 200))
     assert preemptions
 
 

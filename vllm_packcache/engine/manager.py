@@ -642,10 +642,16 @@ def end_turns(handle_stopped_request: Callable[..., bool]) -> Callable[..., bool
 
 
 def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., SchedulerOutput]:
-    """Wrap ``Scheduler.schedule``: the step says what lives of videos whose policy reads tokens, where it changes."""
+    """Wrap ``Scheduler.schedule``: the step says what lives of videos whose policy reads tokens, where it changes.
+
+    Sessions come before all others: somebody waits for their next frame, and the last to run is the first to be
+    preempted. A session comes to the end with every turn, and what it has forgotten cannot be computed again.
+    """
 
     @wraps(schedule)
     def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if any([request.resumable for request in scheduler.running]):
+            scheduler.running.sort(key=_comes_later)
         output = schedule(scheduler, *args, **kwargs)
         told: dict[str, list[Decision]] = {}
         for manager in retention_managers(scheduler.kv_cache_manager):
@@ -656,6 +662,10 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
         return output
 
     return wrapper
+
+
+def _comes_later(request: Request) -> bool:
+    return not request.resumable
 
 
 def _tokens_of(request: Request, first: int, start: int, stop: int) -> Int64:

@@ -413,7 +413,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _SCHEDULER,
-        "schedule(self, throttle_prefills): "
+        "schedule(self, throttle_prefills): running, "
         "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots, "
         "scheduled_spec_decode_tokens, _update_after_schedule",
         "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers "
