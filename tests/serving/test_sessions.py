@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
@@ -71,10 +74,54 @@ def test_what_is_forgotten_changes_nothing(engine: Any, reference: Any, selectio
         finish(sessions)
     assert short.forgotten >= 4
     assert sessions[0].made == short.made
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    assert scheduler.requests[short.internal].num_tokens <= 37 + 24 * 14
+    assert max(sizes(llm, short).values()) <= 37 + 24 * 14
     for session in sessions:
         session.end()
+
+
+def sizes(llm: Any, session: Played) -> dict[str, int]:
+    """Of every list that is kept of a session, by engine and front end."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    request, manager = scheduler.requests[session.internal], scheduler.kv_cache_manager.coordinator
+    state = llm.llm_engine.output_processor.request_states[session.internal]
+    (single,) = manager.single_type_managers
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    lists = {
+        "tokens": request._all_token_ids,
+        "prompt": request.prompt_token_ids,
+        "hashes": request.block_hashes,
+        "blocks": single.req_to_blocks[session.internal],
+        "front end, prompt": state.prompt_token_ids,
+        "front end, made": state.detokenizer.token_ids,
+        "record": single._records[session.internal].peaks,
+        "decided": single._videos[session.internal].retention._decided,
+    }
+    if not V2:
+        lists["runner, prompt"] = runner.requests[session.internal].prompt_token_ids
+        lists["runner, blocks"] = runner.requests[session.internal].block_ids[0]
+    return {name: len(own) for name, own in lists.items()}
+
+
+@pytest.mark.long
+def test_a_thousand_frames_take_as_long_at_the_end_as_in_the_beginning(engine: Any) -> None:
+    """Processor time of the last hundred frames, of frames 50 to 150, and what is held of both."""
+    config = {"layout": WHOLE, "window": 3, "history_frames": 1.5}
+    llm = engine("packcache", config, variant="sessions forget", block_size=32, max_num_batched_tokens=128)
+    session = Played(llm, "soak", config, prompt(37, seed=22), 37, longest=37 + 24 * 40)
+    seconds, bounds = [], {}
+    for number in range(1000):
+        began = time.process_time()
+        session.begin([210 + number % 10, 220 + number % 7] if number else [])
+        finish([session])
+        seconds.append(time.process_time() - began)
+        if number in (150, 999):
+            bounds[number] = (sizes(llm, session), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    session.end()
+    ratio = float(np.median(seconds[-100:]) / np.median(seconds[50:150]))
+    print(f"last 100 / frames 50 to 150: {ratio:.3f}; KiB: {bounds[150][1]:,} and {bounds[999][1]:,}")
+    assert ratio <= 1.03
+    assert all(own <= bounds[150][0][name] + 32 for name, own in bounds[999][0].items())
+    assert bounds[999][1] <= bounds[150][1] * 1.03
 
 
 def test_sessions_of_several_layouts_and_others_in_one_batch(

@@ -213,14 +213,14 @@ class Session:
             most = self._forgetting.frames(layout.frame_of(length - 1))
             frames = min(-(-(stop - self.most_tokens) // size) * (self._forgetting.step or 1), most)
             if frames * layout.tokens_per_frame >= stop - self.most_tokens:
-                if self._outputs is None:
-                    # The engine does not know them yet, and what it is told at once it computes from less.
-                    self.exact = False
                 self._drop(frames)
-                return (frames, False) if self._outputs is not None else (0, True)
+                if self._outputs is not None:
+                    return frames, False
+                # The engine does not know them yet, and computes what is left without them.
+                self._close()
+                return 0, True
         elif begins is None or frame < begins:
             return 0, False
-        self.exact = False
         self._drop(max(0, frame - keeps))
         self._close()
         return 0, True
@@ -357,10 +357,7 @@ class Session:
         if self.busy:
             raise SessionError(409, "a frame of this session is being made: wait for it, then reset")
         self.ids, self.forgotten = self.state_after(frame)
-        if frame == CONDITION:
-            self.exact = True
-        elif self.forgotten:
-            self.exact = False
+        self.exact = self.exact or frame == CONDITION
         self.used = time.monotonic()
         self._close()
 
@@ -395,9 +392,9 @@ class Session:
         self._close()
 
     def _close(self) -> None:
-        """Let the engine's request go, and its blocks with it."""
+        """Let the engine's request go, and its blocks with it: another one computes what is left of the sequence."""
         outputs, self._outputs, self._inputs = self._outputs, None, None
-        self._counted = 0
+        self.exact, self._counted = self.exact and not self.forgotten, 0
         if outputs is not None:
             self._closing = asyncio.create_task(_close(outputs))
 
