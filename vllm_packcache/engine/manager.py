@@ -650,7 +650,7 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
 
     @wraps(schedule)
     def wrapper(scheduler: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if any([request.resumable for request in scheduler.running]):
+        if any(request.resumable for request in scheduler.running):
             scheduler.running.sort(key=_comes_later)
         output = schedule(scheduler, *args, **kwargs)
         told: dict[str, list[Decision]] = {}
