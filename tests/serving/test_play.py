@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import runpy
 import struct
 import time
 from collections.abc import Iterator
@@ -368,3 +369,18 @@ def test_a_websocket_takes_and_gives_bytes_and_ends_with_its_session(url: str, c
             return json.loads(await socket.recv())
 
     assert asyncio.run(of_nobody())["error"]["code"] == 404
+
+
+def test_the_client_of_the_examples_plays(url: str, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "play.py"))
+    with example["Session"](url, prompt(30, seed=71), sampling={"temperature": 0}) as world:
+        assert world.state["next_frame"] == 0
+        first = world.step()
+        second = world.step(given_ids=[210, 220])
+        assert (first["frame"], second["frame"]) == (0, 1)
+        world.reset(0)
+        assert world.step(given_ids=[210, 220])["ids"] == second["ids"]
+        with pytest.raises(RuntimeError, match="must have 2 ids"):
+            world.step()
+    assert client.get("/v1/sessions").json()["data"] == []
