@@ -21,7 +21,16 @@ FRAME_TOKENS = {
     "lumos1_256p": 1828,
     "lumos1_384p": 4084,
     "lumos1_480p": 5824,
+    "play": 64,
 }
+
+POLICIES = {
+    "demo": PackCache(),
+    "demo_masked": PackCache(),
+    # An anchor of each room that is not shown.
+    "play": PackCache(history_frames=4, window=8, episodes=2),
+}
+"""What changed first was measured on the demos' models; the others have the rule of the paper."""
 
 LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p")
 
@@ -33,8 +42,7 @@ def test_all_presets_are_known_here() -> None:
 @pytest.mark.parametrize(("name", "tokens"), FRAME_TOKENS.items())
 def test_tokens_per_frame(name: str, tokens: int) -> None:
     config = ServerConfig.parse("packcache", name)
-    # What changed first was measured on the demos' models.
-    assert config.policy == (PackCache() if name.startswith("demo") else PAPER)
+    assert config.policy == POLICIES.get(name, PAPER)
     assert config.layout is not None
     assert config.layout.frame_layout().tokens_per_frame == tokens
     comment = presets()[name].read_text(encoding="utf-8")
