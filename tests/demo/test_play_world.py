@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.play import pictures, tokenizer
+from vllm_packcache.demo.play.tokenizer import KIND_NAMES, SIDE_NAMES
 from vllm_packcache.demo.play.world import (
     ACTION_IDS,
     COLUMNS,
@@ -39,7 +40,6 @@ from vllm_packcache.demo.play.world import (
     Int64,
     Player,
     World,
-    action_ids,
     action_of,
     make_world,
     play,
@@ -48,6 +48,7 @@ from vllm_packcache.demo.play.world import (
     tile_of,
     token_of,
 )
+from vllm_packcache.families.actions import find
 
 seeds = st.integers(0, 2**32 - 1)
 any_actions = st.lists(st.integers(*ACTION_IDS).map(action_of), max_size=80)
@@ -202,27 +203,15 @@ def test_a_door_leads_to_the_door_on_the_other_side() -> None:
     assert world.step(Action(RIGHT)).player == Player(1, DOOR_ROW, 0, STAND, RIGHT)
 
 
-def test_an_action_is_one_id() -> None:
-    assert action_ids({}) == [Action().id]
-    assert action_ids({"move": "left", "jump": True, "drop": "lantern"}) == [Action(LEFT, True, THINGS["lantern"]).id]
-    assert action_ids({"move": "right", "jump": 0, "drop": 1}) == [Action(RIGHT, False, GEM).id]
-    assert action_ids({"move": "", "drop": False}) == action_ids({"move": None}) == action_ids({})
-
-
-@pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        ({"move": "up"}, "move is left or right, not 'up'"),
-        ({"move": ["left"]}, "move is left or right"),
-        ({"jump": 2}, "jump is 0 or 1, not 2"),
-        ({"drop": "hat"}, "drop is 0, 1, gem, flower or lantern, not 'hat'"),
-        ({"drop": 7}, "drop is 0, 1"),
-        ({"fly": 1}, "an action has move, jump and drop, not fly"),
-    ],
-)
-def test_what_is_no_action_is_refused(action: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        action_ids(action)
+def test_the_coding_that_a_server_has_makes_the_ids_of_the_world() -> None:
+    coding = find("play")
+    assert coding.ids({}) == [Action().id]
+    assert coding.spans == (ACTION_IDS,)
+    for number in range(ACTION_IDS[0], ACTION_IDS[1] + 1):
+        move, jump, drop = action_of(number)
+        own = {"move": SIDE_NAMES.get(move, ""), "jump": jump, "drop": KIND_NAMES[drop] if drop else ""}
+        assert coding.ids(own) == [number]
+        assert coding.ids({name: value for name, value in own.items() if value}) == [number]
 
 
 def test_a_sequence_is_the_condition_and_frames() -> None:

@@ -13,7 +13,6 @@ A sequence begins with a picture of every room, then comes frame by frame the ac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,34 +101,6 @@ def action_of(token: int) -> Action:
     rest, drop = divmod(token - FIRST_ACTION_ID, len(DROPS))
     move, jump = divmod(rest, 2)
     return Action(move - 1, bool(jump), THINGS.get(DROPS[drop], 0))
-
-
-def action_ids(action: Mapping[str, object]) -> list[int]:
-    """The token of an action, for the place of it in a frame.
-
-    Args:
-        action: may have ``move`` ("left" or "right"), ``jump`` (true or false) and ``drop`` (the name of a thing, or
-            true for a gem). What is left out, or is empty or false, is not done.
-
-    Returns:
-        One id.
-
-    Raises:
-        ValueError: something else is asked for; the message is one sentence.
-    """
-    unknown = set(action) - {"move", "jump", "drop"}
-    if unknown:
-        raise ValueError(f"an action has move, jump and drop, not {', '.join(sorted(map(str, unknown)))}")
-    move, jump, drop = action.get("move") or "", action.get("jump") or 0, action.get("drop") or ""
-    # Anything may have come from a client, also what no set can hold.
-    if move not in tuple(MOVES):
-        raise ValueError(f"move is left or right, not {move!r}")
-    if jump not in (0, 1):
-        raise ValueError(f"jump is 0 or 1, not {jump!r}")
-    thing = next(iter(THINGS)) if drop == 1 else drop
-    if thing not in DROPS:
-        raise ValueError(f"drop is 0, 1, {', '.join(list(THINGS)[:-1])} or {list(THINGS)[-1]}, not {drop!r}")
-    return [Action(MOVES[str(move)], bool(jump), THINGS.get(str(thing), 0)).id]
 
 
 class Tile(NamedTuple):
