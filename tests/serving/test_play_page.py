@@ -258,6 +258,12 @@ def test_a_game_is_played(page: Any, url: str, tmp_path: Path) -> None:
     page.keyboard.up("ArrowLeft")
     assert {"action": {"move": "left", "jump": 1}} in asked
     assert asked.count({"action": {"move": "left"}}) >= 2
+    page.get_by_role("button", name="Right").hover()
+    page.mouse.down()
+    before = asked.count({"action": {"move": "right"}})
+    until(page, number(page) + 4)
+    page.mouse.up()
+    assert asked.count({"action": {"move": "right"}}) >= before + 2
     # However long, a thing is left once.
     page.keyboard.down("Digit1")
     until(page, number(page) + 4)
@@ -268,6 +274,20 @@ def test_a_game_is_played(page: Any, url: str, tmp_path: Path) -> None:
     picture = tmp_path / "play.png"
     page.screenshot(path=picture)
     assert picture.stat().st_size > 10_000
+
+
+@in_a_browser
+def test_nobody_plays_in_a_tab_that_is_not_seen(page: Any) -> None:
+    hide = "hidden => Object.defineProperty(document, 'hidden', { value: hidden, configurable: true })"
+    page.evaluate(hide, True)
+    page.locator("body").dispatch_event("visibilitychange", {"bubbles": True})
+    time.sleep(1)
+    stopped = number(page)
+    time.sleep(1)
+    assert number(page) == stopped
+    page.evaluate(hide, False)
+    page.locator("body").dispatch_event("visibilitychange", {"bubbles": True})
+    until(page, stopped + 2)
 
 
 @in_a_browser
