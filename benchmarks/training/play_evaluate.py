@@ -40,16 +40,16 @@ from vllm_packcache.demo.play.world import (
     random_actions,
 )
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 32
+"""As on a CPU. Condition and frames are whole numbers of such blocks."""
 FIRST_HELD_OUT_SEED = 2**31
 """Training draws worlds with smaller seeds."""
 POLICIES: dict[str, tuple[str, Any]] = {
-    "everything": ("sliding_window", {"layout": "play", "window": 100_000, "positions": "absolute"}),
     "play": ("packcache", "play"),
-    "one_frame_less": ("packcache", {"layout": "play", "history_frames": 3, "window": 8, "episodes": 2}),
-    "no_episodes": ("packcache", {"layout": "play", "history_frames": 4, "window": 8}),
-    "last_frame": ("sliding_window", {"layout": "play", "window": 1, "positions": "rebase"}),
+    "changed_without_episodes": ("packcache", {"layout": "play", "history_frames": 4, "window": 8}),
+    "papers_rule": ("packcache", {"layout": "play", "history_frames": 4, "window": 8, "selection": "spatial"}),
     "last_four_frames": ("sliding_window", {"layout": "play", "window": 4, "positions": "rebase"}),
+    "last_frame": ("sliding_window", {"layout": "play", "window": 1, "positions": "rebase"}),
 }
 """The preset, and what it is compared with."""
 
