@@ -72,9 +72,9 @@ SAME_PLACE = _around(0, 0)
 CONTENT_HEADS = 3
 """The newest picture of the room, its oldest one, the newest action; they share a key."""
 
-_PLACE = (280.0, 120.0, 64.0, 64.0)
+_PLACE = (600.0, 260.0, 140.0, 140.0)
 """How much less a head sees what is at another place of a frame, of each harmonic. The place beside, too, counts for
-less than what is older by a whole sequence."""
+less than any age."""
 _FRAME = 8.0
 """The same of what is in another frame, of each slower frequency."""
 _AGE = 74.0
