@@ -170,6 +170,36 @@ def demo_masked(
         run_masked_demo(image, prompt, out, config)
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def play(
+    context: typer.Context,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a checkpoint; the bundled world without one.", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset, YAML or JSON file, or JSON text for packcache, with sessions: pictures and play; by default "
+            "that of the bundled world.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="To listen on; any that is free by default.", min=1, max=65535)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="That the page asks for; none by default.", envvar="PACKCACHE_PLAY_KEY")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("out/play"),
+) -> None:
+    """Play a world model in a browser, until Ctrl-C. What follows MODEL and -- are flags of vLLM."""
+    with one_sentence("demo"):
+        from vllm_packcache.demo.play.run import run_play
+
+        run_play(model, config, out, host=host, port=port, key=api_key, flags=context.args)
+
+
 @app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",

@@ -6,6 +6,7 @@ It exists for training and evaluation on a CPU: no masks, no cache classes, one 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -29,6 +30,8 @@ class LlamaSize:
     num_key_value_heads: int = 4
     head_dim: int = 32
     rope_theta: float = 1000000.0
+    # Positions are divided by it: RoPE of type linear, unless it is 1.
+    rope_factor: float = 1.0
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 20480
 
@@ -72,7 +75,7 @@ def rotary_table(size: LlamaSize, start: int, length: int) -> tuple[Tensor, Tens
 
 def rotary_frequencies(size: LlamaSize) -> Tensor:
     """Radians per position of each rotated pair, float32 [head_dim / 2]."""
-    return size.rope_theta ** (-torch.arange(0, size.head_dim, 2).float() / size.head_dim)
+    return size.rope_theta ** (-torch.arange(0, size.head_dim, 2).float() / size.head_dim) / size.rope_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -203,19 +206,20 @@ class Llama(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight)
 
 
-def save_pretrained(model: Llama, directory: Path, special_ids: dict[str, int]) -> None:
+def save_pretrained(model: Llama, directory: Path, special_ids: Mapping[str, int | None]) -> None:
     """Write config.json, generation_config.json and model.safetensors (bfloat16) as transformers reads them.
 
     ``special_ids`` are ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
     """
     size = asdict(model.size)
-    theta = size.pop("rope_theta")
+    theta, factor = size.pop("rope_theta"), size.pop("rope_factor")
+    scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **size,
         "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {**scaling, "rope_theta": theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -234,7 +238,9 @@ def save_pretrained(model: Llama, directory: Path, special_ids: dict[str, int]) 
 def load_pretrained(directory: Path) -> Llama:
     """The model that ``save_pretrained`` wrote, in float32 and evaluation mode."""
     config = json.loads((Path(directory) / "config.json").read_text())
-    model = Llama(LlamaSize(**{name: config[name] for name in LlamaSize.__dataclass_fields__}))
+    factor = config["rope_parameters"].get("factor", 1.0)
+    names = set(LlamaSize.__dataclass_fields__) - {"rope_factor"}
+    model = Llama(LlamaSize(**{name: config[name] for name in names}, rope_factor=factor))
     weights = load_file(Path(directory) / "model.safetensors")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()

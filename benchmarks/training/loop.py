@@ -8,14 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-
-from benchmarks.training.pool import Pool
 
 FIRST_TRAINING_SEED = 1_000_000
 """Worlds with smaller seeds are never trained on; evaluation uses those."""
@@ -47,11 +45,21 @@ class Run:
         return FIRST_TRAINING_SEED * (1 + self.seed)
 
 
+class Lessons(Protocol):
+    """What is learnt, one step's after another's."""
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs."""
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was asked for."""
+
+
 class Course(ABC):
     """What a model learns, step by step."""
 
-    pool: Pool[Any]
-    """Of its lessons."""
+    pool: Lessons
+    """Of what is learnt."""
 
     @abstractmethod
     def study(self) -> str:

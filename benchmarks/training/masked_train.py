@@ -34,6 +34,8 @@ class MaskedCourse(Course):
         frames: of each.
     """
 
+    pool: Pool[MaskedLesson]
+
     def __init__(self, model: Lumos, first_seed: int, frames: int) -> None:
         self._model = model
         self.pool = Pool(partial(make_lesson, frames=frames), first_seed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.training import sparse
-from benchmarks.training.lessons import make_lesson
+from benchmarks.training.lessons import Lesson, make_lesson
 from benchmarks.training.llama import Llama, LlamaSize, save_pretrained
 from benchmarks.training.loop import Course, Run, from_command_line, learn, train
 from benchmarks.training.pool import Pool
@@ -30,6 +30,8 @@ class VideoCourse(Course):
         first_seed: of the videos.
         frames: of each.
     """
+
+    pool: Pool[Lesson]
 
     def __init__(self, model: Llama, tokenizer: VideoTokenizer, first_seed: int, frames: int) -> None:
         self._model, self._tokenizer = model, tokenizer

@@ -20,7 +20,7 @@ def test_version() -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "generate", "explain", "doctor", "bench", "calibrate", "convert"):
+    for command in ("demo", "generate", "play", "explain", "doctor", "bench", "calibrate", "convert"):
         assert command in result.stdout
     benchmarks = CliRunner().invoke(app, ["bench", "--help"]).stdout
     for benchmark in ("decode", "masked", "serve", "quality", "long-video"):
@@ -34,6 +34,10 @@ def test_help_lists_every_command() -> None:
         (["explain", "demo", "--policy", "no_such_policy"], "unknown policy"),
         (["explain", '{"layout": {"grid": [4, 4]}, "widow": 3}'], "widow"),
         (["explain", "{}"], "no layout"),
+        (["play", "checkpoint"], "--config must be given with a checkpoint"),
+        (["play", "--config", "mineworld_32f"], "'mineworld_32f' has nothing to play: give sessions: {pictures: "),
+        (["play", "--config", '{"sessions": {"play": "a:b"}}'], "sessions.play needs pictures, which draws what is"),
+        (["play", "--host", "192.0.2.1", "--port", "8000"], "--host 192.0.2.1 --port 8000 cannot be listened on"),
     ],
 )
 def test_mistakes_get_a_sentence_and_no_traceback(arguments: list[str], words: str) -> None:

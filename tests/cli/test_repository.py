@@ -16,6 +16,7 @@ TARGETS = {
     ".venv",
     "demo",
     "demo-masked",
+    "play",
     "test",
     "test-quick",
     "test-next",

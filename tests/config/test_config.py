@@ -344,7 +344,7 @@ def test_another_policy_takes_a_presets_layout_alone(name, policy):
 
     assert taken == ServerConfig.parse(policy, load_mapping(name))
     # What an operator can write instead.
-    alone = ServerConfig.parse(policy, {"layout": name})
+    alone = ServerConfig.parse(policy, {"layout": name, "sessions": load_mapping(name).get("sessions")})
     assert taken.layout is not None
     assert taken.layout == alone.layout
     if policy != load_mapping(name)["policy"]:

@@ -225,6 +225,25 @@ def test_what_is_no_action_of_rt1(action: dict[str, Any], ranges: actions.Ranges
 RT1_LAYOUT = {"grid": [2, 2], "frame_end_tokens": 13, "frame_end_ids": [[8750, 9005]] * 13, "actions": "rt1"}
 
 
+# The world to play, whose ids are held against the world itself in tests/demo/test_play_world.py.
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ({"move": "up"}, "move must be left, right, or left out, not 'up'"),
+        ({"move": ["left"]}, "move must be left, right, or left out, not ['left']"),
+        ({"jump": 2}, "jump must be true or 1, false or 0 else, not 2"),
+        ({"jump": 1.0}, "jump must be true or 1"),
+        ({"drop": "hat"}, "drop must be gem, flower, lantern, or left out, not 'hat'"),
+        ({"drop": 1}, "drop must be gem"),
+        ({"fly": 1}, "an action must be made of move, jump, drop, not of fly"),
+    ],
+)
+def test_what_is_no_action_of_the_world_to_play(action: dict[str, Any], words: str) -> None:
+    assert words in refusal("play", action)
+
+
 def test_a_layout_names_its_coding() -> None:
     assert LayoutConfig(grid=(2, 2)).coding() is None
     server = ServerConfig.parse("packcache", {"layout": {**RT1_LAYOUT, "action_ranges": [[-1, 1]] * 13}})
@@ -241,7 +260,7 @@ def test_a_layout_names_its_coding() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ({"actions": "doom"}, "layout: actions must be one of mineworld, rt1, not 'doom'"),
+        ({"actions": "doom"}, "layout: actions must be one of mineworld, play, rt1, not 'doom'"),
         ({"actions": 3}, "layout.actions: input should be a valid string, not 3"),
         (
             {"frame_end_tokens": 3, "frame_end_ids": [1, [8750, 9005], [8750, 9005]]},
@@ -290,5 +309,5 @@ def test_a_coding_of_anybodys_is_checked_against_frames() -> None:
 
 
 def test_codings_are_listed_by_name() -> None:
-    assert actions.names() == ["mineworld", "rt1"]
+    assert actions.names() == ["mineworld", "play", "rt1"]
     assert [actions.find(name).name for name in actions.names()] == actions.names()

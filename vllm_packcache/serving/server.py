@@ -133,6 +133,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def url_of(host: str, port: int) -> str:
+    """By which this machine reaches a server that listens on an address, or on all of them."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 @contextmanager
 def serving(
     model: Path,
@@ -142,6 +148,8 @@ def serving(
     timeout: float = 600,
     interpreted: bool = False,
     environment: Mapping[str, str] | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
 ) -> Iterator[str]:
     """Run ``vllm serve MODEL ARGUMENTS`` for as long as the context lasts.
 
@@ -156,18 +164,20 @@ def serving(
         timeout: seconds to wait for that.
         interpreted: run vLLM's Model Runner V2 by Triton's interpreter; see `vllm_packcache.tools.interpreted`.
         environment: variables to set besides those of this process.
+        host: address that it listens on.
+        port: that it listens on; None: any that is free.
 
     Yields:
-        The base URL, such as ``http://127.0.0.1:8000``.
+        The base URL by which this machine reaches it, such as ``http://127.0.0.1:8000``.
 
     Raises:
         ServerError: the server stopped, was not healthy in time, or died.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     command = [
         *(sys.executable, "-m", "vllm_packcache.tools.interpreted" if interpreted else "vllm.entrypoints.cli.main"),
         *("serve", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), *arguments),
+        *("--host", host, "--port", str(port), *arguments),
     ]
     variables = {
         **os.environ,
@@ -177,17 +187,17 @@ def serving(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
-        **(environment or {}),
     }
-    # It is of the user's other servers: this one is for us alone, and our requests carry none.
+    # It is of the user's other servers: who wants one of this server gives it.
     variables.pop("VLLM_API_KEY", None)
+    variables.update(environment or {})
     with log.open("w", encoding="utf-8") as output, _terminating_on_sigterm():
         # A session of its own: Ctrl-C reaches us alone, and we stop the whole group.
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
         try:
-            url = f"http://127.0.0.1:{port}"
+            url = url_of(host, port)
             _wait_for_health(process, url, log, waiting, timeout)
             try:
                 yield url

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.retention import PolicyError, Retention
 from vllm_packcache.core.session import Forgetting, Turns
 from vllm_packcache.hooks.roles import pool_blocks, steps_ahead
 from vllm_packcache.sessions.messages import Create
-from vllm_packcache.sessions.pictures import Pictures, read_picture
+from vllm_packcache.sessions.pictures import pictures_of, read_picture
+from vllm_packcache.sessions.playing import Opening, play_of
 from vllm_packcache.sessions.session import Session, SessionError
 
 if TYPE_CHECKING:
@@ -41,13 +42,19 @@ class House:
     Args:
         engine: of the server.
         config: of the server.
-        pictures: of frames; None: nobody has named any.
+
+    Raises:
+        ConfigError: what the configuration names for pictures, or to play, is not to be had or does not fit.
     """
 
-    def __init__(self, engine: EngineClient, config: ServerConfig, pictures: Pictures | None) -> None:
-        self.engine, self.config, self.pictures = engine, config, pictures
+    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+        self.engine, self.config = engine, config
         self.limits = config.sessions
         self.coding = None if config.layout is None else config.layout.coding()
+        self.pictures = pictures_of(self.limits.pictures)
+        self.play = play_of(self.limits.play, self.coding)
+        for opening in () if self.play is None else self.play.openings:
+            self._check(opening)
         self._sessions: dict[str, Session] = {}
         self._held: dict[str, int] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -81,14 +88,23 @@ class House:
         Raises:
             SessionError: something of it is wrong (400), or there is no room (503).
         """
-        ids = self._opening(message)
-        options = self._options(message, ids)
-        made = self._video(options, ids)
-        most = self._most_tokens(made, ids)
+        ids, options, made, most = self._begun(message)
         sampling = message.sampling.model_dump()
         return self._admit(made, lambda name, rank: Session(
             name, self.engine, made, options, ids, sampling, most, self._block_size, rank
         ), most)  # fmt: skip
+
+    def _begun(self, message: Create) -> tuple[list[int], dict[str, Any], VideoRequest, int]:
+        ids = self._opening(message)
+        options = self._options(message, ids)
+        made = self._video(options, ids)
+        return ids, options, made, self._most_tokens(made, ids)
+
+    def _check(self, opening: Opening) -> None:
+        try:
+            self._begun(opening.session)
+        except SessionError as error:
+            raise ConfigError(f"sessions: play: opening {shown(opening.name)}: {error}") from None
 
     def fork(self, name: str) -> Session:
         """Another session that goes on where this one is.

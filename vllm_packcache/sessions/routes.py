@@ -9,6 +9,8 @@ POST    /v1/sessions/{id}/fork        another one that goes on from here
 POST    /v1/sessions/{id}/reset       back to an earlier frame
 DELETE  /v1/sessions/{id}             end one
 WS      /v1/sessions/{id}/play        the same, message by message; the newest action waiting wins
+GET     /v1/play                      what the operator has named to play: openings, keys
+GET     /play                         a page that plays it; it holds no secret, and asks for the key where there is one
 ======  ============================  ============================================================
 """
 
@@ -22,6 +24,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from vllm_packcache.config.server import config_of
 from vllm_packcache.sessions.house import House, NoRoom
 from vllm_packcache.sessions.messages import Create, Reset, Step, read
-from vllm_packcache.sessions.pictures import pictures_of, png
+from vllm_packcache.sessions.pictures import png
 from vllm_packcache.sessions.session import Frame, Session, SessionError, ids_of
 
 PATH = "/v1/sessions"
@@ -42,6 +45,25 @@ LARGEST_BODY = 16 * 2**20
 """Bytes of a request, as vLLM's WebSockets take."""
 
 RAW, PNG, JSON = "application/octet-stream", "image/png", "application/json"
+
+PAGE = {
+    "play.html": ("/play", "text/html"),
+    "play.css": ("/play/play.css", "text/css"),
+    "play.js": ("/play/play.js", "text/javascript"),
+    "icon.svg": ("/play/icon.svg", "image/svg+xml"),
+}
+"""Files of the page in the folder ``page``: where they are, and what."""
+PAGE_HEADERS = {
+    # Nothing from elsewhere, nothing within the page itself, and in no frame of another page.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # A server of another version has another page.
+    "Cache-Control": "no-cache",
+}
 
 _HOUSE = "packcache_house"
 
@@ -63,7 +85,7 @@ class Routes:
         del args
         config = None if engine_client is None else config_of(engine_client)
         if config is not None and config.family.role == "causal":
-            setattr(state, _HOUSE, House(engine_client, config, pictures_of(config.sessions.pictures)))
+            setattr(state, _HOUSE, House(engine_client, config))
 
 
 def add_routes(app: FastAPI) -> None:
@@ -79,6 +101,10 @@ def add_routes(app: FastAPI) -> None:
     ):
         app.add_api_route(PATH + path, _answering(answer), methods=[method], response_model=None)
     app.add_api_websocket_route(PATH + "/{name}/play", _play)
+    app.add_api_route("/v1/play", _answering(_world), methods=["GET"], response_model=None)
+    # Of one path each: no name of a client's becomes that of a file.
+    for file, (path, kind) in PAGE.items():
+        app.add_api_route(path, _file(file, kind), methods=["GET"], response_model=None, include_in_schema=False)
     within = app.router.lifespan_context
 
     @asynccontextmanager
@@ -138,6 +164,11 @@ async def _body(request: Request) -> bytes:
     return bytes(data)
 
 
+def _logical_tokens(session: Session) -> int:
+    """Of all that has been played, forgotten frames included."""
+    return len(session.ids) + session.forgotten * session.plan.layout.tokens_per_frame
+
+
 def _shown(session: Session) -> dict[str, Any]:
     now = time.monotonic()
     layout = session.plan.layout
@@ -150,11 +181,32 @@ def _shown(session: Session) -> dict[str, Any]:
         "busy": session.busy,
         "given_ids": session.needed(),
         "resident_tokens": session.resident_tokens,
-        "logical_tokens": len(session.ids) + session.forgotten * layout.tokens_per_frame,
+        "logical_tokens": _logical_tokens(session),
         "idle_seconds": 0.0 if session.busy else round(now - session.used, 3),
         "age_seconds": round(now - session.created, 3),
         "grid": None if layout.frame.grid is None else list(layout.frame.grid),
     }
+
+
+def _file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
+    content = files(__package__).joinpath("page", name).read_bytes()
+
+    async def answer() -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return answer
+
+
+async def _world(house: House, request: Request) -> Response:
+    del request
+    if house.play is None:
+        raise SessionError(
+            404,
+            "this server has no world to play: start it with a --kv-cache-policy-config that has sessions: {pictures: "
+            "module:object, play: module:object}",
+        )
+    world = house.play.model_dump(mode="json", exclude_none=True)
+    return JSONResponse({"object": "play", **world, "actions": house.coding is not None})
 
 
 async def _create(house: House, request: Request) -> Response:
@@ -223,6 +275,7 @@ async def _made(house: House, session: Session, frame: Frame, picture: bool) -> 
         "ids": frame.visual,
         "seconds": round(frame.seconds, 6),
         "resident_tokens": session.resident_tokens,
+        "logical_tokens": _logical_tokens(session),
         "began_anew": frame.began_anew,
     }
     if picture and house.pictures is not None:

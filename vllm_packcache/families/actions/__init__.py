@@ -10,6 +10,7 @@ from functools import lru_cache
 from vllm_packcache.core.shown import shown
 from vllm_packcache.families.actions.base import ActionCoding, Ranges
 from vllm_packcache.families.actions.mineworld import MineWorld
+from vllm_packcache.families.actions.play import Play
 from vllm_packcache.families.actions.rt1 import RT1
 
 __all__ = ["ActionCoding", "Ranges", "find", "names"]
@@ -18,6 +19,7 @@ _CODINGS: dict[str, type[ActionCoding]] = {
     coding.name: coding
     for coding in (
         MineWorld,
+        Play,
         RT1,
     )
 }

@@ -1,0 +1,30 @@
+"""The bundled world to play, served with its preset: the pictures are those that evaluation makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.training.llama import load_pretrained
+from benchmarks.training.play_evaluate import Player, plan_of
+from tests.runner import shorter
+from tests.serving.conftest import run, sampling
+from vllm_packcache.demo.play.world import FRAME_TOKENS, LEFT, MODEL_DIR, RIGHT, Action, make_world, random_actions
+
+
+def test_a_play_is_served_as_it_is_evaluated(engine: Any) -> None:
+    """Longer than the window, through doors; two at a time."""
+    frames = shorter(24, 2)
+    worlds = [make_world(seed) for seed in (1, 2)]
+    through = [Action(side, jump) for side in (LEFT, RIGHT) for jump in [False, False, True] * 4]
+    actions = [through[:frames], random_actions(np.random.default_rng(0), frames)]
+    llm = engine("packcache", "play", model=MODEL_DIR, max_model_len=2048, num_gpu_blocks_override=200)
+    params = [
+        sampling(frames * FRAME_TOKENS, frames=frames, given_ids=[action.id for action in own]) for own in actions
+    ]
+    answers = run(llm, [world.condition_ids() for world in worlds], params)
+    served = np.array(answers).reshape(2, frames, FRAME_TOKENS)
+    assert (served[:, :, 0] == [[action.id for action in own] for own in actions]).all()
+    made = Player(load_pretrained(MODEL_DIR), plan_of("packcache", "play")).made(worlds, actions)
+    assert (served[:, :, 1:] == made).all()
