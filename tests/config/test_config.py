@@ -604,6 +604,7 @@ REQUEST_OPTIONS = ", ".join(
         "given_ids",
         "session_tokens",
         "forget_frames",
+        "forget_from",
         "changed_tokens",
         "decay",
         "episodes",

@@ -59,10 +59,17 @@ WHOLE = {
 
 
 @pytest.mark.parametrize(
-    ("selection", "window"), [("changed", 3), ("spatial", 2)] if not V2 else [("changed", 2)], ids=str
+    ("selection", "window", "episodes"),
+    [("changed", 3, 0), ("changed", 3, 2), ("spatial", 2, 0)] if not V2 else [("changed", 2, 1)],
+    ids=str,
 )
-def test_what_is_forgotten_changes_nothing(engine: Any, reference: Any, selection: str, window: int) -> None:
-    config = {"layout": WHOLE, "window": window, "history_frames": 1.5, "selection": selection}
+def test_what_is_forgotten_changes_nothing(
+    engine: Any, reference: Any, selection: str, window: int, episodes: int
+) -> None:
+    config = {
+        "layout": WHOLE, "window": window, "history_frames": 1.5 + episodes, "selection": selection,
+        "episodes": episodes,
+    }  # fmt: skip
     llm = engine("packcache", config, variant="sessions forget", block_size=32, max_num_batched_tokens=128)
     ids = prompt(37, seed=21)
     frames = shorter(40, 16)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from tests.serving.conftest import sampling
 from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.core.session import Forgetting, Turns
 
 
@@ -45,7 +47,12 @@ class Played:
         self.plan = made.streams[0].plan
         self.turns = Turns(self.plan, grammar)
         self.forgetting = Forgetting(self.plan, llm.llm_engine.vllm_config.cache_config.block_size)
-        self.forgotten = 0
+        self.forgotten, self.counted = 0, list(ids)
+        """Frames that the engine has forgotten, and the ids that it counts."""
+        self.retention = Retention(
+            self.plan.layout, self.plan.policy, self.forgetting.block_size,
+            lambda start, stop: np.array(self.counted[start:stop], dtype=np.int64),
+        )  # fmt: skip
         self.internal: str | None = None
         self.made: list[list[int]] = []
 
@@ -59,17 +66,18 @@ class Played:
         frame = self.plan.layout.tokens_per_frame
         counted = len(self.ids) - self.forgotten * frame
         _, start, stop = self.turns.next_picture(counted)
-        forget = 0
+        forget = gone = 0
         if self.longest is not None and stop > self.longest:
-            own = self.plan.layout.frame_of(counted - 1)
             step = self.forgetting.step or 1
-            forget = min(-(-(stop - self.longest) // (frame * step)) * step, self.forgetting.frames(own))
+            gone, room = self.forgetting.room(self.retention, self.plan.layout.frame_of(counted - 1))
+            forget = min(-(-(stop - self.longest) // (frame * step)) * step, room)
         between = self.turns.given(counted, given)
         carried = [] if self.internal is None else self.ids[-1:]
         before = 0 if self.internal is None else counted - 1
         first = list(self.ids) if self.internal is None else carried
         self.ids += between
-        params = sampling(stop - start, **self.extra(before, forget))
+        self.counted += between
+        params = sampling(stop - start, **self.extra(before, forget), forget_from=gone)
         for name, value in {**self.more, **more}.items():
             setattr(params, name, value)
         params.output_kind = _delta()
@@ -86,6 +94,10 @@ class Played:
         self.engine.output_processor.add_request(request, None, None, 0)
         # Both extend the list; between processes each has its own.
         self.engine.engine_core.add_request(replace(request, prompt_token_ids=[*first, *between]))
+        if forget:
+            at = self.plan.layout.frame_start(gone)
+            del self.counted[at : at + forget * frame]
+            self.retention.forget(forget, self.forgetting.blocks(forget, gone))
         self.forgotten += forget
         self.made.append([])
         self.wanted = stop - start
@@ -114,7 +126,9 @@ def finish(sessions: Sequence[Played], others: Any = None) -> None:
             (answer,) = output.outputs
             own.made[-1] += answer.token_ids
             own.ids += answer.token_ids
+            own.counted += answer.token_ids
             if answer.finish_reason is not None:
                 assert answer.finish_reason == "length", answer.finish_reason
                 assert len(own.made[-1]) == own.wanted
+                own.retention.past(own.plan.layout.frame_of(len(own.counted) - 1))
                 del open_[own.name]

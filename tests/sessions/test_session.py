@@ -72,7 +72,7 @@ class Engine:
 def house(engine: Engine, policy: str = "packcache", sessions: dict[str, Any] | None = None, **options: Any) -> House:
     usual = {"window": 2, "history_frames": 1} if policy == "packcache" else {}
     config = {"layout": LAYOUT, "sessions": sessions or {}, **usual, **options}
-    return House(engine, ServerConfig.parse(policy, config), None)  # type: ignore[arg-type]
+    return House(engine, ServerConfig.parse(policy, config))  # type: ignore[arg-type]
 
 
 def opening(**more: Any) -> Create:

@@ -231,6 +231,7 @@ class _RequestOptions(BaseModel):
     given_ids: tuple[_Id, ...] | None = None
     session_tokens: _Tokens | None = None
     forget_frames: _Tokens = 0
+    forget_from: _Tokens = 0
 
 
 def _fields_of(model: type) -> list[str]:
@@ -424,10 +425,11 @@ class ServerConfig:
     @staticmethod
     def _request_turn(options: _RequestOptions) -> Turn | None:
         if options.session_tokens is None:
-            if options.forget_frames:
-                raise ConfigError(
-                    f"{REQUEST_PREFIX}forget_frames is for turns of a session: give {REQUEST_PREFIX}session_tokens too"
-                )
+            for name in ("forget_frames", "forget_from"):
+                if getattr(options, name):
+                    raise ConfigError(
+                        f"{REQUEST_PREFIX}{name} is for turns of a session: give {REQUEST_PREFIX}session_tokens too"
+                    )
             return None
         for name in ("frames", "given_ids"):
             if getattr(options, name) is not None:
@@ -439,7 +441,7 @@ class ServerConfig:
                 f"{REQUEST_PREFIX}condition_tokens is needed in every turn of a session: its prompt grows, and its "
                 "condition does not"
             )
-        return Turn(options.session_tokens, options.forget_frames)
+        return Turn(options.session_tokens, options.forget_frames, options.forget_from)
 
     def request_of(self, params: Any, token_ids: Sequence[int] | None, num_prompt_tokens: int) -> VideoRequest | None:
         """The same as `request`, of what vLLM knows of a request.

@@ -60,11 +60,13 @@ class Turn(NamedTuple):
 
     Args:
         tokens: of the session before this turn, without the one sampled last, which begins the turn.
-        forget_frames: how many of its oldest frames it forgets with this turn; ``tokens`` still counts them.
+        forget_frames: how many frames it forgets with this turn; ``tokens`` still counts them.
+        forget_from: the first of them.
     """
 
     tokens: int
     forget_frames: int
+    forget_from: int = 0
 
 
 @dataclass(frozen=True)

@@ -117,17 +117,16 @@ class Retention:
                 self._keep_in_mind(other)
         return self._keep_in_mind(frame)
 
-    def forget(self, frames: int, blocks: int) -> None:
-        """The oldest frames are not counted any more: frame ``frames`` is frame 0 now, in the blocks that this had.
+    def forget(self, frames: int, gone: range) -> None:
+        """Some old frames are not counted any more: what comes behind them moves into their place.
 
         Args:
-            frames: of which nothing lives; see `vllm_packcache.core.session.Forgetting`.
-            blocks: that they are.
+            frames: how many; see `vllm_packcache.core.session.Forgetting`.
+            gone: blocks that they are, of which nothing lives.
         """
-        condition = self.blocks.condition_blocks.stop
         decided, self._decided = self._decided, {}
         for frame, past in decided.items():
-            kept = np.where(past < condition, past, past - blocks)
+            kept = np.where(past < gone.stop, past, past - len(gone))
             kept.flags.writeable = False
             self._decided[frame - frames] = kept
 

@@ -4,9 +4,9 @@ A session is one sequence of tokens that grows by **turns**. A turn appends what
 the grammar fixes around it, and then the model makes the tokens of one frame that are its own to choose. So what is
 given or fixed between two frames costs no step of its own.
 
-What has left a window for ever need not be counted any more. A session **forgets** its oldest frames: the sequence is
-the condition and the frames that are left, their keys stay as they are, and everything that is decided from then on is
-decided alike. That is exact where the policy says from which frame on it decides alike
+What has left a window for ever need not be counted any more. A session **forgets** old frames: the sequence is the
+condition, what outlives the window, and the newest frames. Their keys stay as they are, and everything that is decided
+from then on is decided alike. That is exact where the policy says from which frame on it decides alike
 (`vllm_packcache.core.policies.base.Policy.settles_at`), where positions are re-based, and where the frames forgotten
 are a whole number of blocks.
 
@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 
+import numpy as np
+
 from vllm_packcache.core.grammar import FrameGrammar, IdRange
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
+from vllm_packcache.core.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How many of its oldest frames a session may forget, so that nothing of what comes changes.
+    """How many of its old frames a session may forget, so that nothing of what comes changes.
 
     Args:
         plan: what the session keeps.
@@ -165,15 +168,51 @@ class Forgetting:
             return None
         return self.plan.layout.frame_start(self._settled + self.step + 1)
 
-    def frames(self, frame: int) -> int:
-        """How many frames may be forgotten before any token of ``frame`` + 1 is made; ``frame`` is whole or begun."""
+    def most(self, frame: int, first: int = 0) -> int:
+        """How many frames from ``first`` on may be forgotten before a token of ``frame`` + 1 is made, if nothing lives.
+
+        Args:
+            frame: is finished or begun.
+            first: of those that are forgotten; before it lives what outlives the window.
+        """
         if self._settled is None or self.step is None:
             return 0
         # The decision about `frame` follows from that about the one before.
-        return max(0, (frame - 1 - self._settled) // self.step * self.step)
+        return max(0, (frame - 1 - self._settled - first) // self.step * self.step)
 
-    def blocks(self, frames: int) -> int:
-        """Blocks that ``frames`` frames are, which are a multiple of `step`."""
+    def room(self, retention: Retention, frame: int) -> tuple[int, int]:
+        """The longest run of frames that may be forgotten before a token of ``frame`` + 1 is made.
+
+        Args:
+            retention: what lives.
+            frame: is finished or begun.
+
+        Returns:
+            The first frame, and how many may go: a multiple of `step`, or 0.
+        """
+        if not self.plan.policy.outlives_window:
+            return 0, self.most(frame)
+        if self._settled is None or self.step is None:
+            return 0, 0
+        blocks, end = retention.blocks, frame - 1 - self._settled
+        history = retention.past(frame)
+        tags = blocks.tags(history[history >= blocks.condition_blocks.stop])
+        found, first = (0, 0), 0
+        for lives in [*np.unique(tags[tags < end]).tolist(), max(end, 0)]:
+            # Of a frame that lives the first block may hold tokens of the one before, which then stays too.
+            shared = lives < end and blocks.layout.frame_start(lives) % self.block_size > 0
+            room = max(0, lives - first - shared) // self.step * self.step
+            if room > found[1]:
+                found = first, room
+            first = lives + 1
+        return found
+
+    def blocks(self, frames: int, first: int = 0) -> range:
+        """Logical blocks that go with ``frames`` frames, a multiple of `step`, from ``first`` on.
+
+        The block that frame ``first`` begins in stays: it has tokens of what lies before.
+        """
         tokens = frames * self.plan.layout.tokens_per_frame
         assert tokens % self.block_size == 0, "frames are forgotten in whole blocks"
-        return tokens // self.block_size
+        begin = -(-self.plan.layout.frame_start(first) // self.block_size)
+        return range(begin, begin + tokens // self.block_size)

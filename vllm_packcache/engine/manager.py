@@ -24,7 +24,7 @@ from vllm.v1.request import Request
 
 from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
 from vllm_packcache.core.layout import CONDITION, VideoLayout
-from vllm_packcache.core.plan import Stream, VideoRequest
+from vllm_packcache.core.plan import Stream, Turn, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import DECISIONS, Decision, PolicyError, Retention
@@ -117,14 +117,14 @@ class Held:
         self.frame = frame
         self.frame_ends = self.stream.start + self.retention.layout.frame_start(frame + 1)
 
-    def forget(self, frames: int, blocks: int) -> None:
-        """The oldest frames are not counted any more: see `vllm_packcache.core.session`."""
-        self.retention.forget(frames, blocks)
+    def forget(self, frames: int, gone: range) -> None:
+        """Some old frames are not counted any more: see `vllm_packcache.core.session`."""
+        self.retention.forget(frames, gone)
         self.record.forgotten_frames += frames
         self.enter(self.frame - frames)
-        self.blocks -= blocks
+        self.blocks -= len(gone)
         # They had been freed.
-        self.dropped_blocks -= blocks
+        self.dropped_blocks -= len(gone)
 
     def slides(self, frame: int) -> int:
         """By how many frames the window moves on until ``frame`` is made."""
@@ -326,7 +326,7 @@ class RetentionManager(FullAttentionManager):
         if made is None or made.turn is None or made.streams != before.streams:
             raise PolicyError("a turn of a session must say of its video what the first one said")
         if made.turn.forget_frames:
-            self._forget(request, video, made.turn.forget_frames)
+            self._forget(request, video, made.turn)
         if record := self._records.get(name):
             record.resume(request.num_prompt_tokens)
         if video is not None:
@@ -335,33 +335,34 @@ class RetentionManager(FullAttentionManager):
             frame = video.retention.layout.frame_of(request.num_computed_tokens)
             video.decided = min(video.decided, video.retention.layout.frame_start(frame))
 
-    def _forget(self, request: Request, video: Held | None, frames: int) -> None:
-        """Leave the oldest frames of a session out of its sequence, and out of its block table."""
-        blocks, room = self.req_to_blocks[request.request_id], 0
-        if video is not None:
-            forgetting = Forgetting(video.stream.plan, self.block_size)
-            room = forgetting.frames(video.retention.layout.frame_of(request.num_computed_tokens))
-        if video is None or frames > room or frames % (forgetting.step or 1):
+    def _forget(self, request: Request, video: Held | None, turn: Turn) -> None:
+        """Leave old frames of a session out of its sequence, and out of its block table."""
+        frames, first = turn.forget_frames, turn.forget_from
+        forgetting = None if video is None else Forgetting(video.stream.plan, self.block_size)
+        if video is None or forgetting is None or forgetting.step is None:
+            raise PolicyError("a session that keeps everything forgets no frames")
+        layout, blocks = video.retention.layout, self.req_to_blocks[request.request_id]
+        most = forgetting.most(layout.frame_of(request.num_computed_tokens), first)
+        if frames > most or frames % forgetting.step:
             raise PolicyError(
-                f"{frames} frames cannot be forgotten by now: it must be {room} at most, and a multiple of "
-                f"{forgetting.step if video is not None else 0}"
+                f"{frames} frames cannot be forgotten by now: it must be {most} at most, and a multiple of "
+                f"{forgetting.step}"
             )
-        layout, count = video.retention.layout, forgetting.blocks(frames)
-        first = video.retention.blocks.condition_blocks.stop
-        if not all(block is self._null_block for block in blocks[first : first + count]):
-            raise PolicyError(f"{frames} frames cannot be forgotten: blocks of theirs live")
-        del blocks[first : first + count]
-        start, tokens = layout.condition_tokens, frames * layout.tokens_per_frame
+        gone = forgetting.blocks(frames, first)
+        if not all(block is self._null_block for block in blocks[gone.start : gone.stop]):
+            raise PolicyError(f"{frames} frames from {first} on cannot be forgotten: blocks of theirs live")
+        del blocks[gone.start : gone.stop]
+        start, tokens = layout.frame_start(first), frames * layout.tokens_per_frame
         assert request.prompt_token_ids is not None
         for ids in (request.prompt_token_ids, request._all_token_ids):
             del ids[start : start + tokens]
         request.num_prompt_tokens -= tokens
         request.num_computed_tokens -= tokens
         # Those of the condition stay. Hashes of frames are never looked up, but there must be one of every block.
-        del request.block_hashes[start // self.block_pool.hash_block_size :]
+        del request.block_hashes[layout.condition_tokens // self.block_pool.hash_block_size :]
         request.update_block_hashes()
         video.decided -= tokens
-        video.forget(frames, count)
+        video.forget(frames, gone)
 
     def take_decisions(self, request: Request) -> list[Decision]:
         """What the workers must be told of a request by now: what its tokens read that have been scheduled.

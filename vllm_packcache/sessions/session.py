@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import REQUEST_PREFIX, VideoRequest
-from vllm_packcache.core.retention import Retention, some_tokens
+from vllm_packcache.core.plan import REQUEST_PREFIX, Turn, VideoRequest
+from vllm_packcache.core.policies.base import Int64
+from vllm_packcache.core.retention import Retention
 from vllm_packcache.core.session import Forgetting, Turns
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class Session:
         self.ids, self.opening = list(ids), list(ids)
         self.most_tokens, self.block_size, self.rank = most_tokens, block_size, rank
         self.forgotten, self.exact = 0, True
+        # Frames before this one are followed by such as have been forgotten.
+        self._gap = 0
         self.frame: Frame | None = None
         self.created = self.used = time.monotonic()
         self.ended: SessionError | None = None
@@ -154,7 +157,7 @@ class Session:
     @property
     def first_frame(self) -> int:
         """Number of the oldest frame that it can be reset to, besides its opening."""
-        return self.forgotten
+        return self.forgotten + self._gap
 
     @property
     def busy(self) -> bool:
@@ -195,11 +198,11 @@ class Session:
         self._task = asyncio.create_task(self._make(self.frame, number, between, stop - start, forget))
         return self.frame
 
-    def _make_room(self) -> tuple[int, bool]:
-        """Leave out the oldest frames where the next one has no room.
+    def _make_room(self) -> tuple[Turn, bool]:
+        """Leave out old frames where the next one has no room.
 
         Returns:
-            How many the engine forgets with this turn, and whether instead the session begins anew with fewer.
+            Which of them the engine forgets with this turn, and whether instead the session begins anew with fewer.
         """
         layout, length = self.plan.layout, len(self.ids)
         frame, _, stop = self.turns.next_picture(length)
@@ -210,34 +213,35 @@ class Session:
         )
         if anew is None and stop > self.most_tokens:
             size = layout.tokens_per_frame * (self._forgetting.step or 1)
-            most = self._forgetting.frames(layout.frame_of(length - 1))
+            first, most = (0, 0) if self._outputs is None else self._room(layout.frame_of(length - 1))
             frames = min(-(-(stop - self.most_tokens) // size) * (self._forgetting.step or 1), most)
             if frames * layout.tokens_per_frame >= stop - self.most_tokens:
-                self._drop(frames)
-                if self._outputs is not None:
-                    return frames, False
-                # The engine does not know them yet, and computes what is left without them.
-                self._close()
-                return 0, True
+                self._drop(frames, first)
+                return Turn(0, frames, first), False
         elif begins is None or frame < begins:
-            return 0, False
+            return Turn(0, 0), False
         self._drop(max(0, frame - keeps))
         self._close()
-        return 0, True
+        return Turn(0, 0), True
 
-    def _drop(self, frames: int) -> None:
+    def _room(self, frame: int) -> tuple[int, int]:
+        return self._forgetting.room(self._resident, frame)
+
+    def _drop(self, frames: int, first: int = 0) -> None:
         layout = self.plan.layout
-        start = layout.condition_tokens
+        start = layout.frame_start(first)
         del self.ids[start : start + frames * layout.tokens_per_frame]
-        self.forgotten += frames
-        if self._outputs is not None and frames and self._forgetting.step and frames % self._forgetting.step == 0:
-            self._resident.forget(frames, self._forgetting.blocks(frames))
+        self.forgotten, self._gap = self.forgotten + frames, max(first, self._gap - frames)
+        if frames and self._forgetting.step and frames % self._forgetting.step == 0:
+            self._resident.forget(frames, self._forgetting.blocks(frames, first))
 
     def _retention(self) -> Retention:
-        # How many blocks a policy keeps does not depend on ids.
-        return Retention(self.plan.layout, self.plan.policy, self.block_size, some_tokens)
+        return Retention(self.plan.layout, self.plan.policy, self.block_size, self._tokens)
 
-    async def _make(self, frame: Frame, number: int, between: list[int], wanted: int, forget: int) -> None:
+    def _tokens(self, start: int, stop: int) -> Int64:
+        return np.array(self.ids[start:stop], dtype=np.int64)
+
+    async def _make(self, frame: Frame, number: int, between: list[int], wanted: int, forget: Turn) -> None:
         began, error = time.monotonic(), None
         try:
             await self._turn(frame, between, wanted, forget)
@@ -250,6 +254,8 @@ class Session:
         if error is None:
             self.ids += between + frame.ids
             self._counted = len(self.ids) - 1
+            # One frame after the other, and of what lives now.
+            self._resident.past(number)
             frame.visual = self.turns.pictures(self.ids, number)
             frame.seconds = time.monotonic() - began
         else:
@@ -270,7 +276,7 @@ class Session:
             return self.ended
         return SessionError(500, f"the frame was not finished ({said[:80]}): ask for it again")
 
-    async def _turn(self, frame: Frame, between: list[int], wanted: int, forget: int) -> None:
+    async def _turn(self, frame: Frame, between: list[int], wanted: int, forget: Turn) -> None:
         from vllm.engine.protocol import StreamingInput
         from vllm.inputs.engine import tokens_input
 
@@ -280,9 +286,10 @@ class Session:
         assert self._inputs is not None
         assert self._outputs is not None
         size = self.plan.layout.tokens_per_frame
-        before = 0 if anew else len(self.ids) + forget * size - 1
+        before = 0 if anew else len(self.ids) + forget.forget_frames * size - 1
         prompt = [*(self.ids if anew else self.ids[-1:]), *between]
-        params = self._params(frame.number, wanted, session_tokens=before, forget_frames=forget)
+        turn = {"session_tokens": before, "forget_frames": forget.forget_frames, "forget_from": forget.forget_from}
+        params = self._params(frame.number, wanted, **turn)
         self._inputs.put_nowait(StreamingInput(tokens_input(prompt), params))
         async for output in self._outputs:
             (answer,) = output.outputs
@@ -357,6 +364,7 @@ class Session:
         if self.busy:
             raise SessionError(409, "a frame of this session is being made: wait for it, then reset")
         self.ids, self.forgotten = self.state_after(frame)
+        self._gap = 0 if frame == CONDITION else self._gap
         self.exact = self.exact or frame == CONDITION
         self.used = time.monotonic()
         self._close()
@@ -380,7 +388,7 @@ class Session:
             self.block_size,
             rank,
         )
-        other.opening, other.forgotten = list(self.opening), self.forgotten
+        other.opening, other.forgotten, other._gap = list(self.opening), self.forgotten, self._gap
         other.exact = self.exact and not self.forgotten
         return other
 

@@ -99,7 +99,8 @@ class Policy(ABC):
         """The frame from which on it decides alike, wherever the video began; None: it never does, or nobody has said.
 
         What it keeps for a later frame n + p is what it keeps for n, all of it p frames on, where p frames are a whole
-        number of blocks, and their tokens are the same. Only such a video can be played without end.
+        number of blocks, and their tokens are the same. What outlives the window stays where it is, and what lay
+        between it and the window does not matter. Only such a video can be played without end.
         """
         return None
 

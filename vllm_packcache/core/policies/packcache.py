@@ -121,9 +121,9 @@ class PackCache(Policy):
     def settles_at(self) -> int | None:
         """Where the last frame has left the window that saw fewer than W before it.
 
-        Never, where an anchor outlives all windows, or a frame's number says which of its blocks are drawn.
+        Never, where a frame's number says which of its blocks are drawn.
         """
-        return None if self.outlives_window or self.selection == "random" else 2 * self.window + 1
+        return None if self.selection == "random" else 2 * self.window + 1
 
     def most_past_blocks(self, blocks: BlockMap) -> int:
         """Condition blocks, and what a history takes: where each frame has its share, every frame is rounded up."""
