@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, WebSocket
-from starlette.datastructures import State
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.websockets import WebSocketDisconnect, WebSocketState
+from fastapi.datastructures import State
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.websockets import WebSocketDisconnect, WebSocketState
 
 from vllm_packcache.config.server import config_of
 from vllm_packcache.sessions.house import House, NoRoom
