@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import version
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache import families
@@ -109,6 +110,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.positions == "rebase":
         _check_rebasing(vllm_config)
     serving_of(model).check_model(vllm_config, config)
+    if config.sessions.pictures is not None:
+        # It imports what an operator names, which nothing else of a server's start does before the model is there.
+        resolve_name("vllm_packcache.sessions.house:check_names")(config)
 
 
 def _check_options(vllm_config: VllmConfig, subject: str) -> None:

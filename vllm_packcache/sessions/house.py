@@ -324,6 +324,16 @@ class House:
         return max(1, min(_LONGEST_WAIT, math.ceil(min(left, default=1))))
 
 
+def check_names(config: ServerConfig) -> None:
+    """Check that what an operator has named for sessions can be imported, and is what it must be.
+
+    Raises:
+        ConfigError: it cannot, or is not.
+    """
+    pictures_of(config.sessions.pictures)
+    play_of(config.sessions.play, None if config.layout is None else config.layout.coding())
+
+
 class NoRoom(SessionError):
     """There is no room for another session.
 

@@ -44,7 +44,7 @@ PATH = "/v1/sessions"
 LARGEST_BODY = 16 * 2**20
 """Bytes of a request, as vLLM's WebSockets take."""
 
-RAW, PNG, JSON = "application/octet-stream", "image/png", "application/json"
+RAW, PNG = "application/octet-stream", "image/png"
 
 PAGE = {
     "play.html": ("/play", "text/html"),
