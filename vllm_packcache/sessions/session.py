@@ -242,26 +242,26 @@ class Session:
         return np.array(self.ids[start:stop], dtype=np.int64)
 
     async def _make(self, frame: Frame, number: int, between: list[int], wanted: int, forget: Turn) -> None:
-        began, error = time.monotonic(), None
+        began, before, error = time.monotonic(), len(self.ids), None
         try:
             await self._turn(frame, between, wanted, forget)
+            self.ids += between + frame.ids
+            self._counted = len(self.ids) - 1
+            # One frame after the other, and of what lives now.
+            self._resident.past(number)
+            frame.visual = self.turns.pictures(self.ids, number)
         except asyncio.CancelledError:
             error = self.ended or SessionError(404, "this session has been deleted")
         except SessionError as own:
             error = own
         except Exception as other:
             error = self._failed(other)
-        if error is None:
-            self.ids += between + frame.ids
-            self._counted = len(self.ids) - 1
-            # One frame after the other, and of what lives now.
-            self._resident.past(number)
-            frame.visual = self.turns.pictures(self.ids, number)
-            frame.seconds = time.monotonic() - began
-        else:
+        if error is not None:
             # As it was: the next turn begins another request of the engine.
+            del self.ids[before:]
             self._close()
         self.used = time.monotonic()
+        frame.seconds = self.used - began
         frame.end(error)
 
     def _failed(self, error: Exception) -> SessionError:
