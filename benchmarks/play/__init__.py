@@ -8,7 +8,7 @@ comparison        what it runs
 throughput        some sessions with packcache, and stock vLLM with a request a frame that sends its prompt again,
                   both with the same KV pool and with prefix caching
 late frames       time to the first token of late and of early frames, two sessions in turn
-pauses            the longest frame of a session, with packcache and with the ``reset`` policy
+pauses            the slowest frame of a session, with packcache and with the ``reset`` policy
 sessions at once  how many are let in, where one 32-frame video of MineWorld's frames fits whole
 ================  ============================================================================================
 """

@@ -15,7 +15,7 @@ CLOCKS = {CPU: "the engines' processor time", WALL: "the clock"}
 
 THROUGHPUT = "frames a second, sessions / stock vLLM"
 LATE = "first token, late / early frame"
-PAUSE = "longest / median frame, packcache"
+PAUSE = "slowest / median frame, packcache"
 HELD = "sessions at once"
 
 
@@ -25,7 +25,7 @@ def goals(result: Result) -> list[Goal]:
     names = {
         THROUGHPUT: f"frames a second of {plan['sessions']} sessions / stock vLLM with a request a frame",
         LATE: f"time to the first token of frame {late['frame']} / of frame {late['early_frame']}",
-        PAUSE: f"longest frame of {plan['pauses']} / median frame of a session",
+        PAUSE: f"slowest frame of {plan['pauses']} / median frame of a session",
         HELD: f"sessions at once where one video of {plan['held_frames']} frames fits whole",
     }
     return goals_of_ratios(result, names)
@@ -40,7 +40,7 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(THROUGHPUT, f"by {words}", "", own["median"], min(samples), max(samples), "range of rounds")
     for name in (PACKCACHE, RESET):
         pauses = result["pauses"][name]
-        yield Row(name, "longest / median frame", "", pauses["worst / median"])
+        yield Row(name, "slowest / median frame", "", pauses["worst / median"])
         yield Row(name, "median frame", "", median(pauses["seconds"]), unit="s")
     yield Row(HELD, "let in", "", result["held"]["sessions"])
 
@@ -64,8 +64,8 @@ def _table(result: Result) -> Table:
     late = result["late_frames"]
     lines += [
         (f"first token of frame {late['frame']} / of frame {late['early_frame']}", ratio(late["ratio"])),
-        ("longest / median frame, packcache", ratio(pauses[PACKCACHE]["worst / median"])),
-        ("longest / median frame, reset", ratio(pauses[RESET]["worst / median"])),
+        ("slowest / median frame, packcache", ratio(pauses[PACKCACHE]["worst / median"])),
+        ("slowest / median frame, reset", ratio(pauses[RESET]["worst / median"])),
         (f"sessions at once in {held['pool_blocks']} blocks", str(held["sessions"])),
     ]
     return Table(("", "measured"), lines)

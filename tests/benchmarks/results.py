@@ -199,6 +199,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
         "memory.json": read("memory.json"),
+        "play.json": read("play.json"),
     }
     for name, result in results.items():
         files.write(folder / name, result)

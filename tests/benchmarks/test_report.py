@@ -124,7 +124,7 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
                 assert {str(own) for own in value if own is not None} <= values, path
             elif set(path) & {*CLOCKS} and isinstance(value, list):
                 assert any(float(own) == pytest.approx(median(value), rel=1e-12) for own in values if own), path
-        assert spreads or part.name in ("serve", "calibrate", "calibrate-masked", "model", "gpu")
+        assert spreads or part.name in ("serve", "calibrate", "calibrate-masked", "model", "gpu", "play")
 
 
 def test_every_sample_of_a_load_is_within_its_row(folder: Path):

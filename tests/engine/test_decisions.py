@@ -101,7 +101,7 @@ def test_a_step_says_what_its_requests_read_and_nothing_else() -> None:
         kv.manager.decide(request, 40)
     name = runs.request.request_id
     runs.request.num_computed_tokens = 40
-    scheduler = SimpleNamespace(kv_cache_manager=kv.kv, requests=requests)
+    scheduler = SimpleNamespace(kv_cache_manager=kv.kv, requests=requests, running=[])
 
     def step(*names: str) -> SchedulerOutput:
         output = SchedulerOutput.make_empty()

@@ -19,6 +19,7 @@ RELIED_ON = {
     V1: (
         "initialize_kv_cache",
         "_update_states",
+        "_update_streaming_request",
         "execute_model",
         "_build_attention_metadata",
         "_preprocess",
