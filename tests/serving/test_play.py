@@ -22,7 +22,7 @@ from tests.serving.test_frame_ids import CONFIG, GRID, check, literally, played,
 from vllm_packcache.serving.server import serving
 
 SERVER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-IDLE = 4.0
+IDLE = 12.0
 LARGE = [9, 14]
 """A grid of frames that take their time."""
 
