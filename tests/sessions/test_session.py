@@ -295,3 +295,12 @@ def test_messages_are_checked(kind: Any, text: str, words: str) -> None:
         read(kind, text)
     assert raised.value.status == 400
     assert str(raised.value).startswith(words)
+
+
+@pytest.mark.parametrize("name", ["condition_tokens", "session_tokens", "forget_frames", "forget_from", "frames"])
+def test_what_a_session_says_itself_is_no_option_of_a_client(name: str) -> None:
+    async def work() -> None:
+        with pytest.raises(SessionError, match=rf"options\.{name} is not for a session: leave it out"):
+            house(Engine()).create(opening(options={name: 1}))
+
+    played(work)

@@ -24,7 +24,7 @@ import numpy as np
 
 from vllm_packcache.core.grammar import FrameGrammar, IdRange
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import Plan
+from vllm_packcache.core.plan import Plan, VideoRequest
 from vllm_packcache.core.retention import Retention
 
 
@@ -39,6 +39,12 @@ class Turns:
 
     plan: Plan
     grammar: FrameGrammar | None = None
+
+    @classmethod
+    def of(cls, request: VideoRequest) -> Turns:
+        """Of a session whose turns make what ``request`` does; it has one stream."""
+        (stream,) = request.streams
+        return cls(stream.plan, None if request.grammar is None else request.grammar.frame)
 
     @cached_property
     def _chosen(self) -> list[bool]:

@@ -14,9 +14,9 @@ import numpy as np
 from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.plan import VideoRequest
-from vllm_packcache.core.retention import PolicyError, Retention
+from vllm_packcache.core.retention import PolicyError
 from vllm_packcache.core.session import Forgetting, Turns
-from vllm_packcache.hooks.roles import pool_blocks, steps_ahead
+from vllm_packcache.hooks.roles import held_blocks, pool_blocks, steps_ahead
 from vllm_packcache.sessions.messages import Create
 from vllm_packcache.sessions.pictures import pictures_of, read_picture
 from vllm_packcache.sessions.playing import Opening, play_of
@@ -202,7 +202,7 @@ class House:
             raise SessionError(400, str(error)) from None
 
     def _options(self, message: Create, ids: list[int]) -> dict[str, Any]:
-        for name in ("condition_tokens", "session_tokens", "forget_frames", "frames", "given_ids"):
+        for name in ("condition_tokens", "session_tokens", "forget_frames", "forget_from", "frames", "given_ids"):
             if name in message.options:
                 raise SessionError(400, f"options.{name} is not for a session: leave it out")
         options = {REQUEST_PREFIX + str(name): value for name, value in message.options.items()}
@@ -213,7 +213,7 @@ class House:
 
     def _usual_condition(self, options: dict[str, Any], ids: list[int]) -> int:
         """All of the opening; where it ends with the picture of a frame that has an end, with that end."""
-        turns = self._turns(self._video({**options, f"{REQUEST_PREFIX}condition_tokens": len(ids)}, ids))
+        turns = Turns.of(self._video({**options, f"{REQUEST_PREFIX}condition_tokens": len(ids)}, ids))
         layout = turns.plan.layout
         image, frame = layout.condition_image_tokens, layout.tokens_per_frame
         rest = frame - 1 - turns.picture[1]
@@ -221,17 +221,13 @@ class House:
             return len(ids) + rest
         return len(ids)
 
-    @staticmethod
-    def _turns(made: VideoRequest) -> Turns:
-        return Turns(made.streams[0].plan, None if made.grammar is None else made.grammar.frame)
-
     def _video(self, options: dict[str, Any], ids: list[int]) -> VideoRequest:
         try:
             # What the client gives behind the opening may belong to the condition.
             made = self.config.video({**options, f"{REQUEST_PREFIX}session_tokens": 2**20}, len(ids))
             if made is None:
                 raise ConfigError("a session needs a layout: start the server with one, or give options.grid")
-            turns = self._turns(made)
+            turns = Turns.of(made)
             start = turns.next_picture(len(ids))[1]
             layout = made.streams[0].plan.layout
             # What a frame has behind its picture comes with the first step.
@@ -265,7 +261,7 @@ class House:
             most = min(most, layout.frame_start(plan.policy.begins_anew[0] + 1))
         shortest = Forgetting(plan, self._block_size).shortest
         wanted = max(shortest or 0, layout.frame_start(self.limits.remembered_frames), layout.frame_start(2))
-        opening = self._turns(made).next_picture(len(ids))[2]
+        opening = Turns.of(made).next_picture(len(ids))[2]
         least = max(opening, layout.frame_start(2))
         if least > most:
             raise SessionError(
@@ -273,9 +269,10 @@ class House:
                 f"a session of this opening needs {least} tokens, and the server makes {most}: give fewer, make frames "
                 "smaller, or start it with a larger --max-model-len",
             )
-        limit = plan.positions.limit(min(most, wanted))
-        if plan.positions.window is not None and self.config.position_limit is not None:
-            limit = max(limit, plan.positions.window_tokens(layout.frame_start((plan.positions.window or 0) + 2)))
+        window = plan.positions.window
+        if window is not None and self.config.position_limit is not None:
+            limit = plan.positions.limit(min(most, wanted))
+            limit = max(limit, plan.positions.window_tokens(layout.frame_start(window + 2)))
             if limit > self.config.position_limit:
                 raise SessionError(
                     400,
@@ -285,13 +282,10 @@ class House:
         return min(most, max(wanted, least))
 
     def _blocks(self, made: VideoRequest, most_tokens: int) -> int:
-        plan = made.streams[0].plan
         try:
-            held = Retention(plan.layout, plan.policy, self._block_size).most_blocks(steps_ahead(self._vllm))
+            return held_blocks(made.streams, most_tokens, self._block_size, steps_ahead(self._vllm))
         except PolicyError as error:
             raise SessionError(400, str(error)) from None
-        length = -(-most_tokens // self._block_size)
-        return length if held is None else min(length, held)
 
     def _admit(self, made: VideoRequest, begin: Any, most_tokens: int) -> Session:
         blocks, pool = self._blocks(made, most_tokens), pool_blocks(self._vllm)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import REQUEST_PREFIX, Turn, VideoRequest
+from vllm_packcache.core.plan import REQUEST_PREFIX, Plan, Turn, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.core.session import Forgetting, Turns
@@ -124,9 +124,8 @@ class Session:
         block_size: int,
         rank: int | None = None,
     ) -> None:
-        plan = made.streams[0].plan
         self.name, self.made, self.options, self.sampling = name, made, dict(options), dict(sampling)
-        self.turns = Turns(plan, None if made.grammar is None else made.grammar.frame)
+        self.turns = Turns.of(made)
         self.ids, self.opening = list(ids), list(ids)
         self.most_tokens, self.block_size, self.rank = most_tokens, block_size, rank
         self.forgotten, self.exact = 0, True
@@ -136,7 +135,7 @@ class Session:
         self.created = self.used = time.monotonic()
         self.ended: SessionError | None = None
         self._engine = engine
-        self._forgetting = Forgetting(plan, block_size)
+        self._forgetting = Forgetting(self.plan, block_size)
         self._inputs: asyncio.Queue[StreamingInput | None] | None = None
         self._outputs: AsyncGenerator[RequestOutput, None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -145,9 +144,9 @@ class Session:
         self._resident = self._retention()
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan:
         """What it keeps."""
-        return self.made.streams[0].plan
+        return self.turns.plan
 
     @property
     def frames(self) -> int:
@@ -187,12 +186,12 @@ class Session:
         if self.busy:
             raise SessionError(409, "a frame of this session is being made: wait for it, then ask for the next one")
         try:
-            self.turns.given(len(self.ids), given)
+            # The same wherever whole frames are left out before it.
+            between = self.turns.given(len(self.ids), given)
         except ValueError as error:
             raise SessionError(400, f"given_ids {error}") from None
         self.used = time.monotonic()
         forget, anew = self._make_room()
-        between = self.turns.given(len(self.ids), given)
         number, start, stop = self.turns.next_picture(len(self.ids))
         self.frame = Frame(self.forgotten + number, given, anew)
         self._task = asyncio.create_task(self._make(self.frame, number, between, stop - start, forget))
@@ -212,9 +211,10 @@ class Session:
             max(1, (self.most_tokens - layout.condition_tokens) // layout.tokens_per_frame // 2),
         )
         if anew is None and stop > self.most_tokens:
-            size = layout.tokens_per_frame * (self._forgetting.step or 1)
-            first, most = (0, 0) if self._outputs is None else self._room(layout.frame_of(length - 1))
-            frames = min(-(-(stop - self.most_tokens) // size) * (self._forgetting.step or 1), most)
+            first, most, step = 0, 0, self._forgetting.step or 1
+            if self._outputs is not None:
+                first, most = self._forgetting.room(self._resident, layout.frame_of(length - 1))
+            frames = min(-(-(stop - self.most_tokens) // (layout.tokens_per_frame * step)) * step, most)
             if frames * layout.tokens_per_frame >= stop - self.most_tokens:
                 self._drop(frames, first)
                 return Turn(0, frames, first), False
@@ -223,9 +223,6 @@ class Session:
         self._drop(max(0, frame - keeps))
         self._close()
         return Turn(0, 0), True
-
-    def _room(self, frame: int) -> tuple[int, int]:
-        return self._forgetting.room(self._resident, frame)
 
     def _drop(self, frames: int, first: int = 0) -> None:
         layout = self.plan.layout

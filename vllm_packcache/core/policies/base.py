@@ -118,6 +118,13 @@ class Policy(ABC):
         del frame
 
 
+def whole_frames(blocks: BlockMap, frame: int, oldest: int) -> BlockIndices:
+    """The condition, and the blocks tagged with a frame from ``oldest`` on, before the first block of ``frame``."""
+    end = blocks.tail_start(frame)
+    condition = np.arange(min(blocks.condition_blocks.stop, end))
+    return np.concatenate([condition, np.arange(min(blocks.frame_blocks(oldest).start, end), end)])
+
+
 def check_class(policy: type[Policy], reserved: Collection[str]) -> None:
     """Check what can be known of a policy without asking it for a decision.
 

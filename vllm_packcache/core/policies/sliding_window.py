@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import MAX_FRAMES
-from vllm_packcache.core.policies.base import Policy, check_range
+from vllm_packcache.core.policies.base import Policy, check_range, whole_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,4 @@ class SlidingWindow(Policy):
 
     def past_blocks(self, blocks: BlockMap, frame: int) -> BlockIndices:
         """Condition blocks and the blocks tagged with one of the last n frames."""
-        end = blocks.tail_start(frame)
-        condition = np.arange(min(blocks.condition_blocks.stop, end))
-        oldest = blocks.frame_blocks(max(0, frame - self.window)).start
-        return np.concatenate([condition, np.arange(min(oldest, end), end)])
+        return whole_frames(blocks, frame, max(0, frame - self.window))
