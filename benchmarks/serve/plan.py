@@ -16,6 +16,9 @@ BLOCK_SIZE = 32
 CHUNK = 2048
 """Longest prefill chunk."""
 
+STEPS_AHEAD = 1
+"""Scheduled before the one in flight has been processed: a new block may be held with the old ones."""
+
 THREADS = 1
 """OpenMP threads of each engine: the API server and the client need a core of a small machine."""
 
@@ -84,8 +87,10 @@ class ServePlan:
         return max(self.held_blocks(server))
 
     def fitting_videos(self, server: str) -> int:
-        """Videos of ``server`` that fit into the pool if all are longest at the same time."""
-        return self.pool_blocks // self.peak_blocks(server)
+        """Videos of ``server`` that fit into the pool if all are longest at the same time, whatever their ids are."""
+        layout = VideoLayout(FrameLayout(self.tokens_per_frame), self.condition_tokens)
+        most = Retention(layout, POLICIES[server], BLOCK_SIZE).most_blocks(STEPS_AHEAD)
+        return self.pool_blocks // (self.peak_blocks(server) if most is None else most)
 
 
 USUAL = ServePlan(condition_tokens=17, tokens_per_frame=257, frames=13, pool_videos=4, load_videos=16, rounds=2)

@@ -159,7 +159,7 @@ def test_default_geometry():
     assert PAPER_LIKE.pool_blocks == 4 * 105
     assert PAPER_LIKE.peak_blocks(PACKCACHE) == 1 + 9 + 9
     assert PAPER_LIKE.fitting_videos(STOCK) == 4
-    assert PAPER_LIKE.fitting_videos(PACKCACHE) == 22
+    assert PAPER_LIKE.fitting_videos(PACKCACHE) == 420 // (19 + 1)
     assert PAPER_LIKE.max_model_len == 3360
 
 
