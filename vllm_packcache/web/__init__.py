@@ -1,0 +1,1 @@
+"""What the rooms that answer HTTP share: refusals, bodies, events, pages."""
