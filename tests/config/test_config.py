@@ -46,18 +46,18 @@ def refusal(call) -> str:
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout, positions, sessions",
+            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos",
         ),
         (
             "sliding_window",
             {"decay": 1},
             "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
-            "positions, sessions",
+            "positions, sessions, videos",
         ),
         (
             "full",
             {"window": 4},
-            "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, sessions",
+            "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, sessions, videos",
         ),
         (
             "packcache",
@@ -381,19 +381,19 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
         (
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
-            "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions; to "
+            "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions, videos; to "
             "take the layout alone, say policy: packcache beside it, or leave decay out",
         ),
         (
             "full",
             {"sink_tokens": 4, "layout": "demo"},
-            "sink_tokens is no option of policy 'full': its options are layout, positions, sessions; to take the "
+            "sink_tokens is no option of policy 'full': its options are layout, positions, sessions, videos; to take the "
             "layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
         ),
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions, sessions",
+            "decai is no option of policy 'full': its options are layout, positions, sessions, videos",
         ),
     ],
 )

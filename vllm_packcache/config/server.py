@@ -30,6 +30,7 @@ from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
 from vllm_packcache.config.sessions import SessionsConfig
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
+from vllm_packcache.config.videos import STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY, VideosConfig
 from vllm_packcache.core import policies
 from vllm_packcache.core.grammar import LARGEST_ID, FrameGrammar, FrameIds, IdRange, VideoGrammar, grammar_of
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
@@ -68,6 +69,9 @@ OPT_OUT = Full.name
 
 PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
+
+
+_Part = TypeVar("_Part", SessionsConfig, VideosConfig)
 
 
 def is_video_key(key: object) -> bool:
@@ -255,6 +259,7 @@ class ServerConfig:
         name: what the policy is called: the name of its entry point, whatever its class says.
         family: of the model that is served.
         sessions: how long they wait and live.
+        videos: over HTTP: whether there are any, and how long they are kept.
     """
 
     policy: Policy
@@ -264,6 +269,7 @@ class ServerConfig:
     name: str = OPT_OUT
     family: Family = DECODER
     sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
+    videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
 
     @classmethod
     def parse(
@@ -297,13 +303,13 @@ class ServerConfig:
             raise ConfigError(f"{POLICY_KEY}: {policy!r}: {error}") from None
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
-        positions, sessions = options.pop("positions", None), options.pop("sessions", None)
+        positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions", "sessions"),
+            also=("layout", "positions", "sessions", "videos"),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -323,7 +329,8 @@ class ServerConfig:
             position_limit,
             policy,
             family,
-            cls._parse_sessions(sessions),
+            _parse_part(SessionsConfig, sessions, "sessions"),
+            _parse_part(VideosConfig, videos, "videos"),
         )
         try:
             config.fingerprint()
@@ -348,13 +355,17 @@ class ServerConfig:
         if given.get(POLICY_KEY) is None:
             if given.get(CONFIG_KEY) is not None:
                 raise ConfigError(f"{CONFIG_KEY} is given without {POLICY_KEY}: name a policy too")
+            for key in (STORE_KEY, TOKENIZER_KEY):
+                if given.get(key) is not None:
+                    raise ConfigError(f"{key} is given without {POLICY_KEY}: name a policy too, such as packcache")
             return cls(Full(), family=family) if family.role == "canvas" else None
-        return cls.parse(
+        config = cls.parse(
             given[POLICY_KEY],
             given.get(CONFIG_KEY),
             given.get(POSITION_LIMIT_KEY),
             family,
         )
+        return dataclasses.replace(config, videos=_with_flags_of_videos(config.videos, given))
 
     def fingerprint(self) -> dict[str, str]:
         """What the policy is: its class, and a digest of what it decides.
@@ -371,6 +382,8 @@ class ServerConfig:
         mapping = dataclasses.asdict(self.policy) | {"positions": self.positions}
         if self.sessions != SessionsConfig():
             mapping["sessions"] = self.sessions.model_dump(mode="json", exclude_none=True)
+        if self.videos != VideosConfig():
+            mapping["videos"] = self.videos.model_dump(mode="json", exclude_none=True)
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -612,18 +625,6 @@ class ServerConfig:
         return image if rest else frames * frame.tokens_per_frame
 
     @staticmethod
-    def _parse_sessions(sessions: object) -> SessionsConfig:
-        if sessions is None:
-            return SessionsConfig()
-        if not isinstance(sessions, Mapping):
-            raise ConfigError(f"{CONFIG_KEY}: sessions must be a mapping, not {shown(sessions)}")
-        try:
-            return _validate(SessionsConfig, sessions)
-        except ValidationError as error:
-            known = list(SessionsConfig.model_fields)
-            raise ConfigError(_describe(error, f"{CONFIG_KEY}: sessions.", known, "")) from None
-
-    @staticmethod
     def _parse_layout(layout: object) -> LayoutConfig | None:
         if layout is None:
             return None
@@ -647,10 +648,23 @@ class ServerConfig:
         return parsed
 
 
+def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
+    """A part of a configuration that has options of its own."""
+    if part is None:
+        return model()
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"{CONFIG_KEY}: {name} must be a mapping, not {shown(part)}")
+    try:
+        return _validate(model, part)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, f"{CONFIG_KEY}: {name}.", list(model.model_fields), "")) from None
+
+
 _RESERVED = {
     "layout",
     "positions",
     "sessions",
+    "videos",
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }
@@ -747,7 +761,7 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
             f"{shown(owner)}"
         )
-    return {name: options[name] for name in ("layout", "sessions") if name in options}
+    return {name: options[name] for name in ("layout", "sessions", "videos") if name in options}
 
 
 def _layout_alone(option: str) -> str:
@@ -759,6 +773,27 @@ def _layout_alone(option: str) -> str:
 
 
 _OWNERS = (PackCache, SlidingWindow, AttentionSink)
+
+
+def _with_flags_of_videos(videos: VideosConfig, given: Mapping[str, Any]) -> VideosConfig:
+    """What a configuration says of videos, with what the flags beside it say.
+
+    Raises:
+        ConfigError: they contradict each other, or there is a tokenizer and nowhere to keep a video.
+    """
+    for name, key, flag in (("store", STORE_KEY, STORE_FLAG), ("tokenizer", TOKENIZER_KEY, TOKENIZER_FLAG)):
+        value, known = given.get(key), getattr(videos, name)
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{key} must be a text, not {shown(value)}")
+        if known not in (None, value):
+            raise ConfigError(f"{CONFIG_KEY}: videos: {name} is another than {flag} says: leave one of them out")
+        videos = videos.model_copy(update={name: value})
+    if videos.tokenizer is not None and videos.store is None:
+        raise ConfigError(f"{TOKENIZER_FLAG} needs {STORE_FLAG}, the folder that videos are kept in: give it too")
+    return videos
+
 
 _Model = TypeVar("_Model")
 
@@ -841,7 +876,8 @@ def _describe(error: ValidationError, start: str, known: list[str], prefix: str)
         return f"{start}{message}"
     if len(first["loc"]) > 1:
         message = f"Item {int(first['loc'][1]) + 1}: {message}"
-    return f"{start}{option}: {message[0].lower()}{message[1:]}, not {shown(first['input'])}"
+    given = "" if first["loc"][-1] == "secret" else f", not {shown(first['input'])}"
+    return f"{start}{option}: {message[0].lower()}{message[1:]}{given}"
 
 
 _PROBE = LayoutConfig(grid=(16, 16), condition_image_tokens=16)

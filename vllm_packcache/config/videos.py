@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+STORE_KEY, TOKENIZER_KEY = "video_store", "video_tokenizer"
+"""Keys of ``additional_config`` (and, with dashes, the flags) for where videos are kept, and what makes ids of them."""
+
+STORE_FLAG, TOKENIZER_FLAG = ("--" + key.replace("_", "-") for key in (STORE_KEY, TOKENIZER_KEY))
 
 _Seconds = Annotated[float, Field(gt=0, le=10**9)]
 
@@ -19,12 +23,13 @@ def _address(url: str) -> str:
     return url
 
 
-def _secret(secret: str) -> str:
+def _secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
     try:
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except binascii.Error:
+        key = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
+    except ValueError:
         key = b""
-    if not secret.startswith(SECRET_PREFIX) or len(key) < 16:
+    if not text.startswith(SECRET_PREFIX) or len(key) < 16:
         raise ValueError(f"must be {SECRET_PREFIX} and base64 of 16 bytes or more")
     return secret
 
@@ -35,16 +40,19 @@ class Webhook(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     url: Annotated[str, AfterValidator(_address), Field(max_length=2000)]
-    secret: Annotated[str, AfterValidator(_secret)]
+    secret: Annotated[SecretStr, AfterValidator(_secret)]
     events: tuple[Literal["video.completed", "video.failed"], ...] = ("video.completed", "video.failed")
 
 
 class VideosConfig(BaseModel):
     """Videos over HTTP: how long they are kept, how many may wait, who is told of them.
 
-    ``expire_seconds`` after its end a video is deleted; none: never. If ``quota_bytes`` are kept, those that ended first
-    are deleted before their time. ``most_unfinished`` may wait or be made at once. ``allowed_hosts`` are those that a
-    picture may be fetched from.
+    ``expire_seconds`` after its end a video is deleted; none: never. If ``quota_bytes`` are kept, those that ended
+    first are deleted before their time. ``most_unfinished`` may wait or be made at once. ``allowed_hosts`` are those
+    that a picture may be fetched from.
+
+    ``store`` is the folder that they are kept in, by which the routes are switched on; ``tokenizer`` says what makes
+    token ids of a request and pictures of ids, see `vllm_packcache.media.processors`. Both are set by flags.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,3 +63,5 @@ class VideosConfig(BaseModel):
     heartbeat_seconds: _Seconds = 15.0
     webhooks: tuple[Webhook, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    store: str | None = None
+    tokenizer: str | None = None

@@ -46,6 +46,7 @@ class Totals:
         preemptions: of videos.
         frame_seconds: how long each frame took that was made.
         ended: why each video ended that did.
+        admitted: engine's ids of videos that hold blocks for the first time.
     """
 
     freed_blocks: int = 0
@@ -54,6 +55,7 @@ class Totals:
     preemptions: int = 0
     frame_seconds: list[float] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether anything has happened."""
@@ -62,6 +64,7 @@ class Totals:
             or self.slides
             or self.rotated_blocks
             or self.preemptions
+            or self.admitted
             or self.frame_seconds
             or self.ended
         )
@@ -442,6 +445,8 @@ class RetentionManager(FullAttentionManager):
         if video is not None:
             video.blocks, blocks, layout = blocks, blocks - video.dropped_blocks, video.retention.layout
         frame = self._frame_in_the_making(layout, num_tokens)
+        if self.stream == 0 and record.peak_blocks == 0:
+            self.totals.admitted.append(request.request_id)
         record.hold(self.kv_cache_group_id, blocks, frame)
         if self.stream == 0:
             self.totals.frame_seconds += record.compute(num_tokens, frame, time.monotonic())

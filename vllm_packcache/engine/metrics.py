@@ -43,6 +43,7 @@ GAUGES = {
 VIDEOS = "videos"
 ENDED = "videos_ended"
 FRAME_SECONDS = "frame_seconds"
+ADMITTED = "admitted"
 INFO = "info"
 REASONS = tuple(str(reason) for reason in FinishReason)
 BUCKETS = tuple(round(base * 10.0**power, 3) for power in range(-2, 4) for base in (1, 2.5, 5))
@@ -53,6 +54,21 @@ _CARRIER = "num_kv_fetch_reqs_by_stage"
 _BLOCK_BYTES = "_packcache_block_bytes"
 
 logger = logging.getLogger("vllm.packcache")
+
+
+_listeners: list[Callable[[Sequence[str]], None]] = []
+
+
+def on_admitted(listener: Callable[[Sequence[str]], None]) -> None:
+    """Have this process's front end told of videos that the engine has admitted, by the engine's ids.
+
+    An answer comes with the first token, which of a frame made in passes may be minutes later. Where statistics are
+    off nobody is told.
+
+    Args:
+        listener: called in the event loop with ids, which may be none.
+    """
+    _listeners.append(listener)
 
 
 def send_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable[..., SchedulerStats | None]:
@@ -115,6 +131,7 @@ def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, 
         "preemptions": grown[0].preemptions,
         **gauges,
         **{f"{ENDED}_{reason}": grown[0].ended.count(reason) for reason in REASONS},
+        **{f"{ADMITTED}_{name}": 1 for name in grown[0].admitted},
         **{f"{FRAME_SECONDS}_{i}": round(seconds * 1e6) for i, seconds in enumerate(grown[0].frame_seconds)},
     }
 
@@ -192,6 +209,8 @@ class VideoMetrics(AggregateStatLoggerBase):
             self._videos.labels(*labels, phase).set(ours.get(f"{VIDEOS}_{phase}", 0))
         for reason in REASONS:
             self._ended.labels(*labels, reason).inc(ours.get(f"{ENDED}_{reason}", 0))
+        for listener in _listeners:
+            listener([name.removeprefix(f"{ADMITTED}_") for name in ours if name.startswith(f"{ADMITTED}_")])
         seconds = self._frame_seconds.labels(*labels)
         for i in range(ours.get("frames", 0)):
             seconds.observe(ours[f"{FRAME_SECONDS}_{i}"] / 1e6)

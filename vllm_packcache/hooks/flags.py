@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, POLICY_KEY, REQUEST_PREFIX
 from vllm_packcache.config.sources import CONFIG_KEY, load_mapping
+from vllm_packcache.config.videos import STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY
 from vllm_packcache.core import policies
 from vllm_packcache.hooks import install as hooks
 
@@ -47,8 +49,17 @@ class CommandLine(dict[str, Any]):
         return CommandLine, (self.given, self.flags)
 
 
+_FLAGS = {
+    POLICY_KEY: POLICY_FLAG,
+    CONFIG_KEY: CONFIG_FLAG,
+    STORE_KEY: STORE_FLAG,
+    TOKENIZER_KEY: TOKENIZER_FLAG,
+}
+"""By the key of ``additional_config`` that each stands for."""
+
+
 def _flag_of(key: str) -> str:
-    return {POLICY_KEY: POLICY_FLAG, CONFIG_KEY: CONFIG_FLAG}[key]
+    return _FLAGS[key]
 
 
 class _KeepFlag(argparse.Action):
@@ -66,7 +77,7 @@ class _KeepFlag(argparse.Action):
         known = getattr(namespace, self.dest, None)
         if not isinstance(known, CommandLine):
             known = CommandLine(known)
-        key = next(key for key in (POLICY_KEY, CONFIG_KEY) if _flag_of(key) in self.option_strings)
+        key = next(key for key, flag in _FLAGS.items() if flag in self.option_strings)
         if known.flags.get(key, values) != values:
             logger.warning("%s is given more than once: the last one counts", _flag_of(key))
         self._keep(namespace, known.given, {**known.flags, key: values})
@@ -102,8 +113,8 @@ def add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         group = parser.add_argument_group(
             title="PackCache",
             # Plain `vllm serve --help` shows only this of a group.
-            description=f"{POLICY_FLAG}, {CONFIG_FLAG}: KV cache policy for autoregressive video models "
-            "(vllm-packcache).",
+            description=f"{', '.join(_FLAGS.values())}: KV cache policy for autoregressive video models, and videos "
+            "over HTTP (vllm-packcache).",
         )
         kept: dict[str, Any] = {"action": _KeepFlag, "dest": "additional_config", "default": argparse.SUPPRESS}
         group.add_argument(
@@ -121,9 +132,35 @@ def add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             "preset.",
             **kept,
         )
+        group.add_argument(
+            STORE_FLAG,
+            type=_store_argument,
+            metavar="FOLDER",
+            help="Make videos over HTTP (/v1/videos, and a page at /playground) and keep them in this folder.",
+            **kept,
+        )
+        group.add_argument(
+            TOKENIZER_FLAG,
+            type=_text_argument,
+            metavar="NAME|FOLDER|MODULE:OBJECT",
+            help="What makes token ids of a prompt and a picture, and pictures of ids: demo, demo_masked, a folder "
+            "with tokenizer.json, encoder.jit and decoder.jit, or module:object; without it videos are token ids.",
+            **kept,
+        )
         return parser
 
     return wrapper
+
+
+def _store_argument(text: str) -> str:
+    # Every process of a server must find it, wherever it is started.
+    return os.path.abspath(_text_argument(text))
+
+
+def _text_argument(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be a text that is not empty")
+    return text
 
 
 def _config_argument(text: str) -> dict[str, Any]:

@@ -1,30 +1,12 @@
-"""What sessions need of vLLM's front end: routes, and lists that do not grow with every turn."""
+"""What sessions need of vLLM's front end: lists that do not grow with every turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pkgutil import resolve_name
 from typing import Any
 
 from vllm_packcache.config.server import REQUEST_PREFIX
-
-
-def offer_routes(load_endpoint_plugins: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Wrap ``load_endpoint_plugins``, which a server asks for more routes: ours are among them, named or not.
-
-    Nobody can use them but where a policy is on, so that to ask for a policy is to ask for them.
-    """
-
-    @wraps(load_endpoint_plugins)
-    def wrapper(supported_tasks: Any = None) -> list[Any]:
-        plugins = load_endpoint_plugins(supported_tasks)
-        if "generate" not in (supported_tasks or ()):
-            return plugins
-        # Only a server imports what routes need; every process of vLLM's imports this.
-        return [*plugins, resolve_name("vllm_packcache.sessions.routes:Routes")()]
-
-    return wrapper
 
 
 def forget_turns(update_streaming_request_state: Callable[..., None]) -> Callable[..., None]:

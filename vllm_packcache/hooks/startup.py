@@ -113,6 +113,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.sessions.pictures is not None:
         # It imports what an operator names, which nothing else of a server's start does before the model is there.
         resolve_name("vllm_packcache.sessions.house:check_names")(config)
+    if config.videos.store is not None:
+        resolve_name("vllm_packcache.videos.jobs:check")(config)
 
 
 def _check_options(vllm_config: VllmConfig, subject: str) -> None:

@@ -477,7 +477,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.plugins",
         "load_endpoint_plugins(supported_tasks)",
         "session: routes on vLLM's own server, behind its key, and the engine that they reach",
-        wrapper="vllm_packcache.hooks.sessions:offer_routes",
+        wrapper="vllm_packcache.hooks.routes:offer_routes",
         ends="endpoint plugins that no environment variable has to name",
     ),
     Hook(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
+from vllm_packcache.core.view import DROPPED, IN_CONDITION, NOT_YET, FrameTokens, FrameView, view_of
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
 from vllm_packcache.tools.sequences import example_frames, lookup, read_video
@@ -32,15 +33,6 @@ from vllm_packcache.tools.sequences import example_frames, lookup, read_video
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-BlockStates = npt.NDArray[np.int64]
-
-NOT_YET = -3
-"""State of a block that holds no token yet."""
-DROPPED = -2
-"""State of a block that was evicted."""
-IN_CONDITION = -1
-"""State of a live block of the condition. Live blocks of frames have their temporal distance, 0 or more."""
 
 FRAMES, MOST_FRAMES = 12, 1000
 """Drawn where nobody says how many, and at most."""
@@ -50,41 +42,6 @@ TEXT_TOKENS = 32
 
 OLDEST_SHADE = 5
 """Frames at this temporal distance or more share a colour."""
-
-
-class FrameTokens(NamedTuple):
-    """How many tokens the last query of ``frame`` reads, and would read with nothing dropped."""
-
-    frame: int
-    live: int
-    full: int
-
-    @property
-    def percent(self) -> float:
-        """Live tokens as a percentage of the full cache."""
-        return 100 * self.live / self.full
-
-
-@dataclass(frozen=True, slots=True)
-class FrameView:
-    """What lives while one frame is made, at its last token.
-
-    Args:
-        states: one state a block of the whole video, see `NOT_YET`, `DROPPED`, `IN_CONDITION`.
-        owners: the frame (or `CONDITION`) that each block counts as while this frame is made.
-        tokens: the same in numbers.
-    """
-
-    states: BlockStates
-    owners: BlockStates
-    tokens: FrameTokens
-
-    @property
-    def retained(self) -> Int64:
-        """The frames of which any block lives and the one being made, ascending."""
-        # Blocks are in the order of their owners, so a frame begins where the owner changes.
-        owners = np.append(self.owners[self.states >= 0], self.tokens.frame)
-        return owners[np.diff(owners, prepend=CONDITION) > 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,23 +199,7 @@ class Explanation:
 
     def view(self, frame: int) -> FrameView:
         """What lives while ``frame`` is made."""
-        retention, layout = self.retention, self.retention.layout
-        stop = layout.frame_start(frame + 1)
-        segment = next(retention.segments(layout.frame_start(frame), stop))
-        made = -(-stop // retention.block_size)
-        blocks = np.arange(self.num_blocks)
-        # The tag of every block at once; a block of the frame being made may already wait for the next one.
-        last_tokens = (blocks + 1) * retention.block_size - 1
-        newest = (last_tokens - layout.condition_tokens) // layout.tokens_per_frame
-        in_condition = blocks < retention.blocks.condition_blocks.stop
-        owners = np.where(in_condition, CONDITION, np.minimum(newest, frame))
-        live = np.zeros(self.num_blocks, dtype=bool)
-        live[segment.past] = True
-        live[segment.tail_start : made] = True
-        states = np.where(live, np.where(owners == CONDITION, IN_CONDITION, frame - owners), DROPPED)
-        states[made:] = NOT_YET
-        tokens = FrameTokens(frame, segment.live_tokens(retention.block_size), stop)
-        return FrameView(states, owners, tokens)
+        return view_of(self.retention, frame, self.num_blocks)
 
     def views(self) -> Iterator[FrameView]:
         """`view` of every frame."""
