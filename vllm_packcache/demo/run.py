@@ -31,6 +31,7 @@ from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Full, PackCache, Policy
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
+from vllm_packcache.demo.processor import ASSETS, FRAMES, FRAMES_PER_SECOND
 from vllm_packcache.demo.story import Row, Story, animate, draw
 from vllm_packcache.demo.tokenizer import (
     FRAME_TOKENS,
@@ -40,6 +41,7 @@ from vllm_packcache.demo.tokenizer import (
     TRAINED_FRAMES,
     WORDS,
     VideoTokenizer,
+    readable,
     shapes,
 )
 from vllm_packcache.demo.world import make_world
@@ -50,15 +52,11 @@ from vllm_packcache.serving.log import record_of
 from vllm_packcache.serving.server import ServerError, client_of, serving, tokens_in
 from vllm_packcache.tools import sequences
 
-ASSETS = Path(__file__).parent / "assets"
 PRESET = "demo"
 """Preset of the videos' layout, and what the server keeps where nobody gives another configuration."""
 EXAMPLE = 10_031
 """Seed of the world whose picture and sentence the assets are."""
-FRAMES = 20
-"""More than the model was trained on."""
 BLOCK_SIZE = 32
-FRAMES_PER_SECOND = 4
 MOST_CHARACTERS = 80
 """That are shown of a text of the user's."""
 MOST_WORDS = 8
@@ -254,11 +252,6 @@ def _about_picture(codes: npt.NDArray[np.int64]) -> Iterator[str]:
         )
     elif not known:
         yield "there is no shape in this picture that the model knows how to move"
-
-
-def readable(text: str) -> str:
-    """A text of the user's on one line, and what is no text in it marked."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:

@@ -208,16 +208,31 @@ class VideoTokenizer:
         Returns:
             int64 [T, 16, 16] token ids.
         """
-        count = len(ids) // FRAME_TOKENS
-        flat = np.asarray(ids[: count * FRAME_TOKENS], np.int64).reshape(count, FRAME_TOKENS)
-        frames = flat[:, 1:].reshape(count, GRID, GRID).copy()
-        grey = np.abs(self.patches[: self._num_plain].astype(int) - 128).sum((1, 2, 3)).argmin()
-        before = np.full((GRID, GRID), grey + self.visual_offset)
-        for frame in frames:
-            wrong = (frame < self.visual_offset) | (frame >= self.visual_offset + len(self.patches))
-            frame[wrong] = before[wrong]
-            before = frame
-        return frames
+        frames: list[np.ndarray] = []
+        for start in range(0, len(ids) - FRAME_TOKENS + 1, FRAME_TOKENS):
+            frames.append(self.frame_from_ids(ids[start : start + FRAME_TOKENS], frames[-1] if frames else None))
+        return np.array(frames, np.int64).reshape(-1, GRID, GRID)
+
+    def frame_from_ids(self, ids: Sequence[int], before: np.ndarray | None = None) -> np.ndarray:
+        """One frame of generated ids, as `frames_from_ids` makes it.
+
+        Args:
+            ids: ``FRAME_TOKENS`` of them.
+            before: token ids of the frame before, int [16, 16]; None: it is the first that was generated.
+
+        Returns:
+            int64 [16, 16] token ids.
+        """
+        frame = np.array(ids[1:], np.int64).reshape(GRID, GRID)
+        wrong = (frame < self.visual_offset) | (frame >= self.visual_offset + len(self.patches))
+        frame[wrong] = self._grey if before is None else before[wrong]
+        return frame
+
+    @cached_property
+    def _grey(self) -> int:
+        """The plain codeword that is nearest to mid grey, as a token id."""
+        plain = self.patches[: self._num_plain].astype(int)
+        return int(np.abs(plain - 128).sum((1, 2, 3)).argmin()) + self.visual_offset
 
 
 def _as_picture(rgb: np.ndarray) -> Image.Image:
@@ -234,6 +249,11 @@ def _as_picture(rgb: np.ndarray) -> Image.Image:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     # The box filter gives a picture back exactly when it was enlarged by a whole factor.
     return ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), method=Image.Resampling.BOX)
+
+
+def readable(text: str) -> str:
+    """A text of a user's on one line, and what is no text in it marked."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def shapes(codes: np.ndarray) -> tuple[float, bool]:

@@ -21,13 +21,12 @@ from vllm_packcache.demo.run import (
     fitting,
     make_videos,
     one_line,
-    readable,
     report,
     row_of,
     tell,
 )
 from vllm_packcache.demo.story import Story
-from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer
+from vllm_packcache.demo.tokenizer import TEXT_TOKENS, VideoTokenizer, readable
 from vllm_packcache.demo.world import World, make_world
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.pictures import read_picture
