@@ -31,6 +31,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "started_at": None if job.started_at is None else int(job.started_at),
         "fps": request.get("fps"),
         "frames": request.get("frames"),
+        "options": request.get("options"),
         "tokens": job.tokens,
         "total_tokens": job.total_tokens,
         "bytes": job.bytes,

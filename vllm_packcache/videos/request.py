@@ -453,13 +453,13 @@ async def _reference(given: Any, allowed_hosts: Collection[str]) -> bytes:
         raise _no_reference(f"is {shown(given)}")
     if given.lower().startswith(("http://", "https://")):
         return await _fetched(given, allowed_hosts)
-    head, comma, data = given.partition(",")
-    if not given.startswith("data:"):
-        data = given
-    elif not comma or not head.endswith(";base64"):
-        raise _no_reference(f"is {shown(given)}")
+    text = given
+    if given.startswith("data:"):
+        head, _, text = given.partition(",")
+        if not head.endswith(";base64"):
+            raise _no_reference(f"is {shown(given)}")
     try:
-        found = base64.b64decode("".join(data.split()), validate=True)
+        found = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise _no_reference(f"is {shown(given)}") from None
     if not found:
