@@ -336,5 +336,4 @@ class NoRoom(SessionError):
     """
 
     def __init__(self, wait: int) -> None:
-        super().__init__(503, "the KV cache has no room for another session now: end one, or try again later")
-        self.wait = wait
+        super().__init__(503, "the KV cache has no room for another session now: end one, or try again later", wait)

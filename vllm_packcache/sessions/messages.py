@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_packcache.config.errors import named, shown
+from vllm_packcache.config.errors import shown
 from vllm_packcache.core.grammar import LARGEST_ID
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.sessions.session import SessionError
+from vllm_packcache.web import bodies
 
 _Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 
@@ -77,13 +78,12 @@ def read(kind: type[_M], data: bytes | str) -> _M:
 
 def _sentence(kind: type[_Message], error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(named(str(part)) for part in first["loc"])
+    where, fault = bodies.fault(error)
     if first["type"] == "extra_forbidden":
         model: type[BaseModel] = Sampling if first["loc"][0] == "sampling" and len(first["loc"]) > 1 else kind
         return f"{where} is no known option: known are {', '.join(model.model_fields)}"
-    message = first["msg"]
     if first["type"] == "json_invalid":
-        return f"this must be a JSON object: {message[:80]}"
+        return f"this must be a JSON object: {first['msg'][:80]}"
     if not where:
         return f"this must be a JSON object, not {shown(first['input'])}"
-    return f"{where}: {message[0].lower()}{message[1:]}, not {shown(first['input'])}"
+    return f"{where}: {fault}"

@@ -30,14 +30,16 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.datastructures import State
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.websockets import WebSocketDisconnect, WebSocketState
 
 from vllm_packcache.config.server import config_of
-from vllm_packcache.sessions.house import House, NoRoom
+from vllm_packcache.sessions.house import House
 from vllm_packcache.sessions.messages import Create, Reset, Step, read
 from vllm_packcache.sessions.pictures import png
 from vllm_packcache.sessions.session import Frame, Session, SessionError, ids_of
+from vllm_packcache.web import bodies, events, pages
+from vllm_packcache.web.refusals import Refusal
 
 PATH = "/v1/sessions"
 
@@ -53,17 +55,6 @@ PAGE = {
     "icon.svg": ("/play/icon.svg", "image/svg+xml"),
 }
 """Files of the page in the folder ``page``: where they are, and what."""
-PAGE_HEADERS = {
-    # Nothing from elsewhere, nothing within the page itself, and in no frame of another page.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    # A server of another version has another page.
-    "Cache-Control": "no-cache",
-}
 
 _HOUSE = "packcache_house"
 
@@ -102,9 +93,7 @@ def add_routes(app: FastAPI) -> None:
         app.add_api_route(PATH + path, _answering(answer), methods=[method], response_model=None)
     app.add_api_websocket_route(PATH + "/{name}/play", _play)
     app.add_api_route("/v1/play", _answering(_world), methods=["GET"], response_model=None)
-    # Of one path each: no name of a client's becomes that of a file.
-    for file, (path, kind) in PAGE.items():
-        app.add_api_route(path, _file(file, kind), methods=["GET"], response_model=None, include_in_schema=False)
+    pages.add_page(app, files(__package__).joinpath("page"), PAGE, pages.headers())
     within = app.router.lifespan_context
 
     @asynccontextmanager
@@ -134,20 +123,10 @@ def _answering(answer: Callable[[House, Request], Awaitable[Response]]) -> Calla
     async def wrapper(request: Request) -> Response:
         try:
             return await answer(_house(request.app.state), request)
-        except SessionError as error:
-            return _refusal(error)
+        except Refusal as refusal:
+            return refusal.answer()
 
     return wrapper
-
-
-def _refusal(error: SessionError) -> JSONResponse:
-    headers = {"Retry-After": str(error.wait)} if isinstance(error, NoRoom) else None
-    return JSONResponse({"error": _said(error)}, error.status, headers=headers)
-
-
-def _said(error: SessionError) -> dict[str, Any]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"message": str(error), "type": kind, "param": None, "code": error.status}
 
 
 async def _body(request: Request) -> bytes:
@@ -156,12 +135,10 @@ async def _body(request: Request) -> bytes:
     Raises:
         SessionError: it is too large.
     """
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > LARGEST_BODY:
-            raise SessionError(413, f"the body must have at most {LARGEST_BODY} bytes: send less")
-    return bytes(data)
+    try:
+        return await bodies.body(request, LARGEST_BODY)
+    except Refusal as error:
+        raise SessionError(error.status, str(error)) from None
 
 
 def _logical_tokens(session: Session) -> int:
@@ -186,15 +163,6 @@ def _shown(session: Session) -> dict[str, Any]:
         "age_seconds": round(now - session.created, 3),
         "grid": None if layout.frame.grid is None else list(layout.frame.grid),
     }
-
-
-def _file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
-    content = files(__package__).joinpath("page", name).read_bytes()
-
-    async def answer() -> Response:
-        return Response(content, media_type=kind, headers=PAGE_HEADERS)
-
-    return answer
 
 
 async def _world(house: House, request: Request) -> Response:
@@ -252,10 +220,7 @@ async def _step(house: House, request: Request) -> Response:
     message = Step(given_ids=ids_of(body)) if raw else read(Step, body)
     frame = session.begin(house.given(session, message.action, message.given_ids))
     if message.stream:
-        headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-        return StreamingResponse(
-            _events(house, session, frame, message), media_type="text/event-stream", headers=headers
-        )
+        return events.answer(_events(house, session, frame, message))
     await frame.whole()
     accept = request.headers.get("accept", "")
     headers = {"X-Frame": str(frame.number), "X-Resident-Tokens": str(session.resident_tokens)}
@@ -306,35 +271,14 @@ async def _picture(house: House, session: Session, frame: Frame) -> bytes:
 async def _events(house: House, session: Session, frame: Frame, message: Step) -> AsyncIterator[str]:
     """A frame as server-sent events: ids as they are made, and in the end the frame."""
     try:
-        async for part in _with_heartbeat(frame.parts(), house.limits.heartbeat_seconds):
+        async for part in events.with_heartbeat(frame.parts(), house.limits.heartbeat_seconds):
             if part is None:
-                yield ": heartbeat\n\n"
+                yield events.HEARTBEAT
             else:
-                yield _event("tokens", {"frame": frame.number, "ids": part})
-        yield _event("frame", await _made(house, session, frame, message.picture))
+                yield events.event("tokens", {"frame": frame.number, "ids": part})
+        yield events.event("frame", await _made(house, session, frame, message.picture))
     except SessionError as error:
-        yield _event("error", {"error": _said(error)})
-
-
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-async def _with_heartbeat(parts: AsyncIterator[list[int]], seconds: float) -> AsyncIterator[list[int] | None]:
-    """The same, and None where nothing has come for so many seconds."""
-    following = asyncio.ensure_future(anext(parts, None))
-    try:
-        while True:
-            done, _ = await asyncio.wait([following], timeout=seconds)
-            if not done:
-                yield None
-                continue
-            if (part := following.result()) is None:
-                return
-            yield part
-            following = asyncio.ensure_future(anext(parts, None))
-    finally:
-        following.cancel()
+        yield events.event("error", {"error": error.said()})
 
 
 async def _play(socket: WebSocket) -> None:
@@ -348,7 +292,7 @@ async def _play(socket: WebSocket) -> None:
         session = _named(house, socket)
     except SessionError as error:
         await socket.accept()
-        await socket.send_json({"type": "error", "error": _said(error)})
+        await socket.send_json({"type": "error", "error": error.said()})
         await socket.close(_REFUSED)
         return
     await socket.accept()
@@ -389,7 +333,7 @@ class _Player:
         if self.socket.client_state is WebSocketState.CONNECTED:
             ended = self.session.ended or SessionError(500, "the connection was ended")
             try:
-                await self._send({"type": "ended", "error": _said(ended)})
+                await self._send({"type": "ended", "error": ended.said()})
                 await self.socket.close(_GOING_AWAY)
             except (RuntimeError, WebSocketDisconnect):
                 return
@@ -469,4 +413,4 @@ class _Player:
         await self.socket.send_text(json.dumps(message))
 
     async def _tell(self, error: SessionError) -> None:
-        await self._send({"type": "error", "error": _said(error)})
+        await self._send({"type": "error", "error": error.said()})

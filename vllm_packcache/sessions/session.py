@@ -20,23 +20,24 @@ from vllm_packcache.core.plan import REQUEST_PREFIX, Plan, Turn, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.core.session import Forgetting, Turns
+from vllm_packcache.web.refusals import Refusal
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.engine.protocol import EngineClient, StreamingInput
 
 
-class SessionError(Exception):
+class SessionError(Refusal):
     """A session cannot do what it is asked to, or cannot go on.
 
     Args:
         status: of HTTP.
         message: one sentence.
+        wait: seconds after which to ask again.
     """
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, status: int, message: str, wait: int | None = None) -> None:
+        super().__init__(status, message, code=status, wait=wait)
 
 
 class Frame:
