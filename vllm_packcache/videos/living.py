@@ -1,0 +1,81 @@
+"""What of a video lives while its frames are made, as clients see it: blocks, tokens, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vllm_packcache.core.plan import Stream, VideoRequest
+from vllm_packcache.core.policies.base import Int64
+from vllm_packcache.core.retention import Retention
+from vllm_packcache.core.view import FrameView, view_of
+
+
+class Living:
+    """The cache of a video that is made, frame by frame.
+
+    Everything is asked of the objects that the scheduler obeys, of the ids that the engine has made.
+
+    Args:
+        made: what the request makes.
+        prompt_ids: of the request.
+        block_size: tokens of a KV-cache block.
+    """
+
+    def __init__(self, made: VideoRequest, prompt_ids: Sequence[int], block_size: int) -> None:
+        self._ids, self._block_size = list(prompt_ids), block_size
+        self._streams = [(stream, self._retention(stream)) for stream in made.streams]
+        self._frame = max(0, made.streams[0].plan.layout.frame_of(len(self._ids)))
+
+    def add(self, ids: Sequence[int]) -> dict[str, Any]:
+        """What has lived while the next frame was made.
+
+        Args:
+            ids: of the frame.
+
+        Returns:
+            Data of an event ``frame``: tokens and blocks of all streams, positions and the states of blocks of the
+            first, and where there are several ``streams`` with those of each.
+        """
+        self._ids += ids
+        shown = [self._shown(stream, retention) for stream, retention in self._streams]
+        self._frame += 1
+        sums = {name: sum(own[name] for own in shown) for name in ("resident_blocks", "resident_tokens", "full_tokens")}
+        said = {
+            **sums,
+            "block_size": self._block_size,
+            "positions": shown[0]["positions"],
+            "blocks": shown[0]["blocks"],
+        }
+        return said if len(shown) == 1 else {**said, "streams": shown}
+
+    def _shown(self, stream: Stream, retention: Retention) -> dict[str, Any]:
+        view = view_of(retention, self._frame)
+        resident = int((view.states >= -1).sum())
+        positions = stream.plan.positions
+        last = positions.of(np.array([view.tokens.full - 1]), positions.window_start(self._frame))
+        return {
+            "resident_blocks": resident,
+            "resident_tokens": resident * self._block_size,
+            "full_tokens": view.tokens.full,
+            "positions": [0, int(last.max()) + 1],
+            "blocks": _runs(view),
+        }
+
+    def _retention(self, stream: Stream) -> Retention:
+        plan = stream.plan
+        tokens = partial(self._between, stream.start) if plan.policy.reads_tokens else None
+        return Retention(plan.layout, plan.policy, self._block_size, tokens)
+
+    def _between(self, begin: int, start: int, stop: int) -> Int64:
+        return np.array(self._ids[begin + start : begin + stop], dtype=np.int64)
+
+
+def _runs(view: FrameView) -> list[list[int]]:
+    """States of blocks in the order of the sequence, each with how many of it there are."""
+    begins = np.flatnonzero(np.diff(view.states, prepend=view.states[0] - 1))
+    counts = np.diff(begins, append=len(view.states))
+    return [[int(view.states[begin]), int(count)] for begin, count in zip(begins, counts, strict=True)]
