@@ -7,7 +7,7 @@ from functools import wraps
 from pkgutil import resolve_name
 from typing import Any
 
-_ROOMS = ("vllm_packcache.sessions.routes:Routes", "vllm_packcache.videos.routes:Routes")
+_ROOMS = ("vllm_packcache.sessions.routes:Routes", "vllm_packcache.videos.plugin:routes")
 
 
 def offer_routes(load_endpoint_plugins: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,23 +21,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.media.processors.base import Asked, Prepared, VideoProcessor, processor_of
 from vllm_packcache.videos.living import Living
 from vllm_packcache.videos.making import INPUT, Making, kept
 from vllm_packcache.videos.metrics import JobMetrics
+from vllm_packcache.videos.objects import TERMINAL, video_object
 from vllm_packcache.videos.request import VideoBody, asked
-from vllm_packcache.videos.store import ID, Event, Full, Job, NoSpace, Store, StoreError, StoreFull
+from vllm_packcache.videos.store import ID, Event, Job, Store, StoreError, StoreFull
 from vllm_packcache.videos.webhooks import Webhooks
 from vllm_packcache.web.refusals import Refusal
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.protocol import EngineClient
-
-TERMINAL = ("completed", "failed")
 
 _LOOKS = 0.1
 """Seconds between two looks at whether the store has changed."""
@@ -82,14 +81,14 @@ class Jobs:
     Args:
         engine: of the server.
         config: of the server.
-        models: names under which the model is served; the first is its own.
+        model: name under which the model is served.
 
     Raises:
         ConfigError: videos cannot be kept, or the tokenizer cannot be used.
     """
 
-    def __init__(self, engine: EngineClient, config: ServerConfig, models: Sequence[str]) -> None:
-        self.engine, self.config, self.models = engine, config, list(models)
+    def __init__(self, engine: EngineClient, config: ServerConfig, model: str) -> None:
+        self.engine, self.config, self.model = engine, config, model
         self.limits = config.videos
         self.processor: VideoProcessor = processor_of(
             config.videos.tokenizer,
@@ -98,7 +97,7 @@ class Jobs:
             max_model_len=engine.vllm_config.model_config.max_model_len,
         )
         self.store = _store(config)
-        self.metrics = JobMetrics(self.models[0])
+        self.metrics = JobMetrics(self.model)
         self._webhooks = Webhooks(self.store, config.videos)
         self._makers = ThreadPoolExecutor(_MAKERS, thread_name_prefix="videos made")
         self._answerers = ThreadPoolExecutor(_ANSWERERS, thread_name_prefix="videos answered")
@@ -151,7 +150,7 @@ class Jobs:
         layout = self.config.layout
         return {
             "object": "playground",
-            "model": self.models[0],
+            "model": self.model,
             "policy": self.config.name,
             "policies": {self.config.name: options, OPT_OUT: {}},
             "positions": self.config.positions,
@@ -164,79 +163,72 @@ class Jobs:
         """Take a video on.
 
         Raises:
-            Refusal: it cannot be made (400), nobody serves the model (404), there is no room (503, 507).
+            Refusal: it cannot be made (400), or the engine takes nothing on (503).
+            StoreError: there is no room for it.
         """
-        wanted = await self._asked(body)
+        wanted = await self._thread(partial(asked, body))
         prepared = await self._prepared(lambda: self.processor.prepare(wanted))
         return await self._take(body, wanted, prepared)
 
-    async def extend(self, name: str, body: VideoBody) -> Job:
+    async def extend(self, id: str, body: VideoBody) -> Job:
         """Take on a video that continues one that is there.
 
         Raises:
             Refusal: as `create`, or there is none such (404), or it is not finished (409).
         """
-        job = await self.find(name)
+        job = await self._found(id)
         if job.status != "completed":
             raise Refusal(409, f"only a finished video can be continued, and this one is {job.status}", param="video")
-        wanted = await self._asked(body)
+        wanted = await self._thread(partial(asked, body))
 
         def longer() -> Prepared:
-            return self.processor.extend(kept(self.store, name), wanted)
+            return self.processor.extend(kept(self.store, id), wanted)
 
         return await self._take(body, wanted, await self._prepared(longer), extended=job)
 
-    async def remix(self, name: str, prompt: str) -> Job:
+    async def remix(self, id: str, prompt: str) -> Job:
         """Take on a video like another one, of another sentence: same seed, same picture, same options.
 
         Raises:
             Refusal: as `create`, or there is none such (404), or it cannot be made so (400).
         """
-        job = await self.find(name)
+        job = await self._found(id)
         known = job.request.get("asked")
         if job.request.get("extended_from") or known is None:
             raise Refusal(400, "a video that continues another one cannot be made anew of a prompt: remix that one")
         picture = None
         if known.pop("picture"):
             try:
-                picture = await self._thread(lambda: np.array(Image.open(self.store.path(name, INPUT)).convert("RGB")))
+                picture = await self._thread(lambda: np.array(Image.open(self.store.path(id, INPUT)).convert("RGB")))
             except OSError:
                 raise Refusal(
                     400, "the picture that this video began with is not there any more: create a new video"
                 ) from None
         body = VideoBody.model_validate_json(json.dumps({**known, "prompt": prompt}))
-        wanted = dataclasses.replace(await self._asked(body), picture=picture)
+        wanted = dataclasses.replace(await self._thread(partial(asked, body)), picture=picture)
         prepared = await self._prepared(lambda: self.processor.prepare(wanted))
         return await self._take(body, wanted, prepared, remixed=job)
 
-    async def find(self, name: str) -> Job:
-        """A video.
-
-        Raises:
-            Refusal: there is none of that id.
-        """
-        job = await self._stored(lambda: self.store.get(name))
+    async def _found(self, id: str) -> Job:
+        job = await self._thread(lambda: self.store.get(id))
         if job is None:
-            raise Refusal(404, "there is no video of this id: it was never made, has expired, or was deleted")
+            raise Refusal(404, "there is no video of this id: it was never asked for, deleted, or has expired")
         return job
 
-    async def delete(self, name: str) -> bool:
-        """Forget a video, and stop making it.
+    def shown(self, job: Job) -> dict[str, Any]:
+        """A video as clients see it."""
+        return video_object(job)
 
-        Raises:
-            Refusal: the store cannot be written.
-        """
-        there = await self._stored(lambda: self.store.delete(name))
-        self._leave(name)
+    async def delete(self, id: str) -> bool:
+        """Forget a video, and stop making it; whether there was one."""
+        there = await self._thread(lambda: self.store.delete(id))
+        self._leave(id)
         return there
 
-    async def follow(self, name: str, after: int) -> AsyncIterator[Event | None]:
+    async def follow(self, id: str, after: int) -> AsyncGenerator[Event | None, None]:
         """What happens to a video, from behind event ``after`` on; None now and then, where nothing does.
 
         It ends with the video's end, or when it is deleted.
-
-        Raises:
-            Refusal: the store cannot be read.
         """
         self._followers += 1
         self._followed.set()
@@ -244,8 +236,8 @@ class Jobs:
             while True:
                 generation = self._generation
                 # In this order: what is said of a job that has ended by now is among the events.
-                job = await self._stored(lambda: self.store.get(name))
-                events = await self._stored(lambda: self.store.events(name, after))
+                job = await self._thread(partial(self.store.get, id))
+                events = await self._thread(partial(self.store.events, id, after))
                 if job is None or events is None:
                     return
                 for event in events:
@@ -275,14 +267,6 @@ class Jobs:
 
     # How a video is taken on.
 
-    async def _asked(self, body: VideoBody) -> Asked:
-        if body.model is not None and body.model not in self.models:
-            raise Refusal(
-                404, f"model must be {' or '.join(self.models)}, which is served here, not {shown(body.model)}",
-                param="model",
-            )  # fmt: skip
-        return await self._thread(lambda: asked(body))
-
     async def _prepared(self, prepare: Callable[[], Prepared]) -> Prepared:
         try:
             return await self._thread(prepare)
@@ -302,7 +286,7 @@ class Jobs:
         assert made is not None, "every video has options of one"
         living = Living(made, prepared.prompt_ids, block_size)
         request = {
-            "model": self.models[0],
+            "model": self.model,
             "prompt": body.prompt,
             "size": "x".join(map(str, prepared.size)),
             "seconds": f"{prepared.frames / prepared.fps:g}",
@@ -317,7 +301,7 @@ class Jobs:
         }  # fmt: skip
         total = prepared.made * prepared.tokens_per_frame
         most = self.limits.most_unfinished
-        job: Job = await self._stored(lambda: self.store.create(request, total, most_waiting=most))
+        job: Job = await self._thread(lambda: self.store.create(request, total, most_waiting=most))
         making = Making(self.store, job.id, prepared, self.processor.decoder(prepared), living)
         task = asyncio.create_task(self._make(job.id, prepared, params, making, wanted))
         self._making[job.id] = task
@@ -514,21 +498,6 @@ class Jobs:
             with contextlib.suppress(Exception):
                 await future
             raise
-
-    async def _stored(self, call: Callable[[], _Value]) -> _Value:
-        """The same of the store, for a client.
-
-        Raises:
-            Refusal: it is full (507), or locked, or has too many videos (503).
-        """
-        try:
-            return await self._thread(call)
-        except (NoSpace, StoreFull) as error:
-            raise Refusal(507, str(error), code="storage_full") from None
-        except Full as error:
-            raise Refusal(503, str(error), wait=_WAIT) from None
-        except StoreError as error:
-            raise Refusal(503, str(error), wait=1) from None
 
     async def _going_on(self, call: Callable[[], bool]) -> bool:
         """Call what makes a video go on; False: it is gone, and so are its files."""

@@ -125,7 +125,7 @@ class Webhooks:
             },
             separators=(",", ":"),
         ).encode()
-        headers = signed(webhook.secret, delivery.event, int(self._store.clock()), body)
+        headers = signed(webhook.secret.get_secret_value(), delivery.event, int(self._store.clock()), body)
         try:
             # httpx limits each read and write, not all of them; of what is answered nothing is read but the status.
             async with (
