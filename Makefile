@@ -29,7 +29,7 @@ export DEMO_OUT := $(value OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo demo-masked play test test-quick test-long test-next lint bench results clean
+.PHONY: help .venv demo demo-masked play playground test test-quick test-long test-next lint bench results clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,10 @@ demo-masked: $(STAMP)  ## the same in Lumos-1's way: whole frames in a few passe
 PLAY ?=
 play: $(STAMP)  ## play the bundled world in a browser, without a GPU too; PLAY='--port 8000 --host 0.0.0.0'
 	@$(BIN)/vllm-packcache play $(PLAY)
+
+PLAYGROUND ?=
+playground: $(STAMP)  ## make videos in a browser, without a GPU too; PLAYGROUND='demo_masked --port 8000'
+	@$(BIN)/vllm-packcache playground $(PLAYGROUND)
 
 # vLLM chooses its model runner, and Triton whether it interprets, at the first import: a run of pytest for each. The
 # second, of most tests, is made whatever comes of the first.

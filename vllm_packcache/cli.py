@@ -200,6 +200,38 @@ def play(
         run_play(model, config, out, host=host, port=port, key=api_key, flags=context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def playground(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="demo or demo_masked, the bundled models, or the folder of a checkpoint.")
+    ] = "demo",
+    config: Annotated[
+        str | None,
+        typer.Option(help="Preset, YAML or JSON file, or JSON text for packcache; by default the bundled model's."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="For --video-tokenizer; by default the bundled model's, and none for a checkpoint."),
+    ] = None,
+    store: Annotated[Path, typer.Option(help="Folder that videos are kept in.")] = Path("out/videos"),
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="To listen on; any that is free by default.", min=1, max=65535)
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="That server and page ask for; none by default.", envvar="PACKCACHE_PLAYGROUND_KEY"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("out/playground"),
+) -> None:
+    """Make videos in a browser, and see them being made, until Ctrl-C. What follows MODEL and -- are flags of vLLM."""
+    with one_sentence("demo"):
+        from vllm_packcache.demo.playground import run_playground
+
+        run_playground(model, config, tokenizer, store, out, host=host, port=port, key=api_key, flags=context.args)
+
+
 @app.command()
 def explain(
     config: Annotated[str, typer.Argument(help="Name of a preset, a YAML or JSON file, or JSON text.")] = "demo",

@@ -11,7 +11,7 @@ import numpy as np
 from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
-from vllm_packcache.core.view import FrameView, view_of
+from vllm_packcache.core.view import IN_CONDITION, FrameView, view_of
 
 
 class Living:
@@ -54,12 +54,11 @@ class Living:
 
     def _shown(self, stream: Stream, retention: Retention) -> dict[str, Any]:
         view = view_of(retention, self._frame)
-        resident = int((view.states >= -1).sum())
         positions = stream.plan.positions
         last = positions.of(np.array([view.tokens.full - 1]), positions.window_start(self._frame))
         return {
-            "resident_blocks": resident,
-            "resident_tokens": resident * self._block_size,
+            "resident_blocks": int((view.states >= IN_CONDITION).sum()),
+            "resident_tokens": view.tokens.live,
             "full_tokens": view.tokens.full,
             "positions": [0, int(last.max()) + 1],
             "blocks": _runs(view),

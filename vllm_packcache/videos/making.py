@@ -80,10 +80,7 @@ class Making:
             Image.fromarray(picture).save(self._file(INPUT))
         if prepared.pictures:
             self._growing = growing.GrowingVideo(self._file(GROWING), prepared.size, prepared.fps)
-        for pixels in self._decoder.given():
-            if not self._show(pixels, {"given": True}, 0.0):
-                return False
-        return True
+        return all(self._show(pixels, {"given": True}, 0.0) for pixels in self._decoder.given())
 
     def start(self) -> None:
         """The engine has begun: frames are timed from now on."""
@@ -128,7 +125,11 @@ class Making:
             self._shown.append(self._frame)
             assert self._growing is not None
             self._growing.add(pixels)
+        total = self._prepared.made * self._prepared.tokens_per_frame
         data = {
+            "object": "video.frame",
+            "video": self._name,
+            "progress": min(99, 100 * self._tokens // total),
             "frame": self._frame,
             "frames": len(self._prepared.given) + self._prepared.made,
             "pictures": len(pixels),

@@ -1,20 +1,15 @@
-"""A server for a world to play: started, its page named, and stopped when nobody wants it any more."""
+"""A server for a world to play."""
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.demo.play.world import MODEL_DIR
-from vllm_packcache.demo.run import LOGGING, claimed, one_line
-from vllm_packcache.serving.server import client_of, free_port, serving, url_of
+from vllm_packcache.demo.served import serve_page
 
 PRESET = "play"
 BUNDLED = (
@@ -24,8 +19,6 @@ BUNDLED = (
     *("--distributed-executor-backend", "uni"),
 )
 """Flags of the bundled model's server."""
-_LOOKS = 2.0
-"""Seconds between two looks at whether the server lives."""
 
 
 def run_play(
@@ -62,57 +55,9 @@ def run_play(
             f"--config: {shown(config)} has nothing to play: give sessions: {{pictures: module:object, play: "
             "module:object} in it, as the preset play has"
         )
-    if port is None:
-        port = free_port()
-    else:
-        _check_free(host, port)
-    console = Console()
     arguments = [
         *("--kv-cache-policy", PackCache.name, "--kv-cache-policy-config", config),
         *(BUNDLED if model is None else ()),
         *flags,
     ]
-    model = MODEL_DIR if model is None else model
-    with claimed(out) as log:
-        console.print(f"[bold]vllm serve[/] {model} {' '.join(arguments)}", soft_wrap=True, highlight=False)
-        environment = {**LOGGING, **({} if key is None else {"VLLM_API_KEY": key})}
-        try:
-            with (
-                console.status("starting the server") as status,
-                serving(
-                    model, arguments, log, lambda line: status.update(one_line(line)), environment=environment,
-                    host=host, port=port,
-                ) as url,
-            ):  # fmt: skip
-                status.stop()
-                console.print(f"play at [bold]{url_of(host, port)}/play[/] (Ctrl-C stops it)", soft_wrap=True)
-                _wait(url)
-        except KeyboardInterrupt:
-            console.print("stopped")
-
-
-def _check_free(host: str, port: int) -> None:
-    """Check that nobody listens there: another server's answer would be taken for ours.
-
-    Raises:
-        ConfigError: somebody does, or the address is not of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from None
-
-
-def _wait(url: str) -> None:
-    """As long as the server lives.
-
-    Raises:
-        httpx.HTTPError: it does not.
-    """
-    with client_of(url, timeout=60) as client:
-        while True:
-            time.sleep(_LOOKS)
-            client.get("/health").raise_for_status()
+    serve_page(model or MODEL_DIR, arguments, out, "/play", "play", host=host, port=port, key=key)
