@@ -422,7 +422,7 @@ async def _events(jobs: Jobs, request: Request) -> Response:
     seen = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
     after = _whole(seen, "after", 2**53)
     job = await _found(jobs, id)
-    if job.ended and not await asyncio.to_thread(jobs.store.events, id, after, 1):
+    if job.ended and await asyncio.to_thread(jobs.store.events, id, after, 1) == []:
         # By this, clients that would come back for ever learn that nothing more comes.
         return Response(status_code=204)
     return events.answer(_told(jobs, id, after))
