@@ -126,7 +126,9 @@ class Fake:
             "model": "demo",
             "policy": "packcache",
             "policies": {name: dict(vars(policy)) for name, policy in named.items()},
-            "options": {name: value for name, value in load_mapping("demo").items() if hasattr(named["packcache"], name)},
+            "options": {
+                name: value for name, value in load_mapping("demo").items() if hasattr(named["packcache"], name)
+            },
             "tokenizer": {
                 "name": "demo",
                 "text": True,

@@ -2,7 +2,7 @@
 
 import { fetchBlob, follow } from "./api.js";
 import { blocksOf, drawMap, nameOf, stateAt } from "./map.js";
-import { at, decimal, memoryOf, save, seconds, title, whole } from "./tools.js";
+import { at, decimal, memoryOf, option, save, seconds, whole } from "./tools.js";
 
 const RECENT = 5; // Frames whose time says how long the rest takes.
 const ENDED = new Set(["completed", "failed", "stopped", "gone"]);
@@ -27,6 +27,9 @@ export class Card {
     for (const button of this.root.querySelectorAll("[data-variant]")) {
       button.addEventListener("click", () => this.download(button.dataset.variant));
     }
+    // How alike two pictures are is read from their canvases.
+    this.picture = this.part(".picture").getContext("2d", { willReadFrequently: true });
+    this.part(".stream").addEventListener("change", () => stage.changed(this));
     const map = this.part(".map");
     map.addEventListener("pointermove", (event) => this.point(event));
     map.addEventListener("pointerleave", () => this.caption());
@@ -45,8 +48,14 @@ export class Card {
     return ENDED.has(this.status);
   }
 
+  // Of the frames that are known by their blocks; of guided masked videos those of one stream.
   get rows() {
-    return this.frames.filter((frame) => frame.blocks);
+    return this.frames.filter((frame) => frame.blocks).map((frame) => this.streamed(frame));
+  }
+
+  streamed(frame) {
+    const own = frame?.streams?.[this.part(".stream").value];
+    return own ? { ...frame, ...(Array.isArray(own) ? { blocks: own } : own), index: frame.index } : frame;
   }
 
   get name() {
@@ -74,18 +83,26 @@ export class Card {
 
   hear(kind, data) {
     if (kind === "frame") {
-      this.frames.push(data);
-      this.status = "in_progress";
+      this.frames.push({ ...data, index: this.frames.length });
+      if (!this.ended) this.status = "in_progress";
+      const stream = this.part(".stream");
+      if (data.streams && stream.hidden) {
+        stream.replaceChildren(...Object.keys(data.streams).map((name) => option(name, name)));
+        stream.hidden = false;
+      }
     } else if (kind === "status" || kind === "completed" || kind === "failed") {
       // A page that made the video knows more than a server may tell.
       this.video = { ...this.video, ...data, options: data.options ?? this.video.options };
-      this.status = kind === "status" ? data.status : kind;
+      // A finished video that is opened is told of from its beginning.
+      if (kind !== "status") this.status = kind;
+      else if (!this.ended) this.status = data.status;
     }
     this.describe();
     this.stage.changed(this, kind);
   }
 
   end(status) {
+    this.leaving.abort();
     this.status = status;
     this.describe();
     this.stage.changed(this, status);
@@ -132,7 +149,7 @@ export class Card {
     if (!last) return "The first frame is being made";
     const recent = own.slice(-RECENT);
     const left = (recent.reduce((sum, frame) => sum + frame.seconds, 0) / recent.length) * (total - own.length);
-    return `Frame ${whole(own.length)} of ${whole(total)}${left >= 1 ? `, about ${seconds(left)} left` : ""}`;
+    return `${whole(own.length)} of ${whole(total)} frames made${left >= 1 ? `, about ${seconds(left)} left` : ""}`;
   }
 
   // ---------------------------------------------------------------------------------------------- what is seen
@@ -140,13 +157,16 @@ export class Card {
   // Shows the frame of an index, of a map that is drawn as large as that of another video beside it.
   show(index, size) {
     const shown = Math.min(index, this.frames.length - 1);
-    this.shown = shown < 0 ? null : this.frames[shown];
+    this.shown = shown < 0 ? null : this.streamed(this.frames[shown]);
     const rows = this.rows;
-    const row = this.shown ? rows.indexOf(this.shown) : -1;
-    this.find = drawMap(this.part(".map"), rows.map(({ frame, blocks, resident_tokens: resident, full_tokens: full }) => ({ label: frame, blocks, resident, full })), {
-      ...size,
-      selected: row < 0 ? null : row,
-    });
+    const row = rows.findIndex((own) => own.index === shown);
+    const drawn = rows.map((own) => ({
+      label: own.frame,
+      blocks: own.blocks,
+      resident: own.resident_tokens,
+      full: own.full_tokens,
+    }));
+    this.find = drawMap(this.part(".map"), drawn, { ...size, selected: row < 0 ? null : row });
     this.number();
     this.caption();
     return this.draw(shown);
@@ -155,9 +175,12 @@ export class Card {
   // As many frames, blocks and tokens as the whole video will have.
   size() {
     const rows = this.rows;
-    const [first, last] = [rows[0], rows.at(-1)];
-    const frames = Math.max(rows.length, (last?.frames ?? this.video.frames ?? 1) - (first && first.frame >= last.frames ? 0 : first?.frame ?? 0), 1);
-    const each = rows.length > 1 ? rows[1].full_tokens - first.full_tokens : 0;
+    const last = rows.at(-1);
+    const total = last?.frames ?? this.video.frames ?? 1;
+    const first = rows[0]?.frame ?? 0;
+    // Frames that were given may have no rows.
+    const frames = Math.max(rows.length, total - (first < total ? first : 0), 1);
+    const each = rows.length > 1 ? rows[1].full_tokens - rows[0].full_tokens : 0;
     const full = (last?.full_tokens ?? 1) + each * (frames - rows.length);
     const known = Math.max(1, ...rows.map((row) => blocksOf(row.blocks)));
     return { frames, full, blocks: Math.max(known, Math.ceil(full / (last?.block_size ?? 16))) };
@@ -174,7 +197,7 @@ export class Card {
     const canvas = this.part(".picture");
     const [width, height] = [image.naturalWidth, image.naturalHeight];
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-    canvas.getContext("2d").drawImage(image, 0, 0);
+    this.picture.drawImage(image, 0, 0);
     canvas.classList.toggle("small", width <= 192);
     canvas.setAttribute("aria-label", `Frame ${this.frames[index].frame}: ${this.video.prompt ?? ""}`);
     this.stage.painted();
@@ -192,8 +215,10 @@ export class Card {
   caption(words) {
     const frame = this.shown;
     const blocks = frame?.resident_blocks ?? 0;
-    const usual = frame?.blocks ? `While frame ${frame.frame} is made, ${whole(blocks)} blocks of ${frame.block_size} tokens live.` : "A row a frame, a column a block.";
-    this.part("figcaption").textContent = words ?? usual;
+    const usual = frame?.blocks
+      ? `Memory while frame ${frame.frame} is made: ${whole(blocks)} blocks of ${frame.block_size} tokens`
+      : "Memory: a row a frame, a column a block";
+    this.part("figcaption span").textContent = words ?? usual;
     if (words === undefined && frame?.blocks) this.part(".map").setAttribute("aria-label", `Map of the blocks. ${usual}`);
   }
 
@@ -201,7 +226,7 @@ export class Card {
     const found = this.find?.(event.offsetX, event.offsetY);
     if (!found) return this.caption();
     const row = this.rows[found.row];
-    if (picked) this.stage.pick(this.frames.indexOf(row));
+    if (picked) this.stage.pick(row.index);
     if (found.block === null) return this.caption();
     this.caption(`Frame ${row.frame}, block ${whole(found.block)}: ${nameOf(stateAt(row.blocks, found.block))}`);
   }
@@ -209,8 +234,9 @@ export class Card {
   // How far two pictures are apart, from 0 to 1; null: they cannot be compared.
   differs(other) {
     const [own, others] = [this, other].map((card) => card.part(".picture"));
-    if (own.width !== others.width || own.height !== others.height || this.drawn === null || this.drawn !== other.drawn) return null;
-    const [left, right] = [own, others].map((canvas) => canvas.getContext("2d").getImageData(0, 0, own.width, own.height).data);
+    if (own.width !== others.width || own.height !== others.height) return null;
+    if (this.drawn === null || this.drawn !== other.drawn) return null;
+    const [left, right] = [this, other].map((card) => card.picture.getImageData(0, 0, own.width, own.height).data);
     let sum = 0;
     for (let place = 0; place < left.length; place++) sum += Math.abs(left[place] - right[place]);
     return sum / (255 * 3 * own.width * own.height);
@@ -245,7 +271,7 @@ export class Card {
     this.part(".download").open = false;
     this.part(".download summary").focus();
     if (variant === "memory") {
-      const frames = this.frames.map(({ picture, ...rest }) => rest);
+      const frames = this.frames.map((frame) => ({ ...frame, index: undefined, picture: undefined }));
       save(new Blob([JSON.stringify({ ...this.video, events: frames }, null, 1)], { type: "application/json" }), `${this.id}.json`);
       return;
     }
@@ -262,9 +288,11 @@ export function comparison(left, right) {
   const [a, b] = left.name === right.name ? ["the left one", "the right one"] : [left.name, right.name];
   const share = one.resident_tokens / other.resident_tokens;
   const parts = [
-    share === 1 ? `both hold ${whole(one.resident_tokens)} tokens` : `${a} holds ${decimal(100 * share)} % of the tokens that ${b} holds`,
+    share === 1
+      ? `both hold ${whole(one.resident_tokens)} tokens`
+      : `${a} holds ${decimal(100 * share)} % of the tokens that ${b} holds`,
   ];
   const apart = left.differs(right);
   if (apart !== null) parts.push(apart === 0 ? "the pictures are the same" : `the pictures differ by ${decimal(100 * apart)} %`);
-  return title(`at frame ${one.frame} ${parts.join("; ")}.`);
+  return `At frame ${one.frame} ${parts.join("; ")}.`;
 }

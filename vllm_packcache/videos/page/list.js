@@ -52,7 +52,7 @@ function update(item, video) {
 function create(video) {
   const root = at("item").content.firstElementChild.cloneNode(true);
   const item = { video, root, address: null, asked: false };
-  root.querySelector(".open").addEventListener("click", () => stage.open([item.video]));
+  root.querySelector(".open").addEventListener("click", () => stage.choose(item.video));
   root.querySelector(".beside").addEventListener("click", () => stage.beside(item.video));
   root.querySelector(".delete").addEventListener("click", () => stage.remove(item.video));
   items.set(video.id, item);

@@ -9,7 +9,9 @@ const GUTTER = 30; // Pixels for the numbers of frames,
 const HEAD = 20; // and above the map for the names of what the blocks hold.
 const GAP = 16;
 const PERCENT = 40; // For the percentages behind the bars.
-const HEIGHT = 330; // Of all rows together, where they have room for it.
+const HEIGHT = 330; // Of all rows together, where they have room for it;
+const LOW = 280; // on a map that is not wide.
+const WIDE = 560;
 const LARGEST_ROW = 20;
 const LABELLED = 13; // Pixels that a row must have for a number of its own.
 const OUTLINED = 6; // Pixels that a block must have to be told from its neighbours.
@@ -86,7 +88,8 @@ function pixels(runs, blocks, width, colours) {
 export function drawMap(canvas, rows, { frames, blocks, full, selected }) {
   const scale = devicePixelRatio || 1;
   const wide = canvas.clientWidth;
-  const pitch = Math.max(Math.min(Math.floor(HEIGHT / frames), LARGEST_ROW), HEIGHT / frames < 1 ? HEIGHT / frames : 1);
+  const room = (wide < WIDE ? LOW : HEIGHT) / frames;
+  const pitch = room < 1 ? room : Math.min(Math.floor(room), LARGEST_ROW);
   const high = Math.ceil(HEAD + pitch * frames + 2);
   const bars = Math.max(70, Math.round(wide * 0.2));
   const map = wide - GUTTER - GAP - bars;
@@ -99,7 +102,7 @@ export function drawMap(canvas, rows, { frames, blocks, full, selected }) {
   context.clearRect(0, 0, wide, high);
   const colours = palette();
   const gap = pitch >= 4 ? 1.5 : 0;
-  const bottom = HEAD + pitch * frames;
+  const bottom = HEAD + pitch * rows.length;
 
   // Room that is not used yet.
   context.fillStyle = colours.colour("hollow");
@@ -163,16 +166,15 @@ export function drawMap(canvas, rows, { frames, blocks, full, selected }) {
   rows.forEach((row, index) => {
     const y = HEAD + index * pitch;
     const tall = Math.max(pitch - gap, 0.5);
-    const room = bars - PERCENT;
+    const [all, held] = [row.full, row.resident].map((tokens) => (tokens / full) * (bars - PERCENT));
     context.fillStyle = colours.colour("dropped");
-    context.fillRect(left, y, (row.full / full) * room, tall);
+    context.fillRect(left, y, all, tall);
     context.fillStyle = colours.colour("resident");
-    context.fillRect(left, y, (row.resident / full) * room, tall);
+    context.fillRect(left, y, held, tall);
     if (index % step !== 0) return;
     context.fillStyle = colours.colour("faint");
-    context.fillText(`${Math.round((100 * row.resident) / row.full)} %`, left + (row.full / full) * room + 5, y + tall / 2 + 0.5);
+    context.fillText(`${Math.round((100 * row.resident) / row.full)} %`, left + all + 5, y + tall / 2 + 0.5);
   });
-  context.textAlign = "left";
   context.fillStyle = colours.colour("faint");
   context.fillText("tokens", left, HEAD / 2 - 1);
 

@@ -4,6 +4,7 @@ import { ask, askJson, hasKey, Refused, useKey } from "./api.js";
 import { Card, comparison } from "./card.js";
 import { openForm } from "./form.js";
 import { forget, highlight, openList, refresh, remember, withMemory } from "./list.js";
+import { drawSample } from "./sample.js";
 import { answered, at, decimal, memoryOf, whole } from "./tools.js";
 
 const MOST = 2; // Videos side by side.
@@ -54,6 +55,7 @@ const newest = () => Math.max(0, ...cards.map((card) => card.frames.length - 1))
 
 function draw() {
   drawing = false;
+  if (cards.length === 0) drawSample(at("sample"));
   const last = newest();
   const sizes = cards.map((card) => card.size());
   // Two maps are as large as each other, so that they can be compared.
@@ -65,7 +67,7 @@ function draw() {
   const frame = (cards.find((card) => card.shown) ?? {}).shown;
   const fps = cards[0]?.video.fps ?? about?.tokenizer.fps;
   const time = frame && fps ? ` · ${decimal((shown * (frame.pictures || 1)) / fps)} s` : "";
-  const words = frame ? `${frame.given ? "given " : ""}frame ${whole(frame.frame)} of ${whole(frame.frames)}` : "";
+  const words = frame ? `${frame.given ? "given " : ""}frame ${whole(frame.frame)}` : "";
   at("where").textContent = words + time;
   at("at").setAttribute("aria-valuetext", words);
   at("play").textContent = playing === null ? "Play" : "Pause";
@@ -75,8 +77,8 @@ function draw() {
 
 function compare() {
   const words = cards.length === 2 ? comparison(...cards) : "";
-  at("compared").textContent = words;
-  at("compared").hidden = words === "";
+  at("compared").textContent = words || "\u00a0";
+  at("compared").hidden = cards.length < 2;
 }
 
 function later() {
@@ -138,6 +140,11 @@ function removeCard(card) {
   cards = cards.filter((own) => own !== card);
 }
 
+function reveal() {
+  const { top } = at("stage").getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 3) at("stage").scrollIntoView({ behavior: still.matches ? "auto" : "smooth" });
+}
+
 const stage = {
   failed,
 
@@ -162,7 +169,11 @@ const stage = {
     for (const card of [...cards]) if (!ids.includes(card.id)) removeCard(card);
     for (const video of videos) if (!cards.some((card) => card.id === video.id)) add(video);
     arrange();
-    at("stage").scrollIntoView({ block: "nearest", behavior: still.matches ? "auto" : "smooth" });
+  },
+
+  choose(video) {
+    stage.open([video]);
+    reveal();
   },
 
   beside(video) {
@@ -221,6 +232,7 @@ async function made(videos) {
   say("");
   videos.forEach(remember);
   stage.open(videos);
+  reveal();
   for (const card of cards) card.watched = true;
   await refresh();
 }
@@ -276,6 +288,7 @@ at("newest").addEventListener("click", () => {
   index = null;
   later();
 });
+addEventListener("resize", later);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", later);
 document.addEventListener("click", (event) => {
   for (const menu of document.querySelectorAll("details.menu[open]")) if (!menu.contains(event.target)) menu.open = false;
