@@ -15,7 +15,7 @@ class SessionsConfig(BaseModel):
 
     ``remembered_frames`` are those that a session may be forked or reset to, and that it is computed from again where
     vLLM takes its blocks away. ``pictures`` is ``module:object`` of what turns a frame's ids into a picture, see
-    `vllm_packcache.sessions.pictures`; ``play`` of what the page at ``/play`` needs to know, see
+    `vllm_packcache.media.processors.pictures`; ``play`` of what the page at ``/play`` needs to know, see
     `vllm_packcache.sessions.playing`.
     """
 

@@ -71,10 +71,7 @@ class DemoProcessor:
             "most_frames": base.most_frames(self._most, CONDITION_TOKENS, FRAME_TOKENS, 1),
             "picture": "required",
             "clip": False,
-            "options": {
-                "temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1},
-                "seed": base.seed_range(),
-            },
+            "options": base.ranges("causal"),
             "examples": [self._example],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,12 @@ Pixels = npt.NDArray[np.uint8]
 
 MOST_PIXELS = 178_956_970
 """A picture or a frame with more is not decoded: Pillow's own limit, for which it raises."""
+
+MOST_PIXELS_OF_CLIENT = 2**24
+"""The same of what a client sends: 50 MB once it is decoded."""
+
+KINDS_OF_CLIENT = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "BMP")
+"""That a client may send. Pillow has many more, of which each is code that reads what anybody sends."""
 
 
 def read_picture(path: Path) -> Pixels:
@@ -32,9 +39,7 @@ def read_picture(path: Path) -> Pixels:
             # From half its limit on, and of damage that it raises for as well.
             warnings.simplefilter("ignore")
             with Image.open(path) as opened:
-                _scale_key(opened)
-                # A photo is often stored as the camera was held.
-                return np.asarray(over_white(_of_eight_bits(ImageOps.exif_transpose(opened))))
+                return _upright(opened)
     except Image.DecompressionBombError:
         raise OSError(f"{path} has more than {MOST_PIXELS:,} pixels: give a smaller picture") from None
     except UnidentifiedImageError:
@@ -46,6 +51,37 @@ def read_picture(path: Path) -> Pixels:
         told = error.strerror if isinstance(error, OSError) else None
         reason = told or f"it is cut off or damaged ({' '.join(str(error).split())[:80]})"
     raise OSError(f"{path} cannot be read as a picture: {reason}")
+
+
+def read_picture_bytes(data: bytes, most_pixels: int = MOST_PIXELS_OF_CLIENT) -> Pixels:
+    """A picture file that a client has sent, as `read_picture` reads it.
+
+    Args:
+        data: of the file, one of `KINDS_OF_CLIENT`.
+        most_pixels: a picture with more is not decoded.
+
+    Raises:
+        ValueError: it is no such picture, it is damaged, or it is larger.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=KINDS_OF_CLIENT) as opened:
+            # The header's size: nothing is decoded yet.
+            if opened.width * opened.height > most_pixels:
+                raise _TooLarge(opened.width, opened.height)
+            return _upright(opened)
+    except _TooLarge as error:
+        width, height = error.args
+        reason = f"it has {width} x {height} pixels, and {most_pixels:,} at most are read: send a smaller one"
+    except Image.DecompressionBombError:
+        reason = f"more than {most_pixels:,} pixels are not read: send a smaller one"
+    except UnidentifiedImageError:
+        kinds = ", ".join(KINDS_OF_CLIENT)
+        reason = f"it is none of {kinds}: send such a file" if data else "it is empty: send a file with a picture"
+    except _Unscalable as error:
+        reason = f"{error}: send another"
+    except Exception as error:
+        reason = f"it is cut off or damaged ({' '.join(str(error).split())[:80]}): send it again, or another"
+    raise ValueError(f"the picture cannot be read: {reason}")
 
 
 def over_white(image: Image.Image) -> Image.Image:
@@ -77,6 +113,16 @@ def fit(picture: Pixels, width: int, height: int, aspect: Fraction = Fraction(1)
     left, top = (image.width - across) / 2, (image.height - down) / 2
     box = float(left), float(top), float(left + across), float(top + down)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _upright(opened: ImageFile.ImageFile) -> Pixels:
+    _scale_key(opened)
+    # A photo is often stored as the camera was held.
+    return np.asarray(over_white(_of_eight_bits(ImageOps.exif_transpose(opened))))
+
+
+class _TooLarge(ValueError):
+    """Width and height of a picture that is not decoded."""
 
 
 class _Unscalable(ValueError):

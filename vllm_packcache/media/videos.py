@@ -16,13 +16,18 @@ from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from PIL import Image
 
-from vllm_packcache.media.pictures import MOST_PIXELS, Pixels, fit, over_white
+from vllm_packcache.media.pictures import MOST_PIXELS, MOST_PIXELS_OF_CLIENT, Pixels, fit, over_white
 
 SUFFIXES = (".mp4", ".gif")
 """Of the videos that are written."""
 
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """FFmpeg's own decoders of these leave transparency out."""
+
+CONTAINERS_OF_CLIENT = ("mp4", "webm", "gif")
+
+OF_CLIENT = {"format_whitelist": ",".join(CONTAINERS_OF_CLIENT), "protocol_whitelist": "file"}
+"""FFmpeg's options for them. Others are playlists too, which name files of the server and of others."""
 
 USUAL_RATE = 25
 """Frames a second of a stream that states no rate: FFmpeg's own assumption."""
@@ -52,7 +57,7 @@ class Clip(NamedTuple):
     notes: list[str]
 
 
-def read_video(path: Path, width: int, height: int, rate: int, most: int) -> Clip:
+def read_video(path: Path, width: int, height: int, rate: int, most: int, of_client: bool = False) -> Clip:
     """Read a video as it is meant to be seen: upright, in square pixels, over white where it is transparent.
 
     Args:
@@ -61,15 +66,16 @@ def read_video(path: Path, width: int, height: int, rate: int, most: int) -> Cli
         height: of the frames.
         rate: of the frames, a second.
         most: so many frames are made; what follows in the file is not decoded.
+        of_client: a client has sent it: only `CONTAINERS_OF_CLIENT` are read, and frames of `MOST_PIXELS_OF_CLIENT`.
 
     Raises:
-        OSError: there is no such file, it is no video, it is damaged, or its frames are larger than `MOST_PIXELS`.
+        OSError: there is no such file, it is no video, it is damaged, or its frames are too large.
     """
     reading = None
     try:
         # What stands before a colon would be a protocol.
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
-            reading = _Reading(container)
+        with av.open(f"file:{path}", metadata_errors="replace", options=OF_CLIENT if of_client else {}) as container:
+            reading = _Reading(container, MOST_PIXELS_OF_CLIENT if of_client else MOST_PIXELS)
             return _clip(reading, width, height, rate, most)
     except (av.InvalidDataError, _Damaged):
         reason = "it is no video, or it is cut off or damaged" if path.stat().st_size else "it is empty"
@@ -148,13 +154,14 @@ class _Reading:
         aspect: of a stored pixel, width to height.
     """
 
-    def __init__(self, container: InputContainer) -> None:
+    def __init__(self, container: InputContainer, most_pixels: int) -> None:
+        self._most_pixels = most_pixels
         # The cover of a piece of music is no video.
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise _Unusable("there is no video in it")
         (stream, *_) = streams
-        _check_size(stream.width, stream.height)
+        self._check_size(stream.width, stream.height)
         self.frames = 0
         self.aspect = Fraction(stream.sample_aspect_ratio or 1)
         self._rate = Fraction(stream.guessed_rate or USUAL_RATE)
@@ -218,6 +225,11 @@ class _Reading:
         """For how long a frame says that it is shown."""
         return frame.duration * self._unit if frame.duration else 1 / self._rate
 
+    def _check_size(self, width: int, height: int) -> None:
+        most = self._most_pixels
+        if width * height > most:
+            raise _Unusable(f"its frames have {width} x {height} pixels, and {most:,} at most are decoded")
+
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """Frames that are whole. A recording may begin in the middle: what cannot be decoded there is left out.
 
@@ -238,7 +250,7 @@ class _Reading:
                     raise _Damaged
                 continue
             for frame in frames:
-                _check_size(frame.width, frame.height)
+                self._check_size(frame.width, frame.height)
                 self.frames += 1
                 yield frame
 
@@ -273,8 +285,3 @@ def _pixels(frame: av.VideoFrame) -> Pixels:
     if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
         return np.asarray(over_white(Image.fromarray(frame.to_ndarray(format="rgba"))))
     return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise _Unusable(f"its frames have {width} x {height} pixels, and {MOST_PIXELS:,} at most are decoded")

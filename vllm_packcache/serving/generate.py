@@ -27,9 +27,10 @@ from vllm_packcache.config.server import OWNER_KEY, ServerConfig
 from vllm_packcache.config.sources import load_mapping, presets
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.families import LUMOS, lumos
-from vllm_packcache.families.lumos import FRAMES_PER_LATENT, MaskedOptions
+from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.media.files import claimed
 from vllm_packcache.media.pictures import fit, middle, read_picture
+from vllm_packcache.media.processors.lumos import Names, Stated, prompt_of
 from vllm_packcache.media.text_tokenizer import TextTokenizer
 from vllm_packcache.media.video_tokenizer import Codes, CosmosTokenizer, VideoTokenizer
 from vllm_packcache.media.videos import SUFFIXES, encode_video, read_video
@@ -38,8 +39,8 @@ from vllm_packcache.serving.server import ServerError, client_of, serving, strea
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where vLLM's servers look for the key that they ask for, and their clients find it."""
 
-LARGEST_NUMBER = lumos.MASK - lumos.NUMBER_ZERO - 1
-"""A prompt and a frame state numbers up to this one: the next id is the mask's."""
+FLAGS = Names("--width and --height", "--frames", "--fps")
+"""What the options of a video are called on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,36 +72,26 @@ class Asked:
 
     def __post_init__(self) -> None:
         try:
-            lumos.grid_of(self.width, self.height)
+            self.stated  # noqa: B018
         except ValueError as error:
-            raise ConfigError(f"--width and --height: {error}") from None
-        if max(self.width, self.height) > LARGEST_NUMBER * lumos.PIXELS_PER_SIZE:
-            most = LARGEST_NUMBER * lumos.PIXELS_PER_SIZE
-            raise ConfigError(f"--width and --height are {most} at most, not {self.width} and {self.height}")
-        if not 1 <= self.rate <= LARGEST_NUMBER:
-            raise ConfigError(f"--fps lies between 1 and {LARGEST_NUMBER}, not {self.rate}")
-        if self.frames % self.rate or not 1 <= self.seconds <= LARGEST_NUMBER:
-            raise ConfigError(
-                f"--frames {self.frames} at --fps {self.rate}: a prompt states whole seconds, 1 to {LARGEST_NUMBER}; "
-                f"give --frames a multiple of {self.rate} up to {LARGEST_NUMBER * self.rate}"
-            )
+            raise ConfigError(str(error)) from None
         if self.image and self.video:
             raise ConfigError("--image and --video: a video begins with one of them; leave one out")
 
     @property
-    def seconds(self) -> int:
-        """Duration."""
-        return self.frames // self.rate
+    def stated(self) -> Stated:
+        """What a prompt states of it."""
+        return Stated(self.width, self.height, self.frames, self.rate, FLAGS)
 
     @property
     def grid(self) -> lumos.Grid:
         """Of the visual tokens."""
-        return lumos.grid_of(self.width, self.height)
+        return self.stated.grid
 
     @property
     def latent_frames(self) -> int:
         """Of the whole video."""
-        return lumos.latent_frames(self.seconds, self.rate)
+        return self.stated.latent_frames
 
 
 class Request(NamedTuple):
@@ -210,6 +201,7 @@ def prepare(
         ValueError: an input cannot be used.
         OSError: an input cannot be read.
     """
+    stated = asked.stated
     given = np.empty((0, *asked.grid), dtype=np.int64)
     if asked.image is not None:
         picture = read_picture(asked.image)
@@ -217,32 +209,18 @@ def prepare(
         given = video.encode(fit(picture, asked.width, asked.height)[None])
     elif asked.video is not None:
         clip = read_video(asked.video, asked.width, asked.height, asked.rate, asked.frames)
-        if clip.total >= asked.frames:
-            raise ConfigError(
-                f"{asked.video} has {clip.total} frames at --fps {asked.rate} ({float(clip.seconds):.1f} s), and "
-                f"--frames asks for {asked.frames} in all: ask for more, or give the end of it alone"
-            )
-        used = clip.frames[(clip.total - 1) % FRAMES_PER_LATENT :]
+        used = stated.used(clip, str(asked.video))
         which = "all" if len(used) == clip.total else f"the last {len(used)} of"
         cut = _cut(*clip.size, asked)
         used_in_words = f"{which} {clip.total} frames at {asked.rate} a second, {cut}"
         tell(f"video {asked.video}: {', '.join(clip.notes)}; used: {used_in_words}")
         given = video.encode(used)
-    if len(given) >= asked.latent_frames:
-        raise ConfigError(
-            f"--frames {asked.frames} are {asked.latent_frames} latent frames, of which {len(given)} are given: "
-            "ask for more frames"
-        )
-    ids = text.encode(lumos.question(asked.prompt, asked.width, asked.height, asked.seconds, asked.rate))
-    prompt = lumos.text_prompt(ids, asked.seconds, asked.rate)
-    for codes in given:
-        prompt += lumos.frame_of_codes(codes).tolist()
     options = {
         **{name: int(value) if isinstance(value, bool) else value for name, value in asdict(asked.options).items()},
-        "frames": asked.latent_frames - len(given),
+        "frames": stated.left(given),
         "condition_frames": min(1, len(given)),
     }
-    return Request(prompt, given, options)
+    return Request(prompt_of(stated.text(text, asked.prompt), given), given, options)
 
 
 def server_config(asked: Asked, config: str | None) -> dict[str, Any]:

@@ -5,48 +5,18 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from pkgutil import resolve_name
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from vllm_packcache.config.errors import ConfigError, shown
-
-Pixels = npt.NDArray[np.uint8]
+from vllm_packcache.media.pictures import Pixels
+from vllm_packcache.media.processors.base import load
+from vllm_packcache.media.processors.pictures import Pictures, are_pictures
 
 LARGEST_PIXELS = 2**24
 """Pixels of a picture that a client may send: more are not decoded."""
-
-
-class Pictures(Protocol):
-    """Pictures of frames, each by itself."""
-
-    size: tuple[int, int]
-    """Width and height in pixels."""
-
-    def decode(self, ids: npt.NDArray[np.int64]) -> Pixels:
-        """The picture of a frame.
-
-        Args:
-            ids: of its visual tokens, [rows, columns].
-
-        Returns:
-            uint8, [H, W, 3].
-
-        Raises:
-            ValueError: these are no ids of a picture.
-        """
-        ...
-
-    def encode(self, pixels: Pixels) -> npt.NDArray[np.int64]:
-        """The inverse of `decode`.
-
-        Raises:
-            ValueError: this is no such picture.
-        """
-        ...
 
 
 def pictures_of(name: str | None) -> Pictures | None:
@@ -58,15 +28,10 @@ def pictures_of(name: str | None) -> Pictures | None:
     if name is None:
         return None
     try:
-        found = resolve_name(name)
-        if isinstance(found, type):
-            found = found()
-    except Exception as error:
-        raise ConfigError(
-            f"sessions: pictures must be module:object of something that can be imported, and {shown(name)} cannot: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        ) from None
-    if not callable(getattr(found, "decode", None)) or not hasattr(found, "size"):
+        found = load(name)
+    except ValueError as error:
+        raise ConfigError(f"sessions: pictures {shown(name)}: {error}") from None
+    if not are_pictures(found):
         raise ConfigError(f"sessions: pictures must have decode and size, and {shown(name)} has not")
     return cast(Pictures, found)
 

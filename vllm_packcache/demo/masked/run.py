@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from vllm_packcache.demo.masked.bundle import OPTIONS, PRESET, TRAINED_FRAMES, request_options, write_checkpoint
+from vllm_packcache.demo.masked.processor import EXAMPLE, FRAMES
 from vllm_packcache.demo.masked.tokenizer import FRAME, GRID_SHAPE, RATE, build_text_tokenizer
 from vllm_packcache.demo.run import (
     BLOCK_SIZE,
@@ -32,11 +33,6 @@ from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.pictures import read_picture
 from vllm_packcache.serving.server import serving
 from vllm_packcache.tools import sequences
-
-FRAMES = 16
-"""More than the model was trained on."""
-EXAMPLE = 10_027
-"""Seed of the world that is shown when nobody gives a picture or a sentence."""
 
 
 class _Asked(NamedTuple):

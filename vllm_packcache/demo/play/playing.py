@@ -20,7 +20,7 @@ GAMES = {"Noon": _HELD_OUT + 511, "Dusk": _HELD_OUT + 514, "Night": _HELD_OUT + 
 
 
 class Pictures:
-    """See `vllm_packcache.sessions.pictures.Pictures`; ids are not made of pictures."""
+    """See `vllm_packcache.media.processors.pictures.Pictures`; ids are not made of pictures."""
 
     size = (WIDTH, HEIGHT)
 

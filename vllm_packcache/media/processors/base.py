@@ -455,9 +455,29 @@ def most_frames(most: int | None, condition_tokens: int, tokens_per_frame: int, 
     return MAX_FRAMES if most is None else max(given, given + (most - condition_tokens) // tokens_per_frame)
 
 
-def seed_range() -> dict[str, int]:
+def seed_range() -> dict[str, float]:
     """The seed as an option of a page, whose numbers are exact up to 2^53."""
     return {"default": 0, "least": 0, "most": 2**53 - 1, "step": 1}
+
+
+def ranges(role: Role) -> dict[str, dict[str, float]]:
+    """Options of a page for a model that makes frames in one of two ways, with the published defaults."""
+    if role == "causal":
+        return {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}, "seed": seed_range()}
+    return masked_ranges(lumos.MaskedOptions())
+
+
+def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, float]]:
+    """Options of a page for a model that makes frames in passes.
+
+    Args:
+        options: the defaults.
+    """
+    return {
+        "guidance_scale": {"default": options.guidance, "least": 1, "most": 30, "step": 0.1},
+        "num_inference_steps": {"default": options.steps, "least": 1, "most": 200, "step": 1},
+        "seed": seed_range(),
+    }
 
 
 def nothing_given(asked: Asked) -> None:
