@@ -78,7 +78,6 @@ CREATE TABLE jobs (
     error TEXT,
     owner TEXT NOT NULL
 );
-CREATE INDEX jobs_created ON jobs (created_at, row);
 CREATE INDEX jobs_ended ON jobs (completed_at, row, bytes, status);
 CREATE INDEX jobs_expiring ON jobs (expires_at) WHERE expires_at IS NOT NULL;
 CREATE TABLE events (
@@ -102,7 +101,7 @@ CREATE INDEX deliveries_due ON deliveries (address, due);
 """
 
 _COLUMNS = (
-    "row, id, status, created_at, started_at, completed_at, expires_at, tokens, total_tokens, bytes, request, result, "
+    "id, status, created_at, started_at, completed_at, expires_at, tokens, total_tokens, bytes, request, result, "
     "error, owner, (SELECT json_group_array(address) FROM deliveries WHERE job = jobs.row)"
 )
 
@@ -359,13 +358,15 @@ class Store:
     def get(self, id: str) -> Job | None:
         """The job of that id; none if there is no such, or it was deleted."""
         with self._reading() as connection:
-            row = connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (id,)).fetchone()
-        return None if row is None else _job(row)
+            row = _row(connection, id)
+            if row is None:
+                return None
+            return _job(connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE row = ?", (row,)).fetchone())
 
     def exists(self, id: str) -> bool:
         """Whether there is a job of that id."""
         with self._reading() as connection:
-            return connection.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone() is not None
+            return _row(connection, id) is not None
 
     def path(self, id: str, name: str) -> Path:
         """Where a file of a video is, whether it is there or not.
@@ -386,7 +387,7 @@ class Store:
             Whether it is there and has not ended.
         """
         with self._writing() as connection:
-            row = self._unfinished(connection, id)
+            row = _unfinished(connection, id)
             if row is not None:
                 self._begin(connection, row)
             return row is not None
@@ -404,7 +405,7 @@ class Store:
             Whether it is there and has not ended. If not, there is nothing to go on with.
         """
         with self._writing() as connection:
-            row = self._unfinished(connection, id)
+            row = _unfinished(connection, id)
             if row is None:
                 return False
             self._begin(connection, row)
@@ -422,6 +423,8 @@ class Store:
         Returns:
             Whether it is: not if it was deleted meanwhile, or has ended otherwise.
         """
+        if not self.exists(id):
+            return False
         size = self._size(id)
 
         def ended() -> bool:
@@ -474,12 +477,12 @@ class Store:
 
         def forget() -> bool:
             with self._writing(durable=True) as connection:
-                found = connection.execute("SELECT row FROM jobs WHERE id = ?", (id,)).fetchone()
-                if found is not None:
-                    connection.execute("DELETE FROM jobs WHERE row = ?", found)
-                    connection.execute("DELETE FROM events WHERE job = ?", found)
-                    connection.execute("DELETE FROM deliveries WHERE job = ?", found)
-                return found is not None
+                row = _row(connection, id)
+                if row is not None:
+                    connection.execute("DELETE FROM jobs WHERE row = ?", (row,))
+                    connection.execute("DELETE FROM events WHERE job = ?", (row,))
+                    connection.execute("DELETE FROM deliveries WHERE job = ?", (row,))
+                return row is not None
 
         try:
             there = forget()
@@ -493,7 +496,7 @@ class Store:
     # All jobs.
 
     def list(self, *, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[_Jobs, bool]:
-        """A page of jobs by the time they were made.
+        """A page of jobs in the order in which they came.
 
         Args:
             after: id of the job that the page comes after; none: it is the first one.
@@ -506,17 +509,17 @@ class Store:
         Raises:
             KeyError: there is no job of the id ``after``.
         """
-        where, values = "", ()
+        # By their rows, not by their times: the clock of a machine may be set back.
+        where, values = "", [limit + 1]
         way = {"asc": ">", "desc": "<"}[order]
         with self._reading() as connection:
             if after is not None:
-                values = connection.execute("SELECT created_at, row FROM jobs WHERE id = ?", (after,)).fetchone()
-                if values is None:
+                row = _row(connection, after)
+                if row is None:
                     raise KeyError(after)
-                where = f"WHERE (created_at, row) {way} (?, ?)"
+                where, values = f"WHERE row {way} ?", [row, limit + 1]
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM jobs {where} ORDER BY created_at {order}, row {order} LIMIT ?",
-                (*values, limit + 1),
+                f"SELECT {_COLUMNS} FROM jobs {where} ORDER BY row {order} LIMIT ?", values
             ).fetchall()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
@@ -532,12 +535,12 @@ class Store:
             The next events, or none if the video is gone.
         """
         with self._reading() as connection:
-            found = connection.execute("SELECT row FROM jobs WHERE id = ?", (id,)).fetchone()
-            if found is None:
+            row = _row(connection, id)
+            if row is None:
                 return None
             rows = connection.execute(
                 "SELECT seq, kind, data FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?",
-                (found[0], after, limit),
+                (row, min(after, 2**63 - 1), limit),
             ).fetchall()
         return [Event(seq, kind, json.loads(data)) for seq, kind, data in rows]
 
@@ -699,10 +702,6 @@ class Store:
 
     # Steps of one transaction.
 
-    def _unfinished(self, connection: sqlite3.Connection, id: str) -> int | None:
-        found = connection.execute("SELECT row FROM jobs WHERE id = ? AND completed_at IS NULL", (id,)).fetchone()
-        return None if found is None else found[0]
-
     def _begin(self, connection: sqlite3.Connection, row: int) -> None:
         changed = connection.execute(
             "UPDATE jobs SET status = 'in_progress', started_at = ? WHERE row = ? AND status = 'queued'",
@@ -716,7 +715,7 @@ class Store:
         expires = None if self.expire_seconds is None else int(now + self.expire_seconds)
         values = {"status": status, "completed_at": int(now), "expires_at": expires, **values}
         with self._writing(durable=True) as connection:
-            row = self._unfinished(connection, id)
+            row = _unfinished(connection, id)
             if row is None:
                 return False
             sets = ", ".join(f"{name} = ?" for name in values)
@@ -821,7 +820,8 @@ class Store:
                 for statement in _TABLES.split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {_KIND}")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            # Each time: whether it can be written is to be known now.
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
             connection.execute("COMMIT")
 
     def _journal(self, connection: sqlite3.Connection) -> None:
@@ -903,6 +903,18 @@ _BUSY = "videos are kept locked by another process: try again later"
 _FULL = "the disk that videos are kept on is full: delete some, or try again later"
 
 
+def _row(connection: sqlite3.Connection, id: str) -> int | None:
+    # What is no id may not even be text that SQLite takes.
+    found = connection.execute("SELECT row FROM jobs WHERE id = ?", (id,)).fetchone() if ID.fullmatch(id) else None
+    return None if found is None else found[0]
+
+
+def _unfinished(connection: sqlite3.Connection, id: str) -> int | None:
+    row = _row(connection, id)
+    found = connection.execute("SELECT 1 FROM jobs WHERE row = ? AND completed_at IS NULL", (row,)).fetchone()
+    return None if found is None else row
+
+
 def _happened(connection: sqlite3.Connection, row: int | None, kind: str, data: dict[str, Any]) -> None:
     connection.execute(
         "INSERT INTO events (job, seq, kind, data) "
@@ -912,7 +924,7 @@ def _happened(connection: sqlite3.Connection, row: int | None, kind: str, data: 
 
 
 def _job(row: Sequence[Any]) -> Job:
-    _, name, status, created, started, completed, expires, tokens, total, size, request, result, error, owner, due = row
+    name, status, created, started, completed, expires, tokens, total, size, request, result, error, owner, due = row
     return Job(
         id=name,
         status=status,
