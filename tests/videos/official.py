@@ -1,6 +1,7 @@
 """What a version of the official client makes of the dialect.
 
-``python -m tests.videos.official URL`` prints it as JSON. It runs in a process of its own, so that other versions than the installed one can be put before it on the path.
+``python -m tests.videos.official URL`` prints it as JSON. It runs in a process of its own, so that other versions than
+the installed one can be put before it on the path.
 """
 
 from __future__ import annotations

@@ -303,10 +303,14 @@ def test_no_more_is_read_than_is_taken(client: TestClient, monkeypatch: pytest.M
     assert not jobs.bodies
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "MOST_PIXELS", 11)
-    error = refused(client, json={"prompt": "p", "input_reference": DATA_URL})
+def test_a_picture_of_too_many_pixels_is_not_decoded(client: TestClient, jobs: FakeJobs) -> None:
+    file = io.BytesIO()
+    # 100 megapixels in some 12 kB.
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    error = refused(client, **multipart([("prompt", "p")], [("input_reference", file.getvalue())]))
     assert error["param"] == "input_reference"
+    assert "10000 x 10000 pixels" in error["message"]
+    assert not jobs.asked
 
 
 def test_an_extension_names_a_video(client: TestClient, jobs: FakeJobs) -> None:
