@@ -20,21 +20,12 @@ from PIL import Image
 
 from tests.strategies import quick
 from tests.videos.dialect import MODEL, FakeJobs, make_app
+from tests.videos.pictures import COLOUR, DATA_URL, PNG
 from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.videos import request as requests
 from vllm_packcache.videos.request import VideoBody
 
 FORM = "application/x-www-form-urlencoded"
-
-
-def png(size: tuple[int, int] = (4, 3), colour: tuple[int, int, int] = (10, 200, 30)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-PNG = png()
-DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 MP4 = b"\x00\x00\x00\x18ftypisom" + bytes(40)
 
 
@@ -162,7 +153,7 @@ def test_the_least_that_is_asked(client: TestClient, jobs: FakeJobs) -> None:
 )
 def test_a_picture_in_every_shape(client: TestClient, jobs: FakeJobs, sent: dict[str, Any]) -> None:
     assert read(client, jobs, **sent).picture == PNG
-    np.testing.assert_array_equal(jobs.asked[-1].picture, np.full((3, 4, 3), (10, 200, 30)))
+    np.testing.assert_array_equal(jobs.asked[-1].picture, np.full((3, 4, 3), COLOUR))
 
 
 def test_a_large_data_url_is_a_field_like_any_other(client: TestClient, jobs: FakeJobs) -> None:
@@ -312,10 +303,14 @@ def test_no_more_is_read_than_is_taken(client: TestClient, monkeypatch: pytest.M
     assert not jobs.bodies
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "MOST_PIXELS", 11)
-    error = refused(client, json={"prompt": "p", "input_reference": DATA_URL})
+def test_a_picture_of_too_many_pixels_is_not_decoded(client: TestClient, jobs: FakeJobs) -> None:
+    file = io.BytesIO()
+    # 100 megapixels in some 12 kB.
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    error = refused(client, **multipart([("prompt", "p")], [("input_reference", file.getvalue())]))
     assert error["param"] == "input_reference"
+    assert "10000 x 10000 pixels" in error["message"]
+    assert not jobs.asked
 
 
 def test_an_extension_names_a_video(client: TestClient, jobs: FakeJobs) -> None:

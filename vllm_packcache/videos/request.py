@@ -40,9 +40,6 @@ LARGEST_FIELD = 16 * 2**20
 LONGEST_PROMPT = 32_000
 """Characters, as OpenAI's API takes."""
 
-MOST_PIXELS = 2**24
-"""Of a picture: one with more is not decoded."""
-
 _MOST_FIELDS, _MOST_FILES = 10_000, 4
 
 _FETCH_SECONDS = 10.0
@@ -161,7 +158,7 @@ def asked(body: VideoBody) -> Asked:
     picture = None
     if body.picture is not None:
         try:
-            picture = read_picture_bytes(body.picture, MOST_PIXELS)
+            picture = read_picture_bytes(body.picture)
         except ValueError as error:
             raise Refusal(400, f"input_reference: {error}", param="input_reference") from None
     return Asked(
