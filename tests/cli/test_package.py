@@ -44,7 +44,7 @@ def imported() -> Iterator[tuple[str, str]]:
 
 
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-ROOMS = {"calibrate": "calibrate", "demo": "demo", "media": "generate", "reference": "calibrate", "serving": "generate"}
+ROOMS = {"calibrate": "calibrate", "demo": "demo", "reference": "calibrate", "serving": "generate"}
 """Rooms of the package that need an extra; all others are the server's."""
 DRAWING = ("tools/explain.py", "tools/figures.py")
 """Of a room without an extra: they import what draws where a picture is asked for."""
@@ -91,9 +91,9 @@ def test_what_only_extras_bring_is_known_to_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "module", "extra"),
     [
-        (["demo"], "av", "demo"),
-        (["demo-masked"], "imageio", "demo"),
-        (["generate", "--prompt", "x", "--tokenizer", ".", "--out", "x.mp4"], "av", "generate"),
+        (["demo"], "psutil", "demo"),
+        (["demo-masked"], "psutil", "demo"),
+        (["generate", "--prompt", "x", "--tokenizer", ".", "--out", "x.mp4"], "psutil", "generate"),
         (["calibrate", "--out", "x.yaml", "--plot", "x.png"], "matplotlib", "calibrate"),
         (["explain", "--out", "x.png"], "matplotlib", "calibrate"),
     ],

@@ -23,6 +23,9 @@ TICKS = 1000
 ENCODING = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"}
 """Of libx264: a picture is encoded as soon as it is there, and one thread encodes alike on every machine."""
 
+COLOURS = (5, 1, 1, 13)
+"""Of ISO/IEC 23091-2: BT.601's matrix, as FFmpeg converts by, in the range of television; sRGB's primaries and curve."""
+
 KEY_SECONDS = 2
 """From one picture to the next that stands for itself: a player can begin there."""
 
@@ -72,7 +75,10 @@ class GrowingVideo:
         self._stream = self._container.add_stream("libx264", rate=fps, options=ENCODING)
         self._stream.width, self._stream.height = size[0] + size[0] % 2, size[1] + size[1] % 2
         self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.gop_size = max(1, KEY_SECONDS * fps)
+        context = self._stream.codec_context
+        context.gop_size = max(1, KEY_SECONDS * fps)
+        # Left alone, players guess by the size.
+        context.colorspace, context.color_range, context.color_primaries, context.color_trc = COLOURS
         self._container.start_encoding()
         self._file = path.open("wb", buffering=0)
         self._write(head.getvalue())

@@ -19,7 +19,7 @@ MOST_PIXELS = 178_956_970
 MOST_PIXELS_OF_CLIENT = 2**24
 """The same of what a client sends: 50 MB once it is decoded."""
 
-KINDS_OF_CLIENT = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "BMP")
+KINDS_OF_CLIENT = ("PNG", "JPEG", "WEBP", "GIF")
 """That a client may send. Pillow has many more, of which each is code that reads what anybody sends."""
 
 

@@ -6,7 +6,9 @@ the first latent frame, the frames of a video to continue follow it. The server 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -26,6 +28,8 @@ from vllm_packcache.media.text_tokenizer import TextTokenizer
 from vllm_packcache.media.video_tokenizer import Codes, CosmosTokenizer, VideoTokenizer
 from vllm_packcache.media.videos import Clip, read_video
 
+logger = logging.getLogger("vllm.packcache")
+
 SIZES = ((448, 256), (672, 384), (768, 480))
 """Width and height of the published sizes; of the second the model's videos are shown."""
 
@@ -42,7 +46,7 @@ PREVIEW_RUN = 3
 """Latent frames that are decoded for the pictures of the last of them: earlier ones hardly change these."""
 
 LONGEST_RUN = 13
-"""Latent frames that are decoded at once: 49 frames of the video, the longest run that the tokenizer was made for."""
+"""Latent frames that are decoded at once: so many have the published videos, of 48 frames."""
 
 RUN_CONTEXT = 4
 """Of a run that is not the first: latent frames of the one before, whose pictures are not taken."""
@@ -393,13 +397,25 @@ class _OneAtATime:
 
     def encode(self, pixels: Pixels) -> Codes:
         """See `VideoTokenizer.encode`."""
-        with self._turn:
+        with self._turn, _for_clients():
             return self._tokenizer.encode(pixels)
 
     def decode(self, codes: Codes) -> Pixels:
         """See `VideoTokenizer.decode`."""
-        with self._turn:
+        with self._turn, _for_clients():
             return self._tokenizer.decode(codes)
+
+
+@contextmanager
+def _for_clients() -> Iterator[None]:
+    """Tell the log why a tokenizer fails, and the client that it does: the reason names files of the server."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        logger.warning("--video-tokenizer: %s", " ".join(str(error).split()))
+        raise ValueError(
+            "the server's video tokenizer failed, and its log says why: ask for a smaller size, or try again later"
+        ) from None
 
 
 def latent_frames(pictures: int) -> int:
