@@ -131,7 +131,7 @@ def test_a_video_is_made_before_ones_eyes(page: Any, fake: Fake) -> None:
     expect(page.locator(".card .tokens dd")).to_have_text("1,059 of 1,059")
     expect(page.locator("#where")).to_have_text("frame 2 · 0.5 s")
     expect(page.locator("#spoken")).not_to_be_empty()
-    # As explain draws them: the condition, the frame being made, the previous one, the one before that; none is dropped.
+    # As explain draws them: the condition, the frame being made, the previous one, the one before; none is dropped.
     expect(page.locator(".card .map")).to_have_attribute(
         "aria-label", re.compile("Memory while frame 2 is made: 34 blocks of 32")
     )

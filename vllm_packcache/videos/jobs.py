@@ -279,12 +279,14 @@ class Jobs:
         self, body: VideoBody, wanted: Asked, prepared: Prepared, *, remixed: Job | None = None,
         extended: Job | None = None,
     ) -> Job:  # fmt: skip
-        params = self._params(prepared)
-        await self._check(prepared, params)
-        block_size = self.engine.vllm_config.cache_config.block_size
-        made = self.config.request_of(params, prepared.prompt_ids, len(prepared.prompt_ids))
-        assert made is not None, "every video has options of one"
-        living = Living(made, prepared.prompt_ids, block_size)
+        try:
+            params = self._params(prepared)
+            made = self.config.request_of(params, prepared.prompt_ids, len(prepared.prompt_ids))
+            assert made is not None, "every video has options of one"
+            living = Living(made, prepared.prompt_ids, self.engine.vllm_config.cache_config.block_size)
+            await self._check(prepared, params)
+        except ValueError as error:
+            raise Refusal(400, _as_asked(error)) from None
         request = {
             "model": self.model,
             "prompt": body.prompt,
@@ -303,7 +305,12 @@ class Jobs:
         most = self.limits.most_unfinished
         job: Job = await self._thread(lambda: self.store.create(request, total, most_waiting=most))
         making = Making(self.store, job.id, prepared, self.processor.decoder(prepared), living)
-        task = asyncio.create_task(self._make(job.id, prepared, params, making, wanted))
+        try:
+            await self._thread(partial(making.note, wanted.picture))
+        except OSError:
+            await self._thread(partial(self.store.delete, job.id))
+            raise
+        task = asyncio.create_task(self._make(job.id, prepared, params, making))
         self._making[job.id] = task
         self._followed.set()
         task.add_done_callback(lambda _: self._making.pop(job.id, None))
@@ -313,37 +320,32 @@ class Jobs:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        try:
-            return SamplingParams(
-                **prepared.sampling,
-                max_tokens=prepared.made * prepared.tokens_per_frame,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-                stream_interval=prepared.tokens_per_frame,
-                extra_args={f"{REQUEST_PREFIX}{name}": value for name, value in prepared.options.items()},
-            )
-        except ValueError as error:
-            raise Refusal(400, _as_asked(error)) from None
+        return SamplingParams(
+            **prepared.sampling,
+            max_tokens=prepared.made * prepared.tokens_per_frame,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            stream_interval=prepared.tokens_per_frame,
+            extra_args={f"{REQUEST_PREFIX}{name}": value for name, value in prepared.options.items()},
+        )
 
     async def _check(self, prepared: Prepared, params: SamplingParams) -> None:
         """Ask vLLM what it would say of the request, and with it our own plan: afterwards nobody could be told.
 
         Raises:
-            Refusal: the engine refuses it, is full, or is dead.
+            ValueError: it is refused.
+            Refusal: the engine is full, or has stopped.
         """
         from vllm.inputs.engine import tokens_input
 
         engine: Any = self.engine
         if engine.errored:
             raise Refusal(503, "the engine has stopped: the server has to be started again", wait=_WAIT)
-        try:
-            tasks = await engine.get_supported_tasks()
-            engine.input_processor.process_inputs(
-                "video", tokens_input(list(prepared.prompt_ids)), params.clone(), supported_tasks=tasks
-            )
-        except ValueError as error:
-            raise Refusal(400, _as_asked(error)) from None
+        tasks = await engine.get_supported_tasks()
+        engine.input_processor.process_inputs(
+            "video", tokens_input(list(prepared.prompt_ids)), params.clone(), supported_tasks=tasks
+        )
         try:
             engine.check_admission()
         except Exception as error:  # Of classes that vLLM does not publish.
@@ -351,10 +353,10 @@ class Jobs:
 
     # How it is made.
 
-    async def _make(self, name: str, prepared: Prepared, params: SamplingParams, making: Making, wanted: Asked) -> None:
+    async def _make(self, name: str, prepared: Prepared, params: SamplingParams, making: Making) -> None:
         queued = time.monotonic()
         try:
-            why = await self._made(name, prepared, params, making, wanted, queued)
+            why = await self._made(name, prepared, params, making, queued)
         except asyncio.CancelledError:
             # Nobody wants it any more, or the server stops: a video that is deleted has no row to be told of it.
             await self._fail(name, "server_stopped", "the server was stopped while this video was made")
@@ -369,7 +371,7 @@ class Jobs:
             await self._fail(name, *why)
 
     async def _made(
-        self, name: str, prepared: Prepared, params: SamplingParams, making: Making, wanted: Asked, queued: float
+        self, name: str, prepared: Prepared, params: SamplingParams, making: Making, queued: float
     ) -> tuple[str, str] | None:
         """Make a video.
 
@@ -378,7 +380,7 @@ class Jobs:
         """
         from vllm.inputs.engine import tokens_input
 
-        if not await self._going_on(lambda: making.begin(wanted.picture)):
+        if not await self._going_on(making.begin):
             return None
         size, begun = prepared.tokens_per_frame, False
         ids: list[int] = []

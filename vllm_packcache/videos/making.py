@@ -55,14 +55,14 @@ class Making:
         self._shown: list[int] = []
         self._decode_seconds = self._storage_seconds = 0.0
 
-    def begin(self, picture: Pixels | None) -> bool:
-        """Write what is known before anything is made.
+    def note(self, picture: Pixels | None) -> None:
+        """Write what it takes to make it again, or to go on with it.
 
         Args:
             picture: that the client has given.
 
-        Returns:
-            Whether anybody still wants the video.
+        Raises:
+            OSError: it cannot be written.
         """
         prepared = self._prepared
         said = {
@@ -78,8 +78,13 @@ class Making:
         self._file(PREPARED).write_text(json.dumps(said), encoding="utf-8")
         if picture is not None:
             Image.fromarray(picture).save(self._file(INPUT))
-        if prepared.pictures:
-            self._growing = growing.GrowingVideo(self._file(GROWING), prepared.size, prepared.fps)
+
+    def begin(self) -> bool:
+        """Show what is given.
+
+        Returns:
+            Whether anybody still wants the video.
+        """
         return all(self._show(pixels, {"given": True}, 0.0) for pixels in self._decoder.given())
 
     def start(self) -> None:
@@ -110,7 +115,14 @@ class Making:
         self._full = living["full_tokens"]
         self._storage_seconds += time.monotonic() - began
         began = time.monotonic()
+        if self._growing is None and self._prepared.pictures:
+            # Not before: a thousand videos may wait, and an encoder takes memory.
+            self._growing = growing.GrowingVideo(self._file(GROWING), self._prepared.size, self._prepared.fps)
+            for pixels in self._decoder.given():
+                self._growing.add(pixels)
         pixels = self._decoder.add(ids)
+        if self._growing is not None:
+            self._growing.add(pixels)
         self._decode_seconds += time.monotonic() - began
         self._tokens += len(ids)
         seconds, self._last = arrived - self._last, arrived
@@ -123,8 +135,6 @@ class Making:
             self._file(preview_name(self._frame)).write_bytes(preview)
             self._bytes += len(preview)
             self._shown.append(self._frame)
-            assert self._growing is not None
-            self._growing.add(pixels)
         total = self._prepared.made * self._prepared.tokens_per_frame
         data = {
             "object": "video.frame",
