@@ -1,4 +1,4 @@
-"""A server of videos without a model, for the page: worlds of the demo instead of frames, and real maps of blocks."""
+"""A server of videos without a model, for the page: worlds of the demo instead of frames, and real maps of blocks.
 
 Preview: ``python -m tests.videos.fake --port 8100 --seconds 0.2``, and open http://127.0.0.1:8100/playground
 """
