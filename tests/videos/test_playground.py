@@ -216,6 +216,11 @@ def test_one_click_compares(page: Any, fake: Fake) -> None:
     page.locator(".card").nth(1).get_by_role("button", name="Close").click()
     expect(page.locator(".card h3")).to_have_text(["packcache"])
     expect(page.locator("#compared")).to_be_hidden()
+    # Any two can be put side by side.
+    page.locator("#list .open").filter(has_text="full").click()
+    expect(page.locator(".card h3")).to_have_text(["full"])
+    page.locator("#list li").filter(has_text="packcache").get_by_role("button", name="Beside").click()
+    expect(page.locator("#compared")).to_contain_text("packcache holds 20 % of the tokens that full holds")
 
 
 @in_a_browser
