@@ -407,7 +407,7 @@ def test_two_servers_at_once(tmp_path: Path) -> None:
 
 def test_a_deletion_may_race_with_the_end(store: Store) -> None:
     with closing(store_of(store.folder)) as other:
-        for _ in range(60):
+        for _ in range(30):
             job = store.create({}, 1, most_waiting=9)
             begin = threading.Barrier(2)
 
@@ -508,6 +508,34 @@ def test_a_locked_store_is_busy_and_can_be_read(tmp_path: Path, monkeypatch: pyt
         assert store.get(job.id).status == "queued"
         store.sweep()
         assert store.get(job.id).error == {"code": "code", "message": "message"}
+
+
+class Racing:
+    """A connection that meets another one which opens the same new database."""
+
+    left = 1
+
+    def execute(self, statement: str) -> Racing:
+        if self.left:
+            self.left -= 1
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+        return self
+
+    def fetchone(self) -> tuple[str]:
+        return ("wal",)
+
+
+def test_two_servers_may_open_a_new_store_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    racing = Racing()
+    store._journal(racing)
+    assert racing.left == 0
+    monkeypatch.setattr(module, "_PATIENCE", -1.0)
+    racing.left = 9
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        store._journal(racing)
+    assert racing.left == 8
 
 
 def test_a_thread_that_writes_keeps_others_waiting_and_then_busy(
