@@ -176,7 +176,9 @@ def test_a_server_is_told_of_the_video_tokenizer_and_of_the_key() -> None:
     for service in ("gpu", "cpu"):
         # Without a value: that of who starts it.
         assert "VLLM_API_KEY" in services[service]["environment"]
-    told = VARIABLE.sub(lambda match: {"PACKCACHE_VIDEO_TOKENIZER": "/models/t"}.get(match[1], "1"), COMPOSE.read_text())
+    told = VARIABLE.sub(
+        lambda match: {"PACKCACHE_VIDEO_TOKENIZER": "/models/t"}.get(match[1], "1"), COMPOSE.read_text()
+    )
     assert "--video-tokenizer=/models/t" in yaml.safe_load(told)["services"]["gpu"]["command"]
     for env_file in ENV_FILES:
         assert environment(env_file)["PACKCACHE_VIDEO_TOKENIZER"] == IDS
