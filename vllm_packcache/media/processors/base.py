@@ -262,8 +262,8 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
         return LumosProcessor(Path(name), server, max_model_len)
     if ":" not in name:
         raise ValueError(
-            f"it must be {', '.join(BUNDLED)}, module:object, a folder with {', '.join(COSMOS_FILES)}, or {IDS} for token "
-            "ids alone: give one of them"
+            f"it must be {', '.join(BUNDLED)}, module:object, a folder with {', '.join(COSMOS_FILES)}, or {IDS} for "
+            "token ids alone: give one of them"
         )
     named = load(name)
     if all(callable(getattr(named, method, None)) for method in ("prepare", "extend", "decoder", "about")):
