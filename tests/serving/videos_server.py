@@ -29,7 +29,6 @@ CONFIG = {"window": 2, "history_frames": 1.5, "layout": {"grid": GRID}}
 POOL_BLOCKS = 20
 """Too few for some of `CASES` at once."""
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     # A client of one of several servers stays with it.
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
