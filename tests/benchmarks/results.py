@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 from benchmarks.decode import benchmark as decode_benchmark
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
 from benchmarks.decode.samples import ratios_of, step_times, summed
+from benchmarks.decode.samples import summary as summary_of_ratios
 from benchmarks.engine_process import Burst
 from benchmarks.quality import benchmark as quality_benchmark
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, Videos, summary
 from benchmarks.statistics import Count
+from benchmarks.videos import benchmark as videos_benchmark
+from benchmarks.videos.plan import VideosPlan
 from vllm_packcache.calibrate.command import ALL_QUERIES, analyse
 from vllm_packcache.calibrate.mass import NEAREST, Mass
 from vllm_packcache.config.server import ServerConfig
@@ -185,6 +189,34 @@ def gpu() -> dict[str, Any]:
     }
 
 
+def videos() -> dict[str, Any]:
+    """One of three rounds."""
+    ratios = [0.99, 1.01, 1.02]
+    completion = {"engine_cpu": 0.4, "api_server_cpu": 0.1, "wall": 0.5}
+    rounds = [
+        {
+            "completion": completion,
+            "video": {clock: own * value for clock, value in completion.items()} | {"decode": 0.003, "storage": 0.004},
+        }
+        for own in ratios
+    ]
+    result = {
+        "benchmark": "videos",
+        **ABOUT,
+        "quick": False,
+        "seconds": 12,
+        "model": {"name": "a model"},
+        "plan": dataclasses.asdict(VideosPlan(frames=2, rounds=3, followed_rounds=2)),
+        "overhead": {
+            "tokens_per_frame": 257,
+            "rounds": rounds,
+            "ratios": dict.fromkeys(completion, summary_of_ratios(ratios)),
+        },
+        "followers": {"rounds": [{count: {"frame": 0.5, "api_server_cpu": 0.1} for count in ("0", "1", "4")}] * 2},
+    }
+    return json.loads(json.dumps(result | {"targets": videos_benchmark.targets(result)}))
+
+
 def fill(folder: Path) -> dict[str, dict[str, Any]]:
     """Write one of each into a folder."""
     results = {
@@ -200,6 +232,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "gpu.json": gpu(),
         "memory.json": read("memory.json"),
         "play.json": read("play.json"),
+        "videos.json": videos(),
     }
     for name, result in results.items():
         files.write(folder / name, result)
