@@ -369,6 +369,10 @@ def test_a_remix_is_the_same_of_another_prompt(tmp_path: Path) -> None:
         assert (again.seed, again.temperature) == (7, 0.5)
         # What a remix was made of is known of it too.
         assert (await jobs.remix(other.id, body.prompt)).request["options"] == {"policy": "packcache", **body.options}
+        jobs.model = "another"
+        for make in (jobs.remix(first.id, "a dog"), jobs.extend(first.id, body)):
+            with pytest.raises(Refusal, match="made by 'm', and another is served here"):
+                await make
 
     run(tmp_path, play)
 

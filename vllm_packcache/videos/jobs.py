@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.core.plan import VideoRequest
@@ -218,9 +218,17 @@ class Jobs:
         return await self._take(body, wanted, prepared, remixed=job)
 
     async def _found(self, id: str) -> Job:
+        """A video that another one is to be made of.
+
+        Raises:
+            Refusal: there is none (404), or another model has made it (400).
+        """
         job = await self._thread(lambda: self.store.get(id))
         if job is None:
             raise Refusal(404, "there is no video of this id: it was never asked for, deleted, or has expired")
+        if job.request.get("model") != self.model:
+            made_by = shown(job.request.get("model"))
+            raise Refusal(400, f"this video was made by {made_by}, and {self.model} is served here: create a new one")
         return job
 
     def shown(self, job: Job) -> dict[str, Any]:
@@ -499,6 +507,8 @@ class Jobs:
             logger.warning("Videos cannot be looked after: %s", " ".join(str(error).split()))
             return
         self.metrics.counted(counts)
+        for _ in swept.stopped:
+            self.metrics.ended("failed", None)
         if swept.stopped:
             logger.warning(
                 "%d videos failed, whose server is gone: %s", len(swept.stopped), ", ".join(swept.stopped[:8])
