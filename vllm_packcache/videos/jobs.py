@@ -297,6 +297,7 @@ class Jobs:
             "policy": made.streams[0].plan.policy.name if type(made.streams[0].plan.policy).name == OPT_OUT
             else self.config.name,
             "options": dict(body.options),
+            "notes": list(prepared.notes),
             "remixed_from": None if remixed is None else remixed.id,
             "extended_from": None if extended is None else extended.id,
             "asked": _again(body, wanted),
