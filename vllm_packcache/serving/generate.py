@@ -240,7 +240,7 @@ def own_arguments(asked: Asked, model: Path, tokenizer: Path | None, config: str
         *(POLICY_FLAG, policy_of(policy), CONFIG_FLAG, json.dumps(policy)),
         # Whatever the folder is called, it is not the name of a bundled one.
         *(TOKENIZER_FLAG, str(tokenizer.resolve())),
-        *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype, "--skip-tokenizer-init"),
+        *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype),
         # The video tokenizer runs beside the engine, which would leave it next to nothing.
         *(("--gpu-memory-utilization", "0.8") if torch.cuda.is_available() else ()),
     ]
@@ -309,7 +309,7 @@ def _own_server(model: Path, arguments: list[str], log: Path, console: Console) 
     import torch
 
     with TemporaryDirectory(prefix="packcache_videos_") as store:
-        arguments = [*arguments, STORE_FLAG, store]
+        arguments = [*arguments, STORE_FLAG, store, "--skip-tokenizer-init"]
         console.print(f"[bold]vllm serve[/] {escape(shlex.join([str(model), *arguments]))}", soft_wrap=True)
         with (
             console.status("starting the server") as status,
