@@ -1,4 +1,4 @@
-"""``vllm-packcache generate``: against a server without a model, one that fails, and once as a user with one of its own."""
+"""``vllm-packcache generate``: of a server without a model, of one that fails, and once as a user of one of its own."""
 
 from __future__ import annotations
 

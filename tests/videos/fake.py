@@ -1,4 +1,4 @@
-"""A server of videos without a model, for the page: worlds of the demo instead of frames, and real maps of blocks.
+"""A server of videos without a model, for the page: worlds of the demo instead of what a model makes, real maps.
 
 Preview: ``python -m tests.videos.fake --port 8100 --seconds 0.2``, and open http://127.0.0.1:8100/playground
 """
@@ -174,11 +174,11 @@ class Fake:
             "seconds": f"{frames / FPS:g}",
             "remixed_from_video_id": None,
             "error": None,
-            "fps": FPS,
+            "fps": self.about["tokenizer"]["fps"],
             "frames": frames,
             "options": {"policy": policy, **options} if given is None else given.shown["options"],
         }
-        example = self.about["tokenizer"]["examples"][0]["prompt"]
+        example = (ASSETS / "example_prompt.txt").read_text().strip()
         seed = given.seed if given else EXAMPLE if asked.get("prompt") == example else 4
         video = FakeVideo(shown, seed, given.shown["frames"] if given else 0)
         video.tell("status", shown)

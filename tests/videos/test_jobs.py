@@ -368,7 +368,7 @@ def test_a_remix_is_the_same_of_another_prompt(tmp_path: Path) -> None:
         assert again.extra_args == params.extra_args
         assert (again.seed, again.temperature) == (7, 0.5)
         # What a remix was made of is known of it too.
-        assert (await jobs.remix(other.id, body.prompt)).request["options"] == body.options
+        assert (await jobs.remix(other.id, body.prompt)).request["options"] == {"policy": "packcache", **body.options}
 
     run(tmp_path, play)
 

@@ -170,8 +170,11 @@ def test_a_large_data_url_is_a_field_like_any_other(client: TestClient, jobs: Fa
     ("data", "suffix"), [(MP4, ".mp4"), (b"\x1aE\xdf\xa3" + bytes(9), ".webm"), (b"GIF89a" + bytes(9), ".gif")]
 )
 def test_a_clip_is_written_and_removed(
-    client: TestClient, jobs: FakeJobs, data: bytes, suffix: str, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, jobs: FakeJobs, data: bytes, suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
     seen: list[bytes] = []
     begun = jobs._begun
 
@@ -184,10 +187,11 @@ def test_a_clip_is_written_and_removed(
     body = read(client, jobs, **multipart([("prompt", "p")], [("input_reference", data)]))
     assert body.clip is not None
     assert (body.clip.suffix, seen, body.picture) == (suffix, [data], None)
+    assert body.clip.parent == folder
     assert not body.clip.exists()
     # Whatever becomes of the request.
     refused(client, 404, **multipart([("prompt", "p"), ("model", "x")], [("input_reference", data)]))
-    assert not list(Path(body.clip.parent).glob(f"packcache_clip_*{suffix}"))
+    assert not list(folder.iterdir())
 
 
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [

@@ -60,15 +60,16 @@ class DemoProcessor:
 
     def about(self) -> dict[str, Any]:
         """See `VideoProcessor.about`."""
+        most = base.most_frames(self._most, CONDITION_TOKENS, FRAME_TOKENS, 1)
         return {
             "name": self.name,
             "text": True,
             "sizes": [f"{SIZE}x{SIZE}"],
             "size": f"{SIZE}x{SIZE}",
             "fps": FRAMES_PER_SECOND,
-            "frames": FRAMES,
+            "frames": min(FRAMES, most),
             "frames_step": 1,
-            "most_frames": base.most_frames(self._most, CONDITION_TOKENS, FRAME_TOKENS, 1),
+            "most_frames": most,
             "picture": "required",
             "clip": False,
             "options": base.ranges("causal"),

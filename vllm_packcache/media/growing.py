@@ -24,7 +24,7 @@ ENCODING = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads":
 """Of libx264: a picture is encoded as soon as it is there, and one thread encodes alike on every machine."""
 
 COLOURS = (5, 1, 1, 13)
-"""Of ISO/IEC 23091-2: BT.601's matrix, by which FFmpeg converts, in television's range; sRGB's primaries and curve."""
+"""Of ISO/IEC 23091-2: BT.601 as FFmpeg converts by it, in the range of television; primaries and curve of sRGB."""
 
 KEY_SECONDS = 2
 """From one picture to the next that stands for itself: a player can begin there."""

@@ -24,6 +24,8 @@ from PIL import Image
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
+from vllm_packcache.core.plan import VideoRequest
+from vllm_packcache.core.policies import Full as KeepsAll
 from vllm_packcache.media.processors.base import Asked, Prepared, VideoProcessor, processor_of
 from vllm_packcache.videos.living import Living
 from vllm_packcache.videos.making import INPUT, Making, kept
@@ -102,6 +104,7 @@ class Jobs:
         self._makers = ThreadPoolExecutor(_MAKERS, thread_name_prefix="videos made")
         self._answerers = ThreadPoolExecutor(_ANSWERERS, thread_name_prefix="videos answered")
         self._making: dict[str, asyncio.Task[None]] = {}
+        self._waiting: dict[str, Making] = {}
         self._helpers: list[asyncio.Task[None]] = []
         self._generation, self._changed = 0, asyncio.Event()
         self._followers, self._followed = 0, asyncio.Event()
@@ -129,6 +132,8 @@ class Jobs:
         """
         for name in names:
             video = name.rpartition("-")[0]
+            if (making := self._waiting.pop(video, None)) is not None:
+                making.start()
             if ID.fullmatch(video):
                 # Whoever's it is: what the engine says reaches one of several API servers.
                 asyncio.get_running_loop().run_in_executor(self._answerers, self._begun, video)
@@ -294,14 +299,12 @@ class Jobs:
             "seconds": f"{prepared.frames / prepared.fps:g}",
             "fps": prepared.fps,
             "frames": prepared.frames,
-            "policy": made.streams[0].plan.policy.name if type(made.streams[0].plan.policy).name == OPT_OUT
-            else self.config.name,
-            "options": dict(body.options),
+            "options": {"policy": self._policy_of(made), **body.options},
             "notes": list(prepared.notes),
             "remixed_from": None if remixed is None else remixed.id,
             "extended_from": None if extended is None else extended.id,
             "asked": _again(body, wanted),
-        }  # fmt: skip
+        }
         total = prepared.made * prepared.tokens_per_frame
         most = self.limits.most_unfinished
         job: Job = await self._thread(lambda: self.store.create(request, total, most_waiting=most))
@@ -312,10 +315,14 @@ class Jobs:
             await self._thread(partial(self.store.delete, job.id))
             raise
         task = asyncio.create_task(self._make(job.id, prepared, params, making))
-        self._making[job.id] = task
+        self._making[job.id], self._waiting[job.id] = task, making
         self._followed.set()
-        task.add_done_callback(lambda _: self._making.pop(job.id, None))
+        task.add_done_callback(partial(self._forget, job.id))
         return job
+
+    def _policy_of(self, made: VideoRequest) -> str:
+        """The policy of a request: the server's, or none."""
+        return OPT_OUT if type(made.streams[0].plan.policy) is KeepsAll else self.config.name
 
     def _params(self, prepared: Prepared) -> SamplingParams:
         from vllm import SamplingParams
@@ -465,6 +472,11 @@ class Jobs:
                         if not await self._thread(partial(self.store.exists, name)):
                             self._leave(name)
             await asyncio.sleep(_LOOKS)
+
+    def _forget(self, name: str, task: object) -> None:
+        del task
+        self._making.pop(name, None)
+        self._waiting.pop(name, None)
 
     def _leave(self, name: str) -> None:
         """Stop making a video."""

@@ -13,6 +13,9 @@ from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.core.view import IN_CONDITION, FrameView, view_of
 
+STREAMS = ("conditional", "unconditional")
+"""Of a guided video, by their names for people."""
+
 
 class Living:
     """The cache of a video that is made, frame by frame.
@@ -38,7 +41,7 @@ class Living:
 
         Returns:
             Data of an event ``frame``: tokens and blocks of all streams, positions and the states of blocks of the
-            first, and where there are several ``streams`` with those of each.
+            first, and where there are two ``streams`` with those of each.
         """
         self._ids += ids
         shown = [self._shown(stream, retention) for stream, retention in self._streams]
@@ -50,7 +53,7 @@ class Living:
             "positions": shown[0]["positions"],
             "blocks": shown[0]["blocks"],
         }
-        return said if len(shown) == 1 else {**said, "streams": shown}
+        return said if len(shown) == 1 else {**said, "streams": dict(zip(STREAMS, shown, strict=True))}
 
     def _shown(self, stream: Stream, retention: Retention) -> dict[str, Any]:
         view = view_of(retention, self._frame)

@@ -88,7 +88,7 @@ class Making:
         return all(self._show(pixels, {"given": True}, 0.0) for pixels in self._decoder.given())
 
     def start(self) -> None:
-        """The engine has begun: frames are timed from now on."""
+        """The engine has begun, which is known when it says so or with the first token: frames are timed from now."""
         if self._began is None:
             self._began = self._last = time.monotonic()
 

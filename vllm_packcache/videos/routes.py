@@ -277,13 +277,11 @@ async def _list(jobs: Jobs, request: Request) -> Response:
         raise Refusal(400, f"order must be asc or desc, not {shown(order)}", param="order")
     ordered: Literal["asc", "desc"] = "asc" if order == "asc" else "desc"
     try:
-        found, more = await asyncio.to_thread(jobs.store.list, after=after, limit=max(1, limit), order=ordered)
+        found, more = await asyncio.to_thread(jobs.store.list, after=after, limit=limit, order=ordered)
     except KeyError:
         raise Refusal(
             400, f"after must be the id of a video, and there is none {shown(after)}", param="after"
         ) from None
-    if limit == 0:
-        found, more = [], more or bool(found)
     data = [jobs.shown(job) for job in found]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})

@@ -55,7 +55,7 @@ class Webhooks:
     async def run(self) -> None:
         """Deliver what is due until the task is cancelled."""
         async with (
-            httpx.AsyncClient(timeout=_TIMEOUT, follow_redirects=False) as client,
+            httpx.AsyncClient(timeout=_TIMEOUT) as client,
             # An address that does not answer keeps no other one waiting.
             asyncio.TaskGroup() as group,
         ):
@@ -130,7 +130,8 @@ class Webhooks:
             # httpx limits each read and write, not all of them; of what is answered nothing is read but the status.
             async with (
                 asyncio.timeout(_TIMEOUT),
-                client.stream("POST", webhook.url, content=body, headers=headers) as answer,
+                # An address that points elsewhere is not the one that was named.
+                client.stream("POST", webhook.url, content=body, headers=headers, follow_redirects=False) as answer,
             ):
                 return None if answer.is_success else f"it answered {answer.status_code}"
         except TimeoutError:

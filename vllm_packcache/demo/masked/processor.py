@@ -52,16 +52,16 @@ class MaskedDemoProcessor:
 
     def about(self) -> dict[str, Any]:
         """See `VideoProcessor.about`."""
-        longest = base.most_frames(self._most, lumos.LEAST_TEXT_TOKENS + TEXT_TOKENS, FRAME.tokens_per_frame, 0)
+        most = base.most_frames(self._most, lumos.LEAST_TEXT_TOKENS + TEXT_TOKENS, FRAME.tokens_per_frame, 0)
         return {
             "name": self.name,
             "text": True,
             "sizes": [f"{SIZE}x{SIZE}"],
             "size": f"{SIZE}x{SIZE}",
             "fps": FRAMES_PER_SECOND,
-            "frames": FRAMES,
+            "frames": min(FRAMES, most),
             "frames_step": 1,
-            "most_frames": min(MAX_SECONDS, longest),
+            "most_frames": min(MAX_SECONDS, most),
             "picture": "optional",
             "clip": False,
             "options": base.masked_ranges(OPTIONS),

@@ -50,7 +50,7 @@ SESSION_OPTIONS = ("session_tokens", "forget_frames", "forget_from")
 """Of turns of a session, which a video is not."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Asked:
     """What a client wants. Types are as said, values may be any; None: the client does not say.
 
@@ -91,7 +91,7 @@ class Asked:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
     """What the engine is asked for.
 
@@ -125,7 +125,7 @@ class Prepared:
         return self.pictures or self.made + len(self.given)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
     """What is known of a finished video that is to be extended.
 
@@ -454,7 +454,16 @@ def most_frames(most: int | None, condition_tokens: int, tokens_per_frame: int, 
         tokens_per_frame: F.
         given: pictures that the condition is.
     """
-    return MAX_FRAMES if most is None else max(given, given + (most - condition_tokens) // tokens_per_frame)
+    return MAX_FRAMES if most is None else given + max(1, (most - condition_tokens) // tokens_per_frame)
+
+
+def usual_tokens(server: ServerConfig) -> int:
+    """Tokens of a frame where a request does not say how it is made up; 1: the server does not say either."""
+    if server.layout is None:
+        return 1
+    # Of a masked model's frames a server may be told the grid alone.
+    own = lumos.frame_layout(server.grid) if server.family.role == "canvas" and server.grid else None
+    return (own or server.layout.frame_layout()).tokens_per_frame
 
 
 def seed_range() -> dict[str, float]:

@@ -41,17 +41,17 @@ class IdsProcessor:
 
     def about(self) -> dict[str, Any]:
         """See `VideoProcessor.about`."""
-        layout = self._server.layout
-        tokens = 1 if layout is None else layout.frame_layout().tokens_per_frame
+        tokens = base.usual_tokens(self._server)
+        most = base.most_frames(self._most, 0, tokens, 0)
         return {
             "name": self.name,
             "text": False,
             "sizes": [],
             "size": None,
             "fps": 1,
-            "frames": FRAMES,
+            "frames": min(FRAMES, most),
             "frames_step": 1,
-            "most_frames": base.most_frames(self._most, 0, tokens, 0),
+            "most_frames": most,
             "picture": "none",
             "clip": False,
             "options": base.ranges(self._server.family.role),

@@ -187,11 +187,11 @@ class LumosProcessor:
         self._text = TextTokenizer(folder)
         self._video: VideoTokenizer = _OneAtATime(CosmosTokenizer(folder))
         self._most = max_model_len
-        layout = None if server is None else server.layout
-        self._most_tokens = None if layout is None else layout.frame_layout().tokens_per_frame
+        self._most_tokens: int | None = None
         self._size = SIZES[1]
-        if layout is not None and layout.grid is not None:
-            rows, columns = layout.grid
+        if server is not None and server.grid is not None:
+            rows, columns = server.grid
+            self._most_tokens = lumos.frame_layout(server.grid).tokens_per_frame
             self._size = columns * PIXELS_PER_TOKEN, rows * PIXELS_PER_TOKEN
         self._decoded: set[lumos.Grid] = set()
 
@@ -200,16 +200,16 @@ class LumosProcessor:
         tokens = lumos.frame_layout(lumos.grid_of(*self._size)).tokens_per_frame
         sizes = [size for size in SIZES if self._fits(lumos.grid_of(*size))]
         latent = base.most_frames(self._most, lumos.LEAST_TEXT_TOKENS, tokens, 0)
-        most = min(LARGEST_NUMBER * FRAMES_PER_SECOND, 1 + (latent - 1) * FRAMES_PER_LATENT)
+        seconds = min(LARGEST_NUMBER, max(1, pictures_of(latent) // FRAMES_PER_SECOND))
         return {
             "name": self.name,
             "text": True,
             "sizes": [f"{width}x{height}" for width, height in dict.fromkeys([*sizes, self._size])],
             "size": f"{self._size[0]}x{self._size[1]}",
             "fps": FRAMES_PER_SECOND,
-            "frames": SECONDS * FRAMES_PER_SECOND,
+            "frames": min(SECONDS, seconds) * FRAMES_PER_SECOND,
             "frames_step": FRAMES_PER_SECOND,
-            "most_frames": max(FRAMES_PER_SECOND, most // FRAMES_PER_SECOND * FRAMES_PER_SECOND),
+            "most_frames": seconds * FRAMES_PER_SECOND,
             "picture": "optional",
             "clip": True,
             "options": base.ranges("canvas"),

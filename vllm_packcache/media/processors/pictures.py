@@ -86,18 +86,18 @@ class PicturesProcessor:
 
     def about(self) -> dict[str, Any]:
         """See `VideoProcessor.about`."""
-        layout = self._server.layout
-        tokens = 1 if layout is None else layout.frame_layout().tokens_per_frame
+        tokens = base.usual_tokens(self._server)
         size = f"{self._size[0]}x{self._size[1]}"
+        most = base.most_frames(self._most, 0, tokens, 0)
         return {
             "name": self.name,
             "text": self._prompt is not None,
             "sizes": [size],
             "size": size,
             "fps": self._fps,
-            "frames": FRAMES,
+            "frames": min(FRAMES, most),
             "frames_step": 1,
-            "most_frames": base.most_frames(self._most, 0, tokens, 0),
+            "most_frames": most,
             "picture": "none" if self._prompt is None else "optional",
             "clip": False,
             "options": base.ranges("causal"),

@@ -285,12 +285,12 @@ export class Card {
 export function comparison(left, right) {
   const [one, other] = [left.shown, right.shown];
   if (!one?.full_tokens || !other?.full_tokens || one.frame !== other.frame) return "";
-  const [a, b] = left.name === right.name ? ["the left one", "the right one"] : [left.name, right.name];
-  const share = one.resident_tokens / other.resident_tokens;
+  const names = left.name === right.name ? ["the first one", "the second one"] : [left.name, right.name];
+  const [held, others] = [one.resident_tokens, other.resident_tokens];
+  const [less, more] = held < others ? names : names.reverse();
+  const share = decimal((100 * Math.min(held, others)) / Math.max(held, others));
   const parts = [
-    share === 1
-      ? `both hold ${whole(one.resident_tokens)} tokens`
-      : `${a} holds ${decimal(100 * share)} % of the tokens that ${b} holds`,
+    held === others ? `both hold ${whole(held)} tokens` : `${less} holds ${share} % of the tokens that ${more} holds`,
   ];
   const apart = left.differs(right);
   if (apart !== null) parts.push(apart === 0 ? "the pictures are the same" : `the pictures differ by ${decimal(100 * apart)} %`);

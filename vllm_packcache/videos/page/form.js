@@ -288,8 +288,8 @@ async function send(compared) {
 
 // ------------------------------------------------------------------------------------------------ the form
 
-export async function openForm(described, whenMade, failed) {
-  about = described;
+export async function openForm(told, whenMade, failed) {
+  about = told;
   made = whenMade;
   const { tokenizer } = about;
   const ids = tokenizer.text === false;

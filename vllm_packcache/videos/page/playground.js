@@ -126,6 +126,7 @@ function arrange() {
   highlight(cards.map((card) => card.id));
   const hash = cards.map((card) => encodeURIComponent(card.id)).join(",");
   history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  compare();
   later();
 }
 
