@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,14 +67,14 @@ class Engine:
         prompt: ids of the last request.
         options: the same request's own.
         codes: that it made of it.
-        closed: requests that were let go.
+        let_go: the request, whether it was made or not.
     """
 
     def __init__(self) -> None:
         self.prompt: list[int] = []
         self.options: dict[str, Any] = {}
         self.codes = np.empty(0)
-        self.closed: list[str] = []
+        self.let_go = threading.Event()
         self.errored = False
         self.fewer = 0
         self.before: Callable[[int], Coroutine[Any, Any, None]] | None = None
@@ -105,7 +105,7 @@ class Engine:
                 ids = lumos.frame_of_codes(codes).tolist()
                 yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=None)])
         finally:
-            self.closed.append(request_id)
+            self.let_go.set()
 
 
 class Server(Engine):
@@ -115,6 +115,7 @@ class Server(Engine):
         url: its address.
         key: that it asks for.
         keys: that it was given.
+        followed: somebody sees the video being made.
         jobs: what makes its videos.
     """
 
@@ -123,6 +124,7 @@ class Server(Engine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.followed = asyncio.Event()
         self.key: str | None = None
         self.keys: list[str | None] = []
 
@@ -134,6 +136,15 @@ class Server(Engine):
         @asynccontextmanager
         async def lifespan(own: FastAPI) -> AsyncIterator[None]:
             self.jobs = room.Jobs(self, dataclasses.replace(config, videos=videos), "lumos")  # type: ignore[arg-type]
+            follow = self.jobs.follow
+
+            async def followed(*which: Any) -> AsyncGenerator[Any, None]:
+                async with aclosing(follow(*which)) as events:
+                    async for event in events:
+                        yield event
+                        self.followed.set()
+
+            self.jobs.follow = followed  # type: ignore[method-assign]
             await self.jobs.start()
             setattr(own.state, _JOBS, self.jobs)
             yield
@@ -335,6 +346,7 @@ def test_a_video_that_fails(server: Server, tmp_path: Path) -> None:
 def test_a_video_that_somebody_deletes(server: Server, tmp_path: Path) -> None:
     async def before(frame: int) -> None:
         if frame == 2:
+            await server.followed.wait()
             ((job,), _) = server.jobs.store.list(after=None, limit=1, order="desc")
             await asyncio.to_thread(server.jobs.store.delete, job.id)
             await asyncio.Event().wait()
@@ -352,13 +364,14 @@ def test_who_leaves_stops_the_video(number: signal.Signals, server: Server, tmp_
 
     async def before(frame: int) -> None:
         if frame == 2:
+            await server.followed.wait()
             signal.pthread_kill(leaving, number)
             await asyncio.Event().wait()
 
     server.before = before
     result = call(tmp_path / "video.mp4", to=server.url)
     assert result.exit_code == (130 if number == signal.SIGINT else 143)
-    assert len(server.closed) == 1
+    assert server.let_go.wait(60)
     assert server.jobs.store.list(after=None, limit=1, order="desc") == ([], False)
     assert list(tmp_path.iterdir()) == []
 
@@ -420,7 +433,7 @@ def event(number: int, kind: str, data: dict[str, Any] | None = None) -> str:
 
 
 def frame(number: int) -> str:
-    return event(number + 1, "frame", {"frame": number, "frames": 2, "given": False})
+    return event(number + 2, "frame", {"frame": number, "frames": 2, "given": False})
 
 
 def lost() -> httpx.Response:
@@ -436,16 +449,17 @@ BUSY = "event: error\ndata: " + json.dumps({"error": {"message": "locked", "type
 
 def test_a_connection_that_is_lost_is_made_again(answers: Answers, tmp_path: Path) -> None:
     answers.events = [
-        lambda: httpx.Response(200, text=event(1, "status") + frame(1)[:-5]),
+        lambda: httpx.Response(200, text=event(1, "status") + frame(0)[:-5]),
         lost,
         lambda: httpx.Response(200, stream=Cut(": heartbeat\n\n" + frame(0))),
         lambda: httpx.Response(502, text="<html>"),
+        lambda: httpx.Response(200, text=": heartbeat\n\n"),
         lambda: httpx.Response(200, text=BUSY),
-        lambda: httpx.Response(200, text=frame(1) + event(3, "completed")),
+        lambda: httpx.Response(200, text=frame(1) + event(4, "completed")),
     ]
     result = call(tmp_path / "video.mp4", to="http://server:1")
     assert result.exit_code == 0, result.stderr
-    assert answers.seen == ["0", "1", "1", "1", "1", "1"]
+    assert answers.seen == ["0", "1", "1", "2", "2", "2", "2"]
     assert (tmp_path / "video.mp4").read_bytes() == b"the video"
     assert " 2 latent frames " in result.stdout
 
