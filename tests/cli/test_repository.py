@@ -17,6 +17,7 @@ TARGETS = {
     "demo",
     "demo-masked",
     "play",
+    "playground",
     "test",
     "test-quick",
     "test-next",
@@ -97,6 +98,13 @@ def test_demo_passes_words_literally(installed: Path, prompt: str, demo: str) ->
 @pytest.mark.parametrize("demo", ["demo", "demo-masked"])
 def test_demo_needs_no_words(installed: Path, demo: str) -> None:
     assert make(demo, f"VENV={installed}").stdout.splitlines() == [demo]
+
+
+@needs_make
+def test_the_playground_takes_arguments_of_the_command(installed: Path) -> None:
+    assert make("playground", f"VENV={installed}").stdout.splitlines() == ["playground"]
+    shown = make("playground", f"VENV={installed}", "PLAYGROUND=demo_masked --port 8000").stdout
+    assert shown.splitlines() == ["playground", "demo_masked", "--port", "8000"]
 
 
 @needs_make

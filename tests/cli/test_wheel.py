@@ -47,5 +47,8 @@ def test_the_wheel_has_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert {room for room in rooms if not room.endswith(".dist-info")} == {"vllm_packcache"}
     assert not [name for name in names if {"benchmarks", "tests", "training", "examples"} & set(name.split("/"))]
     page = {f"vllm_packcache/sessions/page/{name}" for name in ("play.html", "play.css", "play.js", "icon.svg")}
+    folder = ROOT / "vllm_packcache" / "videos" / "page"
+    page |= {f"vllm_packcache/videos/page/{file.name}" for file in folder.iterdir()}
+    assert {f"vllm_packcache/videos/page/playground.{kind}" for kind in ("html", "css", "js")} <= page
     assert {"vllm_packcache/py.typed", "vllm_packcache/configs/demo.yaml", *page} <= set(names)
     assert sentence(tmp_path, tmp_path / "site-packages").returncode == 2

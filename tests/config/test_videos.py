@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.sources import load_mapping
+from vllm_packcache.config.videos import VideosConfig, Webhook
 
 SECRET = "whsec_" + "A" * 32
 
@@ -64,3 +68,17 @@ def test_what_is_wrong_is_said_in_a_sentence(videos: Any, flags: dict[str, Any],
 def test_a_store_needs_a_policy():
     with pytest.raises(ConfigError, match="video_store is given without kv_cache_policy"):
         ServerConfig.from_additional_config({"video_store": "/a"})
+
+
+def test_the_guide_has_every_field_with_its_default(tmp_path: Path):
+    guide = (Path(__file__).parents[2] / "docs" / "configure.md").read_text(encoding="utf-8")
+    section = guide.partition("\n## Videos over HTTP\n")[2]
+    defaults, webhook = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    for name, text in (("defaults", defaults), ("webhook", webhook)):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    given: Any = load_mapping(str(tmp_path / "defaults.yaml"))["videos"]
+    assert set(given) == set(VideosConfig.model_fields)
+    assert read(given).videos == VideosConfig()
+    named: Any = load_mapping(str(tmp_path / "webhook.yaml"))["videos"]
+    assert set(named["webhooks"][0]) == set(Webhook.model_fields)
+    assert read(named).videos.webhooks[0].events == ("video.failed",)

@@ -51,6 +51,7 @@ def test_the_example_is_what_the_evaluation_measures(tmp_path: Path, loaded: Lum
         assert record_of(out / "server.log", f"cmpl-{cache.name}-")["peak_tokens_by_frame"] == held
         assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +\d+ of {seen} │", done.stdout)
     assert processes_of(out / "server.log") == []
+    assert done.stdout.splitlines()[-1] == "make playground PLAYGROUND=demo_masked: make videos like these in a browser"
     # What explain --sequence reads: of both streams.
     explanation = explain(run.PRESET, "packcache", sequence=out / "video.json")
     assert explanation.frames == SHORT

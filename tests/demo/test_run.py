@@ -108,6 +108,7 @@ def test_demo_makes_a_video_of_a_users_picture(tmp_path: Path) -> None:
         assert record_of(out / "server.log", f"cmpl-{cache.name}-")["peak_tokens_by_frame"] == held
         assert re.search(rf"{cache.label} +│ +{held[-1]:,} │ +\d+% │ +[\d.]+ │ +not known │", done.stdout)
     assert processes_of(out / "server.log") == []
+    assert done.stdout.splitlines()[-1] == "make playground: make videos like these in a browser"
     # What explain --sequence reads.
     video = read_video(out / "video.json", 0)
     assert video.condition_tokens == CONDITION_TOKENS

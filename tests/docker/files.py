@@ -39,6 +39,15 @@ def named(dockerfile: Path, name: str) -> list[Instruction]:
     return [instruction for instruction in instructions(dockerfile) if instruction.name == name]
 
 
+def videos_folder(dockerfile: Path) -> str:
+    """The folder for videos, which is made with the owner that Docker gives a volume mounted there."""
+    (made,) = [run.text.split() for run in named(dockerfile, "RUN") if run.text.startswith("install ")]
+    user, group = named(dockerfile, "USER")[0].text.split(":")
+    *options, folder = made[1:]
+    assert set(options) == {"--directory", f"--owner={user}", f"--group={group}", "--mode=0770"}
+    return folder
+
+
 def environment(env_file: Path) -> dict[str, str]:
     lines = [line for line in env_file.read_text().splitlines() if line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)  # type: ignore[arg-type]

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, parse_exactly
+from tests.docker.files import COMPOSE, ENV_FILES, ROOT, environment, named, parse_exactly, videos_folder
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import presets
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.hooks import canvas as plugin_masked
+from vllm_packcache.media.processors.base import IDS, processor_of
+from vllm_packcache.media.processors.ids import IdsProcessor
 from vllm_packcache.worker.keys.layout import layout_of
 
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -80,6 +82,9 @@ def test_flags_exist_and_mean_something(env_file: Path | None, serve_parser: Arg
     assert values.get("PACKCACHE_CONFIG", "lumos1_384p") in presets()
     assert AttentionBackendEnum[arguments.attention_backend]
     assert layout_of(arguments.attention_backend)
+    # With no tokenizer of the model's own: clients send and get ids.
+    videos = processor_of(config.videos.tokenizer, role=LUMOS.role, server=config)
+    assert isinstance(videos, IdsProcessor)
 
 
 CARDS = {"a40": 46_068 * 2**20, "h200": 143_771 * 2**20}
@@ -164,6 +169,36 @@ def test_environment_variables_exist() -> None:
     for service in ("gpu", "cpu"):
         names = {entry.partition("=")[0] for entry in composed(None)["services"][service]["environment"]}
         assert {name for name in names if name.startswith("VLLM_")} <= set(vllm.envs.environment_variables)
+
+
+def test_a_server_is_told_of_the_video_tokenizer_and_of_the_key() -> None:
+    services = composed(None)["services"]
+    for service in ("gpu", "cpu"):
+        # Without a value: that of who starts it.
+        assert "VLLM_API_KEY" in services[service]["environment"]
+    told = VARIABLE.sub(
+        lambda match: {"PACKCACHE_VIDEO_TOKENIZER": "/models/t"}.get(match[1], "1"), COMPOSE.read_text()
+    )
+    assert "--video-tokenizer=/models/t" in yaml.safe_load(told)["services"]["gpu"]["command"]
+    for env_file in ENV_FILES:
+        assert environment(env_file)["PACKCACHE_VIDEO_TOKENIZER"] == IDS
+
+
+def test_videos_are_kept_in_a_volume_of_each_model(serve_parser: ArgumentParser) -> None:
+    file, kept = composed(None), []
+    for service in ("gpu", "cpu"):
+        own = file["services"][service]
+        dockerfile = ROOT / own["build"]["dockerfile"]
+        (command,) = named(dockerfile, "CMD")
+        arguments = parse_exactly(serve_parser, own.get("command", command.words))
+        config = ServerConfig.from_additional_config(arguments.additional_config)
+        assert config is not None
+        assert config.videos.store == videos_folder(dockerfile)
+        mounted = {target: source for source, target, *_ in (volume.split(":") for volume in own["volumes"])}
+        kept.append(mounted[config.videos.store])
+    # A video can be continued by the model that made it only.
+    assert len(set(kept)) == 2
+    assert set(kept) <= set(file["volumes"])
 
 
 def test_prometheus_asks_both_servers_where_they_listen(serve_parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.files import DOCKERFILES, ROOT, instructions, named, parse_exactly
+from tests.docker.files import DOCKERFILES, ROOT, instructions, named, parse_exactly, videos_folder
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.tokenizer import MODEL_DIR
 from vllm_packcache.hooks.install import supported_vllm
@@ -95,6 +96,30 @@ def test_a_build_without_the_entry_point_fails(dockerfile: Path, tmp_path: Path)
     assert "not enough values to unpack" in without.stderr
 
 
+@each_dockerfile
+def test_a_build_without_what_writes_videos_fails(dockerfile: Path, tmp_path: Path) -> None:
+    words = next(run.words for run in named(dockerfile, "RUN") if "libx264" in run.text)
+    assert words is not None
+    python, *arguments = words
+    assert python == "python3"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    there = subprocess.run([sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert there.returncode == 0, there.stderr
+    for name in ("av", "python_multipart", "httpx"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError\n")
+        without = subprocess.run([sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True)
+        assert without.returncode != 0, name
+        (tmp_path / f"{name}.py").unlink()
+
+
+@each_dockerfile
+def test_the_folder_for_videos_is_made_while_there_are_the_rights_to(dockerfile: Path) -> None:
+    assert videos_folder(dockerfile) == "/videos"
+    lines = [instruction.text.split()[0] for instruction in instructions(dockerfile)]
+    names = [instruction.name for instruction in instructions(dockerfile)]
+    assert lines.index("install") < names.index("USER")
+
+
 def test_the_gpu_image_has_a_supported_vllm() -> None:
     (base,) = named(GPU, "FROM")
     image, version = base.text.split(":v")
@@ -125,6 +150,8 @@ def test_the_cpu_image_serves_the_bundled_model() -> None:
     (base,) = named(CPU, "FROM")
     python = re.match(r"python:(3\.\d+)-", base.text)
     assert python is not None
+    # A tokenizer that is of this model, too.
+    assert "--video-tokenizer demo" in " ".join(command.words)
     packages = Path(f"/usr/local/lib/python{python[1]}/site-packages")
     assert Path(command.words[0]) == packages / MODEL_DIR.relative_to(ROOT)
 

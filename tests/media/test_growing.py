@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from fractions import Fraction
@@ -154,13 +155,22 @@ def test_a_player_can_begin_every_two_seconds(tmp_path: Path) -> None:
     assert keys == [number % 8 == 0 for number in range(20)]
 
 
-def test_what_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "growing.mp4").write_bytes(b"no video")
+@pytest.mark.parametrize("content", [None, b"", b"no video"])
+def test_what_cannot_be_finished_leaves_nothing(content: bytes | None, tmp_path: Path) -> None:
+    GrowingVideo(tmp_path / "growing.mp4", (16, 16), 4).close()
+    if content is not None:
+        (tmp_path / "growing.mp4").write_bytes(content)
     (tmp_path / "video.mp4").write_bytes(b"an older one")
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises(ValueError):  # noqa: PT011
         finish(tmp_path / "growing.mp4", tmp_path / "video.mp4")
     assert (tmp_path / "video.mp4").read_bytes() == b"an older one"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_says_so() -> None:
+    with pytest.raises(OSError, match="No space left") as raised:
+        GrowingVideo(Path("/dev/full"), (16, 16), 4)
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_there_is_no_folder(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vllm_packcache.media.pictures import MOST_PIXELS, fit, read_picture
+from vllm_packcache.media.pictures import MOST_PIXELS, MOST_PIXELS_OF_CLIENT, fit, read_picture, read_picture_bytes
 
 INPUTS = Path(__file__).parent / "inputs"
 GREY, RGB, GREY_ALPHA = 0, 2, 4
@@ -179,3 +182,120 @@ def test_a_picture_is_made_to_fit() -> None:
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
 def test_the_thinnest_picture_fits(size: tuple[int, int]) -> None:
     assert (fit(np.full((*size, 3), 7, dtype=np.uint8), 64, 32) == 7).all()
+
+
+# Of clients
+
+
+def of_client(sentence: str) -> pytest.RaisesExc[ValueError]:
+    return pytest.raises(ValueError, match=re.compile(rf"\Athe picture cannot be read: {sentence}[^\n]*\Z"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_clients_picture_is_read_as_a_file_is(suffix: str, orientation: int, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"a.{suffix}"
+    (image.convert("RGB") if suffix == "jpg" else image).save(path, **({} if suffix == "gif" else {"exif": exif}))
+    found = read_picture_bytes(path.read_bytes())
+    np.testing.assert_array_equal(found, read_picture(path))
+    assert found.shape == ((4, 6, 3) if orientation == 6 and suffix != "gif" else (6, 4, 3))
+
+
+@pytest.mark.parametrize("name", ["pal.png", "l.png", "rgbt.png", "g16.png"])
+def test_a_clients_picture_is_laid_over_white(name: str) -> None:
+    np.testing.assert_array_equal(read_picture_bytes((INPUTS / name).read_bytes()), read_picture(INPUTS / name))
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ((4097, 4096), "it has 4097 x 4096 pixels, and 16,777,216 at most are read: send a smaller one"),
+        ((10_000, 10_000), "it has 10000 x 10000 pixels, and 16,777,216 at most are read"),
+        ((60_000, 60_000), "more than 16,777,216 pixels are not read"),
+    ],
+)
+def test_a_clients_picture_is_measured_before_it_is_decoded(
+    size: tuple[int, int], sentence: str, tmp_path: Path
+) -> None:
+    """What would have to be decoded is not even there."""
+    huge = png(tmp_path / "huge.png", 8, GREY, b"", size)
+    with of_client(sentence):
+        read_picture_bytes(huge.read_bytes())
+
+
+def test_the_largest_picture_of_a_client_is_read() -> None:
+    file = io.BytesIO()
+    Image.new("1", (4096, 4096)).save(file, "PNG")
+    assert MOST_PIXELS_OF_CLIENT == 4096 * 4096
+    assert read_picture_bytes(file.getvalue()).shape == (4096, 4096, 3)
+    with of_client("it has 4096 x 4096 pixels, and 16,777,215 at most"):
+        read_picture_bytes(file.getvalue(), MOST_PIXELS_OF_CLIENT - 1)
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
+def test_a_bomb_in_a_png_stays_small(chunk: bytes) -> None:
+    """A megabyte of text that would be a gigabyte."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    compressor = zlib.compressobj(9)
+    zeros = b"\0" * 2**20
+    packed = b"".join(compressor.compress(zeros) for _ in range(1024)) + compressor.flush()
+    body = b"name\0\0" + packed
+    data = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
+    whole = file.getvalue()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ValueError):
+        assert read_picture_bytes(whole[:33] + data + whole[33:]).shape == (4, 4, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+def test_more_pixels_than_the_header_says_are_left_out(tmp_path: Path) -> None:
+    whole = png(tmp_path / "a.png", 8, GREY, b"\7\7", (2, 2)).read_bytes()
+    more = png(tmp_path / "b.png", 8, GREY, b"\7\7", (2, 4_000_000)).read_bytes()
+    assert (read_picture_bytes(whole[:33] + more[33:]) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "it is empty: send a file with a picture"),
+        (b"a text", "it is none of PNG, JPEG, WEBP, GIF: send such a file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of PNG, JPEG, WEBP, GIF"),
+    ],
+)
+def test_what_is_no_picture_of_a_client(data: bytes, sentence: str) -> None:
+    with of_client(sentence):
+        read_picture_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tiff", "ppm", "ico"])
+def test_other_kinds_are_not_read_for_a_client(suffix: str, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / f"a.{suffix}")
+    read_picture(tmp_path / f"a.{suffix}")
+    with of_client("it is none of"):
+        read_picture_bytes((tmp_path / f"a.{suffix}").read_bytes())
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+def test_pictures_of_clients_that_are_cut_off_or_changed(suffix: str) -> None:
+    """Anywhere: a picture or one sentence."""
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, suffix.replace("jpg", "jpeg"))
+    whole = file.getvalue()
+    for share in (0.01, 0.1, 0.5, 0.9):
+        with of_client("it is "):
+            read_picture_bytes(whole[: int(len(whole) * share)])
+    for _ in range(100):
+        changed = bytearray(whole)
+        changed[rng.integers(len(whole))] = rng.integers(256)
+        said = ""
+        try:
+            read_picture_bytes(bytes(changed))
+        except ValueError as error:
+            said = str(error)
+        assert re.fullmatch(r"(the picture cannot be read: [^\n]+)?", said)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
@@ -277,6 +278,37 @@ def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
     monkeypatch.setattr(videos._Reading, "shown", lambda self: pytest.fail("it was decoded"))
     with refused(f"{path} cannot be read as a video: its frames have 128 x 64 pixels, and 8,191 at most are decoded"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", videos.CONTAINERS_OF_CLIENT)
+def test_a_clients_video_is_read_as_another_is(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    frames = np.stack(grey(0, 100, 200))
+    if suffix == "webm":
+        iio.imwrite(path, frames, plugin="pyav", codec="libvpx", fps=10)
+    else:
+        path.write_bytes(encode_video(frames, f".{suffix}", 10))
+    found = read_video(path, 16, 16, 10, 9, of_client=True)
+    np.testing.assert_array_equal(found.frames, read_video(path, 16, 16, 10, 9).frames)
+    assert len(found.frames) == 3
+
+
+def test_a_clients_file_opens_no_other(tmp_path: Path) -> None:
+    """A playlist names files of the server: what the operator may read, a client may not."""
+    write(tmp_path / "secret.mp4", grey(0))
+    playlist = tmp_path / "upload.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    assert len(read(playlist).frames) == 1
+    with refused(f"{playlist} cannot be read as a video: it is none of mp4, webm, gif"):
+        read_video(playlist, 16, 16, 1, 9, of_client=True)
+
+
+def test_frames_of_a_client_are_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4", grey(0, size=(64, 128)))
+    monkeypatch.setattr(videos, "MOST_PIXELS_OF_CLIENT", 8191)
+    assert len(read(path).frames) == 1
+    with refused(f"{path} cannot be read as a video: its frames have 128 x 64 pixels, and 8,191 at most are decoded"):
+        read_video(path, 16, 16, 1, 9, of_client=True)
 
 
 def test_a_colon_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

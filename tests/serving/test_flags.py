@@ -104,6 +104,21 @@ def test_another_policy_takes_a_presets_layout_alone_whichever_way_it_is_said(
         assert ServerConfig.from_additional_config(told) == expected
 
 
+def test_secrets_are_not_in_the_log_that_vllm_writes_of_a_command_line(
+    parse: Callable[..., argparse.Namespace],
+) -> None:
+    secret = "whsec_" + "A" * 32
+    videos = {"webhooks": [{"url": "https://a/b", "secret": secret}]}
+    arguments = parse(*POLICY, "--kv-cache-policy-config", json.dumps({**CONFIG, "videos": videos}))
+    # Of every argument it writes what is printed of it here.
+    logged = str(vars(arguments))
+    assert "https://a/b" in logged
+    assert secret not in logged
+    config = ServerConfig.from_additional_config(pickle.loads(pickle.dumps(arguments)).additional_config)
+    assert config is not None
+    assert config.videos.webhooks[0].secret.get_secret_value() == secret
+
+
 def test_every_process_that_gets_the_arguments_has_them(parse: Callable[..., argparse.Namespace], file: Path) -> None:
     """API servers are spawned with the parsed arguments, and have no plugin yet when they read them."""
     arguments = parse(*POLICY, "--kv-cache-policy-config", str(file))

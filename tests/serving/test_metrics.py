@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from vllm.v1.metrics import loggers
 
 from tests.serving.conftest import generate, prompt, run, sampling
@@ -29,6 +30,7 @@ from vllm_packcache.engine.metrics import (
     VIDEOS,
 )
 from vllm_packcache.engine.record import read_line
+from vllm_packcache.videos.metrics import JobMetrics
 
 BLOCK = 32
 CONDITION, FRAME = 50, 41
@@ -221,18 +223,51 @@ def named_in(expressions: list[str]) -> set[str]:
     return set(re.findall(r"vllm:\w+", " ".join(expressions)))
 
 
+def published(metrics: type[JobMetrics]) -> set[str]:
+    """Series that are there before anything has happened, of a histogram that of its buckets."""
+    registry = CollectorRegistry()
+    metrics("m", registry)
+    kinds = {"counter": "_total", "histogram": "_bucket", "gauge": ""}
+    return {metric.name + kinds[metric.type] for metric in registry.collect()}
+
+
+def overlapping(places: list[dict[str, int]]) -> set[tuple[int, int]]:
+    """Places of the grid that more than one panel has, or that lie outside."""
+    taken = [
+        (x, y)
+        for place in places
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    return {place for place in taken if taken.count(place) > 1 or place[0] >= 24}
+
+
 def test_the_dashboard_and_the_alerts_name_what_there_is() -> None:
     ours = {
         *(f"{PREFIX}{name}_total" for name in (*COUNTERS, ENDED)),
         *(f"{PREFIX}{name}" for name in (*GAUGES, VIDEOS, INFO)),
         f"{PREFIX}{FRAME_SECONDS}_bucket",
     }
+    of_jobs = {
+        f"{PREFIX}jobs",
+        f"{PREFIX}jobs_bytes",
+        f"{PREFIX}jobs_ended_total",
+        *(f"{PREFIX}{name}_bucket" for name in ("job_queue_seconds", "job_frame_seconds", "job_seconds")),
+    }
+    assert of_jobs == published(JobMetrics)
+    ours |= of_jobs
     known = ours | named_in([Path(loggers.__file__).read_text(encoding="utf-8")])
     dashboard = json.loads((DOCKER / "grafana" / "packcache.json").read_text(encoding="utf-8"))
     panels = dashboard["panels"]
-    shown = named_in([target["expr"] for panel in panels for target in panel["targets"]])
+    shown = named_in([target["expr"] for panel in panels for target in panel.get("targets", ())])
     assert ours <= shown <= known
     assert len({panel["id"] for panel in panels}) == len(panels)
+    # A row has no target, and everything else one.
+    assert {panel["type"] for panel in panels if not panel.get("targets")} == {"row"}
+    assert not overlapping([panel["gridPos"] for panel in panels])
+    documented = (DOCKER.parent / "docs" / "operate.md").read_text(encoding="utf-8")
+    for name in ours - {f"{PREFIX}{name}_total" for name in COUNTERS}:
+        assert f"`{name.removesuffix('_bucket')}" in documented, name
     (group,) = yaml.safe_load((DOCKER / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
     assert named_in([rule["expr"] for rule in group["rules"]]) <= known
     assert list(BUCKETS) == sorted(set(BUCKETS))

@@ -42,7 +42,7 @@ def test_json_names_every_check() -> None:
         assert bool(check["remedy"]) == (check["verdict"] != "ok"), check
     names = {check["name"] for check in report["checks"]}
     assert names >= {
-        "python", "torch", "vllm", "vllm command", "plugin", "VLLM_PLUGINS", "policies", "presets",
+        "python", "torch", "vllm", "vllm command", "plugin", "VLLM_PLUGINS", "policies", "presets", "videos over HTTP",
         "VLLM_USE_RUST_FRONTEND", "OMP_NUM_THREADS", "xformers",
     }  # fmt: skip
     assert any(name.startswith(doctor.HOOK) for name in names)
@@ -141,6 +141,36 @@ def test_cuda_torch_beside_the_cpu_build_of_vllm(monkeypatch: pytest.MonkeyPatch
     assert check.verdict is Verdict.NOTE
     assert "CUDA 13.0" in check.found
     assert "CPU build" in check.remedy
+
+
+def test_what_videos_over_http_need() -> None:
+    (check,) = doctor.check_videos()
+    assert check.verdict is Verdict.OK
+    assert "python-multipart" in check.found
+
+
+@pytest.mark.parametrize(
+    ("missing", "found", "remedy"),
+    [
+        ({"python_multipart"}, "python-multipart: ImportError: not there", "pip install python-multipart`"),
+        ({"av", "httpx"}, "av: ImportError: not there; httpx: ImportError: not there", "pip install av httpx`"),
+        (set(), "av has no libx264", "pip install --force-reinstall --only-binary av av`"),
+    ],
+)
+def test_what_videos_over_http_lack(
+    monkeypatch: pytest.MonkeyPatch, missing: set[str], found: str, remedy: str
+) -> None:
+    def importing(name: str) -> ModuleType:
+        if name in missing:
+            raise ImportError("not there")
+        module = ModuleType(name)
+        module.codecs_available = {"libopenh264"}  # type: ignore[attr-defined]
+        return module
+
+    monkeypatch.setattr(doctor, "import_module", importing)
+    (check,) = doctor.check_videos()
+    assert (check.verdict, check.found) == (Verdict.FAIL, found)
+    assert remedy in check.remedy
 
 
 def test_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:

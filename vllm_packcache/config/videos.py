@@ -14,6 +14,9 @@ STORE_FLAG, TOKENIZER_FLAG = ("--" + key.replace("_", "-") for key in (STORE_KEY
 
 _Seconds = Annotated[float, Field(gt=0, le=10**9)]
 
+SECRET_KEY = "secret"
+"""Of a webhook: what is under it is shown to nobody."""
+
 SECRET_PREFIX = "whsec_"
 
 

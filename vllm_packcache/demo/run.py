@@ -179,7 +179,7 @@ def run_demo(image: Path | None, prompt: str | None, out: Path, config: str = PR
         codes = [tokenizer.frames_from_ids(video.token_ids) - tokenizer.visual_offset for video in videos]
         rows = tuple(row_of(server, ids, video, own) for video, own in zip(videos, codes, strict=True))
         given = picture - tokenizer.visual_offset
-        report(console, Story(rows, given, world, TRAINED_FRAMES, tokenizer), out)
+        report(console, Story(rows, given, world, TRAINED_FRAMES, tokenizer), out, PRESET)
         sequences.write_video(out / "video.json", ids + videos[1].token_ids, len(ids))
 
 
@@ -407,13 +407,14 @@ def kept(policy: Policy) -> str:
     return f"less and less of the last {policy.window} frames"
 
 
-def report(console: Console, story: Story, out: Path) -> None:
-    """Write the story of a demo, and say so.
+def report(console: Console, story: Story, out: Path, model: str) -> None:
+    """Write the story of a demo, and say so, and what to do next.
 
     Args:
         console: to say it on.
         story: with packcache in its second row.
         out: folder.
+        model: name of the bundled one.
     """
     draw(story, out / "story.png")
     write_video(animate(story), out / "story")
@@ -437,6 +438,8 @@ def report(console: Console, story: Story, out: Path) -> None:
         ("video.json", "its token ids, for vllm-packcache explain --sequence"),
     ):
         console.print(f"  [bold]{escape(str(out / name))}[/]  {what}", soft_wrap=True)
+    words = "make playground" if model == PRESET else f"make playground PLAYGROUND={model}"
+    console.print(f"[bold]{words}[/]: make videos like these in a browser", soft_wrap=True)
 
 
 def write_video(frames: Pixels, stem: Path) -> None:

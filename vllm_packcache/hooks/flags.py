@@ -12,7 +12,7 @@ from typing import Any
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, POLICY_KEY, REQUEST_PREFIX
 from vllm_packcache.config.sources import CONFIG_KEY, load_mapping
-from vllm_packcache.config.videos import STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY
+from vllm_packcache.config.videos import SECRET_KEY, STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY
 from vllm_packcache.core import policies
 from vllm_packcache.hooks import install as hooks
 
@@ -45,8 +45,18 @@ class CommandLine(dict[str, Any]):
                 raise ConfigError(f"{_ADDITIONAL_FLAG} has another {key} than {_flag_of(key)}: leave one of them out")
         super().__init__({**self.given, **self.flags})
 
+    def __repr__(self) -> str:
+        # vLLM logs what a command line says.
+        return repr(_without_secrets(dict(self)))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CommandLine, (self.given, self.flags)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: "***" if key == SECRET_KEY else _without_secrets(own) for key, own in value.items()}
+    return [_without_secrets(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 _FLAGS = {
@@ -144,7 +154,8 @@ def add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             type=_text_argument,
             metavar="NAME|FOLDER|MODULE:OBJECT",
             help="What makes token ids of a prompt and a picture, and pictures of ids: demo, demo_masked, a folder "
-            "with tokenizer.json, encoder.jit and decoder.jit, or module:object; without it videos are token ids.",
+            "with tokenizer.json, encoder.jit and decoder.jit, or module:object. Without it, or with ids, videos are "
+            "token ids.",
             **kept,
         )
         return parser

@@ -166,6 +166,7 @@ ENDS = {
     "scheduler": _SCHEDULING,
     "spec": _REGISTRY,
     "start-up": "a check of the finished configuration that plugins may add",
+    "video": "endpoint plugins that may ask whether the engine would take a request, and when it has begun",
     "worker": "a published interface of workers",
 }
 """By section: what would end its rows, where a row does not name anything else."""
@@ -309,7 +310,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "vllm.v1.engine.input_processor:InputProcessor",
-        "process_inputs(request_id, prompt, params, ...)",
+        "process_inputs(self, request_id, prompt, params, supported_tasks, ...)",
         "request: bad options, and what can never fit, are HTTP 400",
         wrapper="vllm_packcache.hooks.requests:check_request",
     ),
@@ -517,6 +518,24 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.inputs.engine", "tokens_input(prompt_token_ids, ...)", "session: ids of a turn"),
     Hook("vllm.v1.engine.exceptions", "EngineDeadError", "session: the engine has stopped"),
     Hook("vllm.config.parallel:ParallelConfig", "_api_process_count", "session: one API server knows them"),
+    # Videos over HTTP
+    Hook(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "errored, get_supported_tasks; check_admission(n, request_id, ...); add_request: errored, EngineDeadError, "
+        "get_supported_tasks; __init__: vllm_config, input_processor",
+        "video: what the engine would say of a request is known before its client is answered",
+    ),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor",
+        "assign_request_id: external_req_id, request_id",
+        "video: the engine's name of a request begins with the video's, by which it is known what was admitted",
+    ),
+    Hook(
+        "vllm.sampling_params",
+        "SamplingParams.stream_interval, SamplingParams.detokenize, SamplingParams.output_kind, "
+        "RequestOutputKind.DELTA",
+        "video: one output a frame",
+    ),
     # Metrics
     Hook(
         _SCHEDULER,

@@ -178,6 +178,7 @@ def finish(growing: Path, out: Path) -> None:
 
     Raises:
         OSError: a file cannot be read or written.
+        ValueError: there is no picture in it.
     """
     part = out.with_name(f".{out.name}.part")
     try:
@@ -188,11 +189,15 @@ def finish(growing: Path, out: Path) -> None:
         ):
             stream = source.streams.video[0]
             copied = target.add_stream_from_template(stream)
+            pictures = 0
             for packet in source.demux(stream):
                 # The last one is empty.
                 if packet.dts is not None:
                     packet.stream = copied
                     target.mux(packet)
+                    pictures += 1
+            if not pictures:
+                raise ValueError(f"{growing} has no picture: there is nothing to finish")
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, out)

@@ -85,6 +85,9 @@ def read_video(path: Path, width: int, height: int, rate: int, most: int, of_cli
         reason = str(error)
     except (av.FFmpegError, OSError) as error:
         reason = str(error.strerror)
+        if of_client and reading is None and isinstance(error, av.ArgumentError):
+            # That its container is not allowed is all that FFmpeg says so.
+            reason = f"it is none of {', '.join(CONTAINERS_OF_CLIENT)}"
     raise OSError(f"{path} cannot be read as a video: {reason}")
 
 

@@ -39,6 +39,11 @@ HOOK = "hook: "
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 """Packages with compiled code that fits one build of torch only. vLLM runs without them."""
 
+VIDEO_PACKAGES = {"av": "av", "httpx": "httpx", "python_multipart": "python-multipart"}
+"""Modules that videos over HTTP need besides what vLLM's server does, and the distributions that have them."""
+ENCODER = "libx264"
+"""What videos are written with."""
+
 
 class Verdict(StrEnum):
     """What a check came to."""
@@ -258,6 +263,33 @@ def check_configuration() -> Iterator[Check]:
         yield Check("presets", ", ".join(found))
 
 
+def check_videos() -> Iterator[Check]:
+    """What videos over HTTP are read and written with is there."""
+    found, missing = [], []
+    for name, distribution in VIDEO_PACKAGES.items():
+        try:
+            import_module(name)
+        except Exception as error:
+            missing.append(f"{distribution}: {_reason(error)}")
+        else:
+            found.append(f"{distribution} {_version(distribution)}")
+    if missing:
+        yield Check(
+            "videos over HTTP",
+            "; ".join(missing),
+            Verdict.FAIL,
+            f"run `pip install {' '.join(line.partition(':')[0] for line in missing)}`: --video-store needs it",
+        )
+        return
+    if ENCODER not in import_module("av").codecs_available:
+        remedy = (
+            f"run `pip install --force-reinstall --only-binary av av`: its wheel has {ENCODER}, which writes videos"
+        )
+        yield Check("videos over HTTP", f"av has no {ENCODER}", Verdict.FAIL, remedy)
+    else:
+        yield Check("videos over HTTP", ", ".join(found))
+
+
 def check_environment() -> Iterator[Check]:
     """Variables and optional packages."""
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
@@ -296,6 +328,7 @@ _GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
     check_plugin,
     check_hooks,
     check_configuration,
+    check_videos,
     check_environment,
 )
 

@@ -189,7 +189,10 @@ class Jobs:
         def longer() -> Prepared:
             return self.processor.extend(kept(self.store, id), wanted)
 
-        return await self._take(body, wanted, await self._prepared(longer), extended=job)
+        prepared = await self._prepared(longer)
+        if not body.prompt:
+            body = body.model_copy(update={"prompt": job.request["prompt"]})
+        return await self._take(body, wanted, prepared, extended=job)
 
     async def remix(self, id: str, prompt: str) -> Job:
         """Take on a video like another one, of another sentence: same seed, same picture, same options.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from vllm_packcache.engine.metrics import BUCKETS, PREFIX
 
@@ -14,16 +14,26 @@ class JobMetrics:
 
     Args:
         model: name that is served.
+        registry: that they are published in.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
         self._model = model
-        self._jobs = _gauge("jobs", "Videos of the store, by state.", ["state"])
-        self._bytes = _gauge("jobs_bytes", "Bytes of the files of videos that are kept.", [])
-        self._ended = Counter(PREFIX + "jobs_ended", "Videos that were made or have failed.", ["model_name", "state"])
-        self._queued = _histogram("job_queue_seconds", "Seconds from a request for a video to its first token.")
-        self._frames = _histogram("job_frame_seconds", "Seconds from a frame of a video to the next, as they arrive.")
-        self._seconds = _histogram("job_seconds", "Seconds from a request for a video to the finished file.")
+        self._jobs = _gauge("jobs", "Videos of the store, by state.", ["state"], registry)
+        self._bytes = _gauge("jobs_bytes", "Bytes of the files of videos that are kept.", [], registry)
+        self._ended = Counter(
+            PREFIX + "jobs_ended",
+            "Videos that were made or have failed.",
+            ["model_name", "state"],
+            registry=registry,
+        )
+        self._queued = _histogram(
+            "job_queue_seconds", "Seconds from a request for a video to its first token.", registry
+        )
+        self._frames = _histogram(
+            "job_frame_seconds", "Seconds from a frame of a video to the next, as they arrive.", registry
+        )
+        self._seconds = _histogram("job_seconds", "Seconds from a request for a video to the finished file.", registry)
         for state in ("completed", "failed"):
             self._ended.labels(model, state).inc(0)
 
@@ -50,9 +60,11 @@ class JobMetrics:
                 self._jobs.labels(self._model, name).set(count)
 
 
-def _gauge(name: str, documentation: str, labels: list[str]) -> Gauge:
-    return Gauge(PREFIX + name, documentation, ["model_name", *labels], multiprocess_mode="mostrecent")
+def _gauge(name: str, documentation: str, labels: list[str], registry: CollectorRegistry) -> Gauge:
+    return Gauge(
+        PREFIX + name, documentation, ["model_name", *labels], multiprocess_mode="mostrecent", registry=registry
+    )
 
 
-def _histogram(name: str, documentation: str) -> Histogram:
-    return Histogram(PREFIX + name, documentation, ["model_name"], buckets=BUCKETS)
+def _histogram(name: str, documentation: str, registry: CollectorRegistry) -> Histogram:
+    return Histogram(PREFIX + name, documentation, ["model_name"], buckets=BUCKETS, registry=registry)

@@ -117,16 +117,19 @@ class Routes:
 
     def __init__(self, opened: Callable[[Any, Namespace], Awaitable[Jobs | None]]) -> None:
         self._opened = opened
+        self._app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, before there is an engine."""
-        add_routes(app)
+        """Remember the server: whether it makes videos is known when it has an engine."""
+        self._app = app
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Begin to take jobs where the server makes videos."""
+        """Add the routes, and begin to take jobs, where the server makes videos; others are as they were."""
         jobs = None if engine_client is None else await self._opened(engine_client, args)
         if jobs is not None:
+            assert self._app is not None
             setattr(state, _JOBS, jobs)
+            add_routes(self._app)
 
 
 def add_routes(app: FastAPI) -> None:
@@ -171,9 +174,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 def _jobs(state: State) -> Jobs:
-    jobs: Jobs | None = getattr(state, _JOBS, None)
-    if jobs is None:
-        raise Refusal(501, "this server makes no videos: start it with --kv-cache-policy and --video-store")
+    jobs: Jobs = getattr(state, _JOBS)
     return jobs
 
 

@@ -114,7 +114,7 @@ def run_masked_demo(image: Path | None, text: str | None, out: Path, config: str
             status.stop()
             videos = make_videos(console, url, log, body, FRAMES, FRAME.tokens_per_frame)
         rows = tuple(row_of(server, ids, video, _codes(video)) for video in videos)
-        report(console, Story(rows, asked.picture, asked.world, TRAINED_FRAMES, tokenizer), out)
+        report(console, Story(rows, asked.picture, asked.world, TRAINED_FRAMES, tokenizer), out, PRESET)
         sequences.write_video(out / "video.json", ids + videos[1].token_ids, len(ids))
 
 

@@ -34,6 +34,9 @@ BUNDLED = {
 }
 """Processors of the bundled models. They are found by name: what serves imports no demo."""
 
+IDS = "ids"
+"""Says in words that there is no tokenizer."""
+
 COSMOS_FILES = ("tokenizer.json", "encoder.jit", "decoder.jit")
 """What a folder with the tokenizers of a Lumos-1 has."""
 
@@ -224,7 +227,7 @@ def processor_of(
     Args:
         name: of a bundled one; ``module:object``, where the object is a `VideoProcessor`, or makes pictures of ids (see
             `vllm_packcache.media.processors.pictures`), and a class is called without arguments; a folder with
-            `COSMOS_FILES`; None: there is no tokenizer, and clients send and get ids.
+            `COSMOS_FILES`; `IDS` or None: there is no tokenizer, and clients send and get ids.
         role: how the server's model makes frames.
         server: its configuration.
         max_model_len: most tokens of a sequence; None: not known.
@@ -243,7 +246,7 @@ def processor_of(
 def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_len: int | None) -> VideoProcessor:
     # Where nobody says how frames are made up, every request must.
     plain = ServerConfig.parse("full", {}) if server is None else server
-    if name is None:
+    if name is None or name == IDS:
         from vllm_packcache.media.processors.ids import IdsProcessor
 
         return IdsProcessor(plain, max_model_len)
@@ -261,8 +264,8 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
         return LumosProcessor(Path(name), server, max_model_len)
     if ":" not in name:
         raise ValueError(
-            f"it must be {', '.join(BUNDLED)}, module:object, or a folder with {', '.join(COSMOS_FILES)}: give one, or "
-            "leave it out for token ids alone"
+            f"it must be {', '.join(BUNDLED)}, module:object, a folder with {', '.join(COSMOS_FILES)}, or {IDS} for "
+            "token ids alone: give one of them"
         )
     named = load(name)
     if all(callable(getattr(named, method, None)) for method in ("prepare", "extend", "decoder", "about")):
