@@ -354,8 +354,7 @@ def _client(address: str, key: str | None) -> httpx.Client:
         raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
     if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
         raise ServerError(f"the server at {address} makes no videos: start it with {STORE_FLAG} and {TOKENIZER_FLAG}")
-    if answer.status_code != httpx.codes.OK:
-        raise _refused(answer)
+    _checked(answer)
     return client
 
 
@@ -373,10 +372,7 @@ def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: 
         parts["input_reference"] = ("input_reference", reference, "application/octet-stream")
     try:
         # What it begins with is encoded before the answer, on a CPU for minutes.
-        answer = client.post(PATH, files=parts, timeout=httpx.Timeout(_QUICK, read=None))
-        if answer.status_code != httpx.codes.OK:
-            raise _refused(answer)
-        video = answer.json()
+        video = _checked(client.post(PATH, files=parts, timeout=httpx.Timeout(_QUICK, read=None))).json()
         with _stopped_with(client, video["id"]):
             for note in video.get("notes", []):
                 console.print(escape(note), soft_wrap=True)
@@ -395,10 +391,7 @@ def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: 
 
                 _follow(client, video["id"], seen)
             watch.lap("decoding")
-            answer = client.get(f"{PATH}/{video['id']}/content")
-            if answer.status_code != httpx.codes.OK:
-                raise _refused(answer)
-            return answer.content
+            return _checked(client.get(f"{PATH}/{video['id']}/content")).content
     except httpx.HTTPError as error:
         raise ServerError(f"the server at {client.base_url} does not answer: {_said_of(error)}") from None
 
@@ -428,29 +421,15 @@ def _follow(client: httpx.Client, video: str, seen: Callable[[Mapping[str, Any]]
     last, lost = "0", 0
     while True:
         try:
-            with client.stream(
-                "GET", f"{PATH}/{video}/events", headers={"Last-Event-ID": last}, timeout=_SILENCE
-            ) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    answer.read()
-                    why = str(_refused(answer))
-                    if answer.status_code < 500:
-                        raise ServerError(why)
-                else:
-                    why = "it ended the connection"
-                    for number, kind, data in _events(answer):
-                        if kind == "completed":
-                            return
-                        if kind == "failed":
-                            raise ServerError(f"the server could not make this video: {error_message(data)}")
-                        if kind == "error":
-                            why = error_message(data)
-                            if data["error"]["type"] != "server_error":
-                                raise ServerError(f"the server does not make this video any more: {why}")
-                            break
-                        if kind == "frame":
-                            seen(data)
-                        last, lost = number or last, 0
+            for number, kind, data in _events(client, video, last):
+                if kind == "completed":
+                    return
+                if kind == "failed":
+                    raise ServerError(f"the server could not make this video: {error_message(data)}")
+                if kind == "frame":
+                    seen(data)
+                last, lost = number or last, 0
+            why = "it ended the connection"
         except httpx.HTTPError as error:
             why = _said_of(error)
         if lost == len(_WAITS):
@@ -459,16 +438,45 @@ def _follow(client: httpx.Client, video: str, seen: Callable[[Mapping[str, Any]]
         lost += 1
 
 
-def _events(answer: httpx.Response) -> Iterator[tuple[str, str, Any]]:
-    """Server-sent events as they come: number, kind, data; of a sign of life these are empty."""
-    fields: dict[str, str] = {}
-    for line in answer.iter_lines():
-        if line:
-            name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-            continue
-        yield fields.get("id", ""), fields.get("event", ""), json.loads(fields.get("data", "null"))
-        fields = {}
+def _events(client: httpx.Client, video: str, last: str) -> Iterator[tuple[str, str, Any]]:
+    """Events of a video behind one of them as they come: number, kind, data; of a sign of life these are empty.
+
+    Raises:
+        ServerError: there are none, and will be none.
+        httpx.HTTPError: the connection was lost, or the server asks to come again.
+    """
+    headers = {"Last-Event-ID": last}
+    with client.stream("GET", f"{PATH}/{video}/events", headers=headers, timeout=_SILENCE) as answer:
+        if answer.is_error:
+            answer.read()
+        if answer.is_server_error:
+            raise httpx.ReadError(str(_refused(answer)))
+        _checked(answer)
+        fields: dict[str, str] = {}
+        for line in answer.iter_lines():
+            if line:
+                name, _, value = line.partition(":")
+                fields[name] = value.removeprefix(" ")
+                continue
+            kind, data = fields.get("event", ""), json.loads(fields.get("data", "null"))
+            if kind == "error":
+                why = error_message(data)
+                if data["error"]["type"] == "server_error":
+                    raise httpx.ReadError(why)
+                raise ServerError(f"the server does not make this video any more: {why}")
+            yield fields.get("id", ""), kind, data
+            fields = {}
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    """An answer that is none that refuses.
+
+    Raises:
+        ServerError: it refuses.
+    """
+    if answer.status_code != httpx.codes.OK:
+        raise _refused(answer)
+    return answer
 
 
 def _refused(answer: httpx.Response) -> ServerError:
