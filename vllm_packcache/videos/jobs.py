@@ -311,6 +311,7 @@ class Jobs:
             "fps": prepared.fps,
             "frames": prepared.frames,
             "options": {"policy": self._policy_of(made), **body.options},
+            "notes": list(prepared.notes),
             "remixed_from": None if remixed is None else remixed.id,
             "extended_from": None if extended is None else extended.id,
             "asked": _again(body, wanted),
