@@ -187,7 +187,11 @@ class Jobs:
         wanted = await self._thread(partial(asked, body))
 
         def longer() -> Prepared:
-            return self.processor.extend(kept(self.store, id), wanted)
+            try:
+                before = kept(self.store, id)
+            except OSError:
+                raise ValueError("the files of this video are gone: create a new one") from None
+            return self.processor.extend(before, wanted)
 
         prepared = await self._prepared(longer)
         if not body.prompt:
