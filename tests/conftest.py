@@ -62,14 +62,18 @@ LONGEST = (
     "test_run.py",
     "test_positions.py",
     "test_tokens.py",
+    "test_videos.py",
     "test_api_servers.py",
     "test_quality.py",
     "test_generate.py",
     "test_serve.py",
 )
 
-ONE_SERVER = frozenset({"test_faults.py", "test_malformed.py", "test_soak.py"})
-"""Files whose tests use the server of `tests.serving.server`."""
+ONE_SERVER = {
+    **dict.fromkeys(("test_faults.py", "test_malformed.py", "test_soak.py"), "tests.serving.server"),
+    **dict.fromkeys(("test_videos.py", "test_videos_soak.py"), "tests.serving.videos_server"),
+}
+"""Files whose tests use one server, and the module that has it."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -82,7 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "one server" if Path(file).name in ONE_SERVER else file
+            return ONE_SERVER.get(Path(file).name, file) if Path(file).parent.name == "serving" else file
 
     return ByServer(config, log)
 

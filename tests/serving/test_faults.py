@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -240,3 +241,14 @@ def test_a_file_that_is_deleted_later_is_not_missed(
     # What they leave out, the file said.
     for case in catalogue:
         assert server.tokens(case) == alone(case)
+
+
+# --------------------------------------------------------------------------- what nobody asked for
+
+
+def test_without_a_store_there_are_no_videos(server: Server) -> None:
+    """Not a route, and not a word in the log."""
+    for path in ("/v1/videos", "/v1/playground", "/playground"):
+        assert server.client.get(path).status_code == 404, path
+    lines = server.log.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if "WARNING" in line and re.search("packcache|endpoint.plugin", line, re.I)]
