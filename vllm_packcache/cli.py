@@ -94,15 +94,22 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="What is to be seen.")],
-    tokenizer: Annotated[
-        Path, typer.Option(help="One folder with tokenizer.json (text), encoder.jit and decoder.jit (Cosmos DV4x8x8).")
-    ],
     out: Annotated[Path, typer.Option(help="File for the video: .mp4 or .gif. A server's log lies beside it.")],
     model: Annotated[
         Path | None, typer.Option(help="Folder of a Lumos-1 checkpoint, for which a server is started and stopped.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --model: one folder with tokenizer.json (text), encoder.jit and decoder.jit (Cosmos DV4x8x8)."
+        ),
+    ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Address of a server that runs, such as http://127.0.0.1:8000, instead.")
+        str | None,
+        typer.Option(
+            help="Address of a server that runs, such as http://127.0.0.1:8000, instead: one of a Lumos-1 with "
+            "--video-store and --video-tokenizer."
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="That the server at --url asks for; by default VLLM_API_KEY of the environment.")
@@ -150,7 +157,7 @@ def generate(
             image=image,
             video=video,
         )
-        generate(asked, out, tokenizer, model=model, url=url, config=config, api_key=api_key)
+        generate(asked, out, model=model, tokenizer=tokenizer, url=url, config=config, api_key=api_key)
 
 
 @app.command()

@@ -78,6 +78,17 @@ def test_a_policy_arrives_by_the_name_of_its_entry_point(monkeypatch: pytest.Mon
     assert spec.server_config == config
 
 
+def test_what_is_said_of_videos_stays_with_the_api_servers() -> None:
+    """Secrets are in no form that is sent on, so what has them could not be read there."""
+    plain = {"layout": {"grid": [2, 3]}, "window": 3}
+    webhooks = [{"url": "https://a/b", "secret": "whsec_" + "A" * 32}]
+    config = ServerConfig.parse("packcache", {**plain, "videos": {"store": "/a", "webhooks": webhooks}})
+    spec = RetentionSpec.retaining(stock_spec(), config, 0)
+    assert isinstance(spec, RetentionSpec)
+    assert spec.server_config == ServerConfig.parse("packcache", plain)
+    assert "/a" not in spec.retention
+
+
 @pytest.mark.parametrize(
     ("here", "there"), [(SlidingWindow, "policies.sliding_window:SlidingWindow"), (Other, "test_spec:Other")]
 )

@@ -126,7 +126,7 @@ def test_what_an_operator_names(name: str | None, role: Any, server: ServerConfi
 @pytest.mark.parametrize(
     ("name", "role", "server", "sentence"),
     [
-        ("nobody", "causal", None, "'nobody': it must be demo, demo_masked, module:object, or a folder with"),
+        ("nobody", "causal", None, "'nobody': it must be demo, demo_masked, module:object, a folder with"),
         ("no.such:module", "causal", None, "cannot: ModuleNotFoundError: No module named 'no'"),
         ("operators_own:fail", "causal", None, "cannot: ZeroDivisionError: integer division or modulo by zero"),
         ("operators_own:number", "causal", None, "it must have size and decode, or all that a video processor has"),
@@ -171,7 +171,7 @@ def processors(folder: Path) -> dict[str, VideoProcessor]:
         "demo_masked": processor_of("demo_masked", role="canvas", max_model_len=8192),
         "lumos": processor_of(str(folder), role="canvas", max_model_len=8192),
         "reader": processor_of("operators_own:Reader", role="causal", server=causal(), max_model_len=8192),
-        "ids": processor_of(None, role="causal", server=causal(), max_model_len=8192),
+        "ids": processor_of("ids", role="causal", server=causal(), max_model_len=8192),
         "masked_ids": processor_of(None, role="canvas", server=masked(GRID), max_model_len=8192),
     }
 

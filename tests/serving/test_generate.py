@@ -1,41 +1,57 @@
-"""``vllm-packcache generate``: against a server that is none, and once as a user with one of its own."""
+"""``vllm-packcache generate``: of a server without a model, of one that fails, and once as a user of one of its own."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import av
 import httpcore
 import httpx
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 from tests.demo.test_run import processes_of
 from tests.margins import numbers, refuse_masked_ties
 from tests.media.tokenizer_files import CODES, random_video, write_text_tokenizer, write_video_tokenizer
+from tests.videos.dialect import served
 from vllm_packcache.cli import app
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
+from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.families import LUMOS, lumos
+from vllm_packcache.media import growing
 from vllm_packcache.media.text_tokenizer import TextTokenizer
 from vllm_packcache.media.video_tokenizer import CosmosTokenizer
 from vllm_packcache.media.videos import read_video
 from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
 from vllm_packcache.serving import generate as generating
+from vllm_packcache.videos import jobs as room
+from vllm_packcache.videos.routes import _JOBS, add_routes
 
 INPUTS = Path(__file__).parents[1] / "media" / "inputs"
 WIDTH, HEIGHT = 64, 32
 GRID = (4, 8)
 PROMPT = "a red [bus], très vite"
 SIZE = ("--width", str(WIDTH), "--height", str(HEIGHT))
+CLOSE = 12
+"""Mean difference of colours after a palette, of 255; of two pictures of `random_video` it is about 90."""
 
 
 @pytest.fixture(scope="module")
@@ -44,49 +60,122 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_tokenizer(write_video_tokenizer(folder))
 
 
-class Server:
-    """Answers as the server of a masked model does, without one, and remembers what it was asked."""
+class Engine:
+    """Makes frames of a Lumos-1 at random, and remembers what it was asked; ``before`` is awaited before each.
+
+    Attributes:
+        prompt: ids of the last request.
+        options: the same request's own.
+        codes: that it made of it.
+        let_go: the request, whether it was made or not.
+    """
 
     def __init__(self) -> None:
-        self.body: dict[str, Any] = {}
+        self.prompt: list[int] = []
+        self.options: dict[str, Any] = {}
         self.codes = np.empty(0)
-        self.answer: Callable[[], httpx.Response] | None = None
+        self.let_go = threading.Event()
+        self.errored = False
         self.fewer = 0
+        self.before: Callable[[int], Coroutine[Any, Any, None]] | None = None
+        self.input_processor = SimpleNamespace(process_inputs=lambda *args, **options: None)
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100_000), cache_config=SimpleNamespace(block_size=128)
+        )
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def check_admission(self) -> None:
+        pass
+
+    @property
+    def plan(self) -> Any:
+        """Of the last request."""
+        return ServerConfig.parse("packcache", {}, family=LUMOS).request(self.options, self.prompt)
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        self.prompt, self.options = list(prompt["prompt_token_ids"]), params.extra_args
+        count = self.options["packcache_frames"] - self.fewer
+        self.codes = np.random.default_rng(1).integers(0, CODES, (count, *self.options["packcache_grid"]))
+        try:
+            for number, codes in enumerate(self.codes):
+                if self.before is not None:
+                    await self.before(number)
+                ids = lumos.frame_of_codes(codes).tolist()
+                yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=None)])
+        finally:
+            self.let_go.set()
+
+
+class Server(Engine):
+    """A server of videos without a model.
+
+    Attributes:
+        url: its address.
+        key: that it asks for.
+        keys: that it was given.
+        followed: somebody sees the video being made.
+        jobs: what makes its videos.
+    """
+
+    url: str
+    jobs: room.Jobs
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.followed = asyncio.Event()
         self.key: str | None = None
         self.keys: list[str | None] = []
-        self.arrive_at_once = 1.0
-        """Share of a frame's ids that come at a time."""
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.keys.append(request.headers.get("Authorization"))
-        if self.key is not None and self.keys[-1] != f"Bearer {self.key}":
-            return httpx.Response(401, json={"error": "Unauthorized"})
-        if request.url.path == "/v1/models":
-            return httpx.Response(200)
-        assert request.url.path == "/v1/completions"
-        self.body = json.loads(request.content)
-        if self.answer is not None:
-            return self.answer()
-        options = self.body["vllm_xargs"]
-        count = options["packcache_frames"] - self.fewer
-        self.codes = np.random.default_rng(1).integers(0, CODES, (count, *options["packcache_grid"]))
-        ids = [id for codes in self.codes for id in lumos.frame_of_codes(codes).tolist()]
-        size = max(1, round(len(ids) / max(count, 1) * self.arrive_at_once))
-        events = [{"choices": [{"token_ids": ids[start : start + size]}]} for start in range(0, len(ids), size)]
-        lines = [*(f"data: {json.dumps(event)}" for event in events), "data: [DONE]"]
-        return httpx.Response(200, text="\n\n".join(lines))
+    @contextmanager
+    def running(self, store: Path, tokenizer: Path) -> Iterator[Server]:
+        videos = VideosConfig(store=str(store), tokenizer=str(tokenizer), heartbeat_seconds=0.2)
+        config = ServerConfig.parse("packcache", {"layout": {"grid": [48, 84]}}, family=LUMOS)
+
+        @asynccontextmanager
+        async def lifespan(own: FastAPI) -> AsyncIterator[None]:
+            self.jobs = room.Jobs(self, dataclasses.replace(config, videos=videos), "lumos")  # type: ignore[arg-type]
+            follow = self.jobs.follow
+
+            async def followed(*which: Any) -> AsyncGenerator[Any, None]:
+                async with aclosing(follow(*which)) as events:
+                    async for event in events:
+                        yield event
+                        self.followed.set()
+
+            self.jobs.follow = followed  # type: ignore[method-assign]
+            await self.jobs.start()
+            setattr(own.state, _JOBS, self.jobs)
+            yield
+            await self.jobs.stop()
+
+        application = FastAPI(lifespan=lifespan)
+        add_routes(application)
+        application.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="lumos")])
+
+        @application.middleware("http")
+        async def guard(request: Any, call_next: Any) -> Any:
+            self.keys.append(request.headers.get("Authorization"))
+            if self.key is not None and self.keys[-1] != f"Bearer {self.key}":
+                return JSONResponse({"error": "Unauthorized"}, 401)
+            return await call_next(request)
+
+        with served(application) as self.url:
+            yield self
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    fake = Server()
-    mocked = httpx.MockTransport(fake)
-    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda self, request: mocked.handle_request(request))
-    return fake
+def server(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # A registry has a metric once.
+    monkeypatch.setattr(room, "JobMetrics", Mock())
+    with Server().running(tmp_path_factory.mktemp("store"), tokenizer) as running:
+        yield running
 
 
-def call(tokenizer: Path, out: Path, *arguments: str, to: tuple[str, ...] = ("--url", "http://server:1")) -> Any:
-    given = ["--prompt", PROMPT, "--tokenizer", str(tokenizer), "--out", str(out), *SIZE, *to, *arguments]
+def call(out: Path, *arguments: str, to: str | tuple[str, ...] = "http://server:1") -> Any:
+    whom = ("--url", to) if isinstance(to, str) else to
+    given = ["--prompt", PROMPT, "--out", str(out), *SIZE, *whom, *arguments]
     return CliRunner().invoke(app, ["generate", *given])
 
 
@@ -99,64 +188,82 @@ def read_gif(path: Path) -> np.ndarray:
     return np.stack(frames)
 
 
+def read_mp4(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def written(frames: np.ndarray, folder: Path) -> np.ndarray:
+    """Frames [T, H, W, 3] as they are seen once a server has written them: one thread encodes alike every time."""
+    with growing.GrowingVideo(folder / "growing.mp4", (frames.shape[2], frames.shape[1]), 8) as video:
+        video.add(frames)
+    growing.finish(folder / "growing.mp4", folder / "expected.mp4")
+    return read_mp4(folder / "expected.mp4")
+
+
 def text(tokenizer: Path, seconds: int, rate: int) -> list[int]:
     question = lumos.question(PROMPT, WIDTH, HEIGHT, seconds, rate)
     return lumos.text_prompt(TextTokenizer(tokenizer).encode(question), seconds, rate)
 
 
-@pytest.mark.parametrize("arrive_at_once", [1.0, 0.3, 7.0])
-def test_text_to_video(arrive_at_once: float, tokenizer: Path, server: Server, tmp_path: Path) -> None:
-    server.arrive_at_once = arrive_at_once
-    out = tmp_path / "new" / "video.gif"
-    result = call(tokenizer, out, "--frames", "24", "--fps", "8", "--seed", "5", "--steps", "9", "--guidance", "3")
+def ids_of(codes: np.ndarray) -> list[int]:
+    return [id for frame in codes for id in lumos.frame_of_codes(frame).tolist()]
+
+
+def test_text_to_video(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "video.mp4"
+    how = ["--frames", "24", "--fps", "8", "--seed", "5", "--steps", "9", "--guidance", "3.5"]
+    result = call(out, *how, to=server.url)
     assert result.exit_code == 0, result.stderr
-    assert server.body["prompt"] == text(tokenizer, 3, 8)
-    assert server.body["vllm_xargs"] == {
+    assert server.prompt == text(tokenizer, 3, 8)
+    assert server.options == {
         **{"packcache_grid": [4, 8], "packcache_frames": 7, "packcache_condition_frames": 0},
-        **{"packcache_seed": 5, "packcache_steps": 9, "packcache_guidance": 3},
-        **{"packcache_temperature": 1, "packcache_remask": 0.7},
-        **{"packcache_reset_temperature": 0, "packcache_share_history": 1},
+        **{"packcache_seed": 5, "packcache_steps": 9, "packcache_guidance": 3.5},
     }
-    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
-    assert plan.options == lumos.MaskedOptions(seed=5, steps=9, guidance=3)
-    # 7 latent frames are 25 frames, of which 24 were asked for. The colours are few: GIF keeps them.
-    np.testing.assert_array_equal(read_gif(out), CosmosTokenizer(tokenizer).decode(server.codes)[:24])
+    assert server.plan.options == lumos.MaskedOptions(seed=5, steps=9, guidance=3.5)
+    # 7 latent frames are 25 frames, of which 24 were asked for.
+    expected = CosmosTokenizer(tokenizer).decode(server.codes)[:24]
+    np.testing.assert_array_equal(read_mp4(out), written(expected, tmp_path))
     said = result.stdout.splitlines()[-2:]
     assert said[0] == f"wrote {out}, 24 frames at 8 a second"
     number = r"\d+\.\d s"
-    laps = f"tokenizers {number}, server {number}, 7 latent frames {number}, decoding {number}, writing {number}"
+    laps = f"7 latent frames {number}, decoding {number}, writing {number}"
     assert re.fullmatch(f"took {number}: {laps}", said[1])
 
 
-def test_the_published_options_are_the_defaults(tokenizer: Path, server: Server, tmp_path: Path) -> None:
-    given = ["--prompt", PROMPT, "--tokenizer", str(tokenizer), "--url", "http://server:1"]
-    result = CliRunner().invoke(app, ["generate", *given, "--out", str(tmp_path / "video.mp4")])
+def test_a_gif_has_the_frames_of_the_video(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+    result = call(tmp_path / "video.gif", "--frames", "24", to=server.url)
     assert result.exit_code == 0, result.stderr
-    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
-    assert plan.options == lumos.MaskedOptions()
-    assert plan.conditional.layout.frame == lumos.frame_layout((48, 84))
-    assert plan.frames == 13
-    frames = iio.imread(tmp_path / "video.mp4", plugin="pyav")
-    assert frames.shape == (48, 384, 672, 3)
+    expected = CosmosTokenizer(tokenizer).decode(server.codes)[:24]
+    assert np.abs(read_gif(tmp_path / "video.gif").astype(int) - expected).mean() < CLOSE
+
+
+def test_the_published_options_are_the_defaults(server: Server, tmp_path: Path) -> None:
+    given = ["--prompt", PROMPT, "--url", server.url, "--out", str(tmp_path / "video.mp4")]
+    result = CliRunner().invoke(app, ["generate", *given])
+    assert result.exit_code == 0, result.stderr
+    assert server.plan.options == lumos.MaskedOptions()
+    assert server.plan.conditional.layout.frame == lumos.frame_layout((48, 84))
+    assert server.plan.frames == 13
+    assert read_mp4(tmp_path / "video.mp4").shape == (48, 384, 672, 3)
     assert iio.immeta(tmp_path / "video.mp4", plugin="pyav")["fps"] == 8
 
 
 def test_a_picture_is_the_first_latent_frame(tokenizer: Path, server: Server, tmp_path: Path) -> None:
     picture = random_video(1, *GRID)[0]
     Image.fromarray(picture).save(tmp_path / "a picture.png")
-    out = tmp_path / "video.gif"
-    result = call(tokenizer, out, "--frames", "8", "--image", str(tmp_path / "a picture.png"))
+    out = tmp_path / "video.mp4"
+    result = call(out, "--frames", "8", "--image", str(tmp_path / "a picture.png"), to=server.url)
     assert result.exit_code == 0, result.stderr
     codes = CosmosTokenizer(tokenizer).encode(picture[None])
-    assert server.body["prompt"] == text(tokenizer, 1, 8) + lumos.frame_of_codes(codes[0]).tolist()
-    assert server.body["vllm_xargs"]["packcache_frames"] == 2
-    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
-    assert plan.first_frame == 0
-    assert plan.conditional.layout.condition_image_tokens == lumos.frame_layout(GRID).tokens_per_frame
-    frames = read_gif(out)
-    assert len(frames) == 8
-    np.testing.assert_array_equal(frames[0], picture)
-    np.testing.assert_array_equal(frames[1:5], CosmosTokenizer(tokenizer).decode(server.codes)[:1].repeat(4, 0))
+    assert server.prompt == text(tokenizer, 1, 8) + ids_of(codes)
+    assert server.options["packcache_frames"] == 2
+    assert server.plan.first_frame == 0
+    assert server.plan.conditional.layout.condition_image_tokens == lumos.frame_layout(GRID).tokens_per_frame
+    expected = CosmosTokenizer(tokenizer).decode(np.concatenate([codes, server.codes]))[:8]
+    np.testing.assert_array_equal(expected[0], picture)
+    np.testing.assert_array_equal(read_mp4(out), written(expected, tmp_path))
+    assert " 2 latent frames " in result.stdout
 
 
 @pytest.mark.parametrize(("rate", "every"), [(8, 1), (24, 3)])
@@ -165,83 +272,249 @@ def test_a_video_is_continued(rate: int, every: int, tokenizer: Path, server: Se
     video = random_video(9, *GRID)
     source = np.concatenate([random_video(1, *GRID, seed=7).repeat(2, 0), video]).repeat(every, 0)
     iio.imwrite(tmp_path / "old.mkv", source, plugin="pyav", codec="ffv1", fps=rate, out_pixel_format="bgr0")
-    out = tmp_path / "video.gif"
-    result = call(tokenizer, out, "--frames", "16", "--video", str(tmp_path / "old.mkv"))
+    out = tmp_path / "video.mp4"
+    result = call(out, "--frames", "16", "--video", str(tmp_path / "old.mkv"), to=server.url)
     assert result.exit_code == 0, result.stderr
     given = CosmosTokenizer(tokenizer).encode(video)
-    frames = [id for codes in given for id in lumos.frame_of_codes(codes).tolist()]
-    assert server.body["prompt"] == text(tokenizer, 2, 8) + frames
-    assert server.body["vllm_xargs"]["packcache_frames"] == 2
-    plan = ServerConfig.parse("packcache", {}, family=LUMOS).request(server.body["vllm_xargs"], server.body["prompt"])
-    assert plan.first_frame == 2, "the first of the three is the conditioning image"
-    shown = read_gif(out)
-    assert len(shown) == 16
-    np.testing.assert_array_equal(shown[:9], video)
-    old = f"video {tmp_path / 'old.mkv'}: {11 * every} frames in 1.4 s"
-    assert f"{old}; used: the last 9 of 11 frames at 8 a second, all of 64 x 32 pixels, as 64 x 32\n" in result.stdout
+    assert server.prompt == text(tokenizer, 2, 8) + ids_of(given)
+    assert server.options["packcache_frames"] == 2
+    assert server.plan.first_frame == 2, "the first of the three is the conditioning image"
+    expected = CosmosTokenizer(tokenizer).decode(np.concatenate([given, server.codes]))[:16]
+    np.testing.assert_array_equal(expected[:9], video)
+    np.testing.assert_array_equal(read_mp4(out), written(expected, tmp_path))
+    used = "used: the last 9 of 11 frames at 8 a second, all of 64 x 32 pixels, as 64 x 32\n"
+    assert f"video: {11 * every} frames in 1.4 s; {used}" in result.stdout
 
 
-def test_what_is_used_of_a_picture_is_said(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+def test_what_is_used_of_a_picture_is_said(server: Server, tmp_path: Path) -> None:
     Image.new("RGB", (300, 200)).save(tmp_path / "a [b].png")
-    result = call(tokenizer, tmp_path / "a.gif", "--frames", "8", "--image", str(tmp_path / "a [b].png"))
+    result = call(tmp_path / "a.gif", "--frames", "8", "--image", str(tmp_path / "a [b].png"), to=server.url)
     assert result.exit_code == 0, result.stderr
-    said = f"picture {tmp_path / 'a [b].png'}: the middle 300 x 150 of 300 x 200 pixels, as 64 x 32\n"
-    assert said in result.stdout
+    assert "picture: the middle 300 x 150 of 300 x 200 pixels, as 64 x 32\n" in result.stdout
 
 
 def test_a_sideways_video_is_continued_upright(tokenizer: Path, server: Server, tmp_path: Path) -> None:
     old = INPUTS / "rot.mp4"
     size = ("--width", "32", "--height", "64")
-    result = call(tokenizer, tmp_path / "a.gif", "--frames", "32", "--video", str(old), *size)
+    result = call(tmp_path / "a.gif", "--frames", "32", "--video", str(old), *size, to=server.url)
     assert result.exit_code == 0, result.stderr
-    said = f"video {old}: 24 frames in 3.0 s, turned upright; used: the last 21 of 24 frames at 8 a second, "
+    said = "video: 24 frames in 3.0 s, turned upright; used: the last 21 of 24 frames at 8 a second, "
     assert said + "all of 64 x 128 pixels, as 32 x 64\n" in result.stdout
     given = CosmosTokenizer(tokenizer).encode(read_video(old, 32, 64, 8, 32).frames[3:])
-    assert server.body["prompt"][-6 * len(lumos.frame_of_codes(given[0])) :] == [
-        id for codes in given for id in lumos.frame_of_codes(codes).tolist()
-    ]
-
-
-@pytest.mark.parametrize("in_stream", [True, False])
-def test_what_the_server_says(in_stream: bool, tokenizer: Path, server: Server, tmp_path: Path) -> None:
-    """vLLM begins a stream before it admits the request: what it refuses then, it refuses there."""
-    error = {"error": {"message": "packcache_grid makes frames that are too large", "code": 400}}
-    streamed = httpx.Response(200, text=f"data: {json.dumps(error)}\n\ndata: [DONE]")
-    server.answer = lambda: streamed if in_stream else httpx.Response(400, json=error)
-    result = call(tokenizer, tmp_path / "video.mp4")
-    assert result.exit_code == 2
-    said = "vllm-packcache: the server refused the request: packcache_grid makes frames that are too large\n"
-    assert result.stderr == said
-    assert not (tmp_path / "video.mp4").exists()
-
-
-def _lost() -> httpx.Response:
-    raise httpx.ReadError("peer closed connection")
+    assert server.prompt[-6 * len(lumos.frame_of_codes(given[0])) :] == ids_of(given)
 
 
 @pytest.mark.parametrize(
-    ("answer", "fewer", "sentence"),
+    ("arguments", "sentence"),
     [
-        (lambda: httpx.Response(404, text="nothing here"), 0, "refused the request: nothing here"),
-        (lambda: httpx.Response(502), 0, "refused the request: 502"),
-        (_lost, 0, "the server at http://server:1 does not answer: peer closed connection"),
-        (lambda: httpx.Response(200, text='data: {"error": "no memory"}'), 0, "gave up on the request: no memory"),
-        (
-            lambda: httpx.Response(200, text=f"data: {json.dumps({'choices': [{'token_ids': [7] * 40}]})}"),
-            0,
-            "makes no frames of this grid",
-        ),
-        (None, 1, "ended the video after 12 of 13 frames"),
+        (["--width", "768", "--height", "480"], "size: frames of 768x480 have"),
+        (["--prompt", "a <video>"], "no id of text for this model"),
+        (["--prompt", ""], "prompt must say what is to be seen"),
+    ],
+)
+def test_what_the_server_refuses(arguments: list[str], sentence: str, server: Server, tmp_path: Path) -> None:
+    result = call(tmp_path / "video.mp4", *arguments, to=server.url)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("vllm-packcache: the server refused the request: ")
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not server.prompt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_decoded_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "JobMetrics", Mock())
+    write_text_tokenizer(write_video_tokenizer(tmp_path))
+    (tmp_path / "decoder.jit").write_bytes((tmp_path / "encoder.jit").read_bytes())
+    with Server().running(tmp_path / "store", tmp_path) as server:
+        result = call(tmp_path / "video.mp4", to=server.url)
+        assert result.exit_code == 2
+        assert "the server's video tokenizer failed" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not server.prompt
+
+
+def test_a_video_that_fails(server: Server, tmp_path: Path) -> None:
+    server.fewer = 1
+    result = call(tmp_path / "video.mp4", to=server.url)
+    assert result.exit_code == 2
+    said = "the server could not make this video: the engine ended this video after 12 of 13 frames"
+    assert result.stderr == f"vllm-packcache: {said}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_that_somebody_deletes(server: Server, tmp_path: Path) -> None:
+    async def before(frame: int) -> None:
+        if frame == 2:
+            await server.followed.wait()
+            ((job,), _) = server.jobs.store.list(after=None, limit=1, order="desc")
+            await asyncio.to_thread(server.jobs.store.delete, job.id)
+            await asyncio.Event().wait()
+
+    server.before = before
+    result = call(tmp_path / "video.mp4", to=server.url)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("vllm-packcache: the server does not make this video any more: there is no video ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_leaves_stops_the_video(number: signal.Signals, server: Server, tmp_path: Path) -> None:
+    leaving = threading.get_ident()
+
+    async def before(frame: int) -> None:
+        if frame == 2:
+            await server.followed.wait()
+            signal.pthread_kill(leaving, number)
+            await asyncio.Event().wait()
+
+    server.before = before
+    result = call(tmp_path / "video.mp4", to=server.url)
+    assert result.exit_code == (130 if number == signal.SIGINT else 143)
+    assert server.let_go.wait(60)
+    assert server.jobs.store.list(after=None, limit=1, order="desc") == ([], False)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Answers:
+    """A server that answers as a test says, and remembers what it was asked.
+
+    Attributes:
+        asked: requests, as method and path.
+        events: answers to those who follow, one after another; the last one again and again.
+        seen: numbers of the last events that these had seen.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.seen: list[str | None] = []
+        self.events: list[Callable[[], httpx.Response]] = []
+        self.list: Callable[[], httpx.Response] = lambda: httpx.Response(200, json={})
+        self.create: Callable[[], httpx.Response] = lambda: httpx.Response(200, json={"id": "video_1"})
+        self.content: Callable[[], httpx.Response] = lambda: httpx.Response(200, content=b"the video")
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((request.method, request.url.path))
+        match request.method, request.url.path:
+            case "GET", "/v1/videos":
+                return self.list()
+            case "POST", "/v1/videos":
+                return self.create()
+            case "GET", "/v1/videos/video_1/events":
+                self.seen.append(request.headers["Last-Event-ID"])
+                return self.events.pop(0)() if len(self.events) > 1 else self.events[0]()
+            case "GET", "/v1/videos/video_1/content":
+                return self.content()
+        raise AssertionError(self.asked[-1])
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    fake = Answers()
+    mocked = httpx.MockTransport(fake)
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda self, request: mocked.handle_request(request))
+    monkeypatch.setattr(generating, "_WAITS", (0.0, 0.0))
+    return fake
+
+
+class Cut(httpx.SyncByteStream):
+    """What comes before a connection is lost."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._text.encode()
+        raise httpx.ReadError("peer closed connection")
+
+
+def event(number: int, kind: str, data: dict[str, Any] | None = None) -> str:
+    return f"id: {number}\nevent: {kind}\ndata: {json.dumps(data or {})}\n\n"
+
+
+def frame(number: int) -> str:
+    return event(number + 2, "frame", {"frame": number, "frames": 2, "given": False})
+
+
+def lost() -> httpx.Response:
+    raise httpx.ConnectError("nobody there")
+
+
+def said(code: int, message: str) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(code, json={"error": {"message": message}})
+
+
+BUSY = "event: error\ndata: " + json.dumps({"error": {"message": "locked", "type": "server_error"}}) + "\n\n"
+
+
+def test_a_connection_that_is_lost_is_made_again(answers: Answers, tmp_path: Path) -> None:
+    answers.events = [
+        lambda: httpx.Response(200, text=event(1, "status") + frame(0)[:-5]),
+        lost,
+        lambda: httpx.Response(200, stream=Cut(": heartbeat\n\n" + frame(0))),
+        lambda: httpx.Response(502, text="<html>"),
+        lambda: httpx.Response(200, text=": heartbeat\n\n"),
+        lambda: httpx.Response(200, text=BUSY),
+        lambda: httpx.Response(200, text=frame(1) + event(4, "completed")),
+    ]
+    result = call(tmp_path / "video.mp4", to="http://server:1")
+    assert result.exit_code == 0, result.stderr
+    assert answers.seen == ["0", "1", "1", "2", "2", "2", "2"]
+    assert (tmp_path / "video.mp4").read_bytes() == b"the video"
+    assert " 2 latent frames " in result.stdout
+
+
+GONE = "the server at http://server:1 does not answer any more, asked for video_1: "
+
+
+@pytest.mark.parametrize(
+    ("events", "sentence"),
+    [
+        (lambda: httpx.Response(200, text=""), GONE + "it ended the connection"),
+        (lambda: httpx.Response(200, text=BUSY), GONE + "locked"),
+        (lambda: httpx.Response(200, stream=Cut(": hea")), GONE + "peer closed connection"),
+        (lost, GONE + "nobody there"),
+        (lambda: httpx.Response(502), GONE + "the server refused the request: 502"),
+        (said(404, "there is\nno video"), "the server refused the request: there is no video"),
+    ],
+)
+def test_a_server_that_goes_away(
+    events: Callable[[], httpx.Response], sentence: str, answers: Answers, tmp_path: Path
+) -> None:
+    answers.events = [events]
+    result = call(tmp_path / "video.mp4")
+    assert result.exit_code == 2
+    assert result.stderr == f"vllm-packcache: {sentence}\n"
+    assert len(answers.seen) == (1 if "refused the request: there" in sentence else 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+NONE = "the server at http://server:1 makes no videos: start it with --video-store and --video-tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("which", "answer", "sentence"),
+    [
+        ("list", lambda: httpx.Response(404, json={"detail": "Not Found"}), NONE),
+        ("list", said(501, "this server makes no videos"), NONE),
+        ("list", lambda: httpx.Response(502), "the server refused the request: 502"),
+        ("list", lost, "the server at http://server:1 does not answer: nobody there"),
+        ("create", said(429, "20 videos wait"), "the server refused the request: 20 videos wait"),
+        ("create", lambda: httpx.Response(413, text="too\nlarge"), "the server refused the request: too large"),
+        ("create", lost, "the server at http://server:1 does not answer: nobody there"),
+        ("content", said(404, "it is gone"), "the server refused the request: it is gone"),
+        ("content", lost, "the server at http://server:1 does not answer: nobody there"),
     ],
 )
 def test_a_server_that_fails(
-    answer: Any, fewer: int, sentence: str, tokenizer: Path, server: Server, tmp_path: Path
+    which: str, answer: Callable[[], httpx.Response], sentence: str, answers: Answers, tmp_path: Path
 ) -> None:
-    server.answer, server.fewer = answer, fewer
-    result = call(tokenizer, tmp_path / "video.mp4")
+    answers.events = [lambda: httpx.Response(200, text=event(1, "completed"))]
+    setattr(answers, which, answer)
+    result = call(tmp_path / "video.mp4")
     assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr == f"vllm-packcache: {sentence}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -259,7 +532,6 @@ def test_a_server_that_asks_for_a_key(
     option: str | None,
     variable: str | None,
     sentence: str | None,
-    tokenizer: Path,
     server: Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,14 +539,14 @@ def test_a_server_that_asks_for_a_key(
     server.key = "secret"
     if variable is not None:
         monkeypatch.setenv("VLLM_API_KEY", variable)
-    result = call(tokenizer, tmp_path / "video.mp4", *([] if option is None else ["--api-key", option]))
+    result = call(tmp_path / "video.mp4", *([] if option is None else ["--api-key", option]), to=server.url)
     if sentence is None:
         assert result.exit_code == 0, result.stderr
         assert set(server.keys) == {"Bearer secret"}
     else:
         assert result.exit_code == 2
-        assert result.stderr == f"vllm-packcache: the server at http://server:1 {sentence}\n"
-        assert not server.body
+        assert result.stderr == f"vllm-packcache: the server at {server.url} {sentence}\n"
+        assert not server.prompt
 
 
 @pytest.mark.parametrize(
@@ -282,7 +554,7 @@ def test_a_server_that_asks_for_a_key(
     [("127.0.0.1", True), ("localhost", True), ("[::1]", True), ("server", False), ("10.0.0.1", False)],
 )
 def test_a_proxy_is_for_other_machines(
-    host: str, direct: bool, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: str, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
@@ -295,27 +567,25 @@ def test_a_proxy_is_for_other_machines(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    result = call(tokenizer, tmp_path / "video.mp4", to=("--url", f"http://{host}:8000"))
+    result = call(tmp_path / "video.mp4", to=f"http://{host}:8000")
     assert result.exit_code == 2
     assert asked == [(host.strip("[]"), not direct)]
 
 
-def test_two_runs_do_not_share_a_file(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_file(answers: Answers, tmp_path: Path) -> None:
     out = tmp_path / "video.mp4"
     seen: list[Any] = []
 
-    def answer() -> httpx.Response:
-        server.answer = None
-        seen.append(call(tokenizer, out))
-        seen.append(server.body)
+    def create() -> httpx.Response:
+        seen.append(call(out))
         return httpx.Response(502)
 
-    server.answer = answer
-    assert call(tokenizer, out).exit_code == 2
-    second, body = seen
+    answers.create = create
+    assert call(out).exit_code == 2
+    (second,) = seen
     assert second.exit_code == 2
     assert second.stderr.startswith(f"vllm-packcache: {out} cannot be written: another run is going to write it")
-    assert body == server.body, "the second asked for nothing"
+    assert answers.asked == [("GET", "/v1/videos"), ("POST", "/v1/videos")], "the second asked for nothing"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,23 +597,21 @@ def test_two_runs_do_not_share_a_file(tokenizer: Path, server: Server, tmp_path:
         ("video", "--out ends with .mp4 or .gif, not 'video'"),
     ],
 )
-def test_where_no_video_can_be_written(
-    out: str, sentence: str, tokenizer: Path, server: Server, tmp_path: Path
-) -> None:
+def test_where_no_video_can_be_written(out: str, sentence: str, answers: Answers, tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
-    result = call(tokenizer, tmp_path / out)
+    result = call(tmp_path / out)
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert not server.body
+    assert not answers.asked
 
 
-def test_no_server(tokenizer: Path, tmp_path: Path) -> None:
-    result = call(tokenizer, tmp_path / "video.mp4", to=("--url", "http://127.0.0.1:9"))
+def test_no_server(tmp_path: Path) -> None:
+    result = call(tmp_path / "video.mp4", to="http://127.0.0.1:9")
     assert result.exit_code == 2
     assert result.stderr.startswith("vllm-packcache: the server at http://127.0.0.1:9 does not answer: ")
-    result = call(tokenizer, tmp_path / "video.mp4", to=("--url", "localhost"))
+    result = call(tmp_path / "video.mp4", to="localhost")
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
 
@@ -363,37 +631,35 @@ def test_no_server(tokenizer: Path, tmp_path: Path) -> None:
         (["--guidance", "nan"], "--guidance must lie between -1000 and 1000, not nan"),
         (["--out", "video.avi"], "--out ends with .mp4 or .gif, not 'video.avi'"),
         (["--image", "no.png", "--video", "no.mp4"], "leave one out"),
-        (["--image", "no.png"], "no.png cannot be read as a picture"),
-        (["--video", "no.mp4"], "no.mp4 cannot be read as a video"),
+        (["--image", "no.png"], "--image no.png cannot be read: No such file or directory"),
+        (["--video", "no.mp4"], "--video no.mp4 cannot be read: No such file or directory"),
         (["--video", __file__], "cannot be read as a video"),
-        (["--tokenizer", "nowhere"], "tokenizer.json is missing"),
+        (["--tokenizer", "nowhere"], "--tokenizer is of a server of your own"),
         (["--model", "nowhere"], "give the folder of a model to serve, or the address"),
         (["--config", "demo"], "--config is of a server of your own"),
-        (["--image", str(INPUTS / "trunc.png")], "trunc.png cannot be read as a picture: it is cut off or damaged"),
-        (["--image", str(INPUTS / "empty.png")], "empty.png cannot be read as a picture: it is empty"),
+        (["--image", str(INPUTS / "trunc.png")], "trunc.png: the picture cannot be read: it is cut off or damaged"),
+        (["--image", str(INPUTS / "empty.png")], "empty.png: the picture cannot be read: it is empty"),
+        (["--image", str(INPUTS / "t.gif")], "a server takes this for a video"),
         (["--video", str(INPUTS / "empty.png")], "empty.png cannot be read as a video: it is empty"),
-        (["--prompt", "a <video>"], "no id of text for this model"),
+        (["--video", str(INPUTS / "a.h264")], "a.h264: a server reads MP4, WebM and GIF: convert it"),
     ],
     ids=str,
 )
-def test_mistakes_get_a_sentence(
-    arguments: list[str], sentence: str, tokenizer: Path, server: Server, tmp_path: Path
-) -> None:
-    result = call(tokenizer, tmp_path / "video.mp4", *arguments)
+def test_mistakes_get_a_sentence(arguments: list[str], sentence: str, answers: Answers, tmp_path: Path) -> None:
+    result = call(tmp_path / "video.mp4", *arguments)
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert not server.body, "nothing was asked for"
+    assert not answers.asked
 
 
-def test_what_cannot_be_decoded_is_not_made(server: Server, tmp_path: Path) -> None:
-    write_text_tokenizer(write_video_tokenizer(tmp_path))
-    (tmp_path / "decoder.jit").write_bytes((tmp_path / "encoder.jit").read_bytes())
-    result = call(tmp_path, tmp_path / "video.mp4")
+def test_a_file_that_no_server_takes(answers: Answers, tmp_path: Path) -> None:
+    with (tmp_path / "long.mp4").open("wb") as file:
+        file.truncate(64 * 2**20)
+    result = call(tmp_path / "video.mp4", "--video", str(tmp_path / "long.mp4"))
     assert result.exit_code == 2
-    assert "decoder.jit fails with an input of shape [1, 1, 4, 8]" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not server.body
+    assert "long.mp4 has 67,108,864 bytes, and a server takes 66,060,288: give less of it" in result.stderr
+    assert not answers.asked
 
 
 @pytest.mark.parametrize(
@@ -406,21 +672,24 @@ def test_what_cannot_be_decoded_is_not_made(server: Server, tmp_path: Path) -> N
     ],
 )
 def test_videos_that_cannot_be_continued(
-    frames: int, rate: int, arguments: list[str], sentence: str, tokenizer: Path, server: Server, tmp_path: Path
+    frames: int, rate: int, arguments: list[str], sentence: str, answers: Answers, tmp_path: Path
 ) -> None:
     old = tmp_path / "old.mp4"
     iio.imwrite(old, np.zeros((frames, 32, 64, 3), np.uint8), plugin="pyav", codec="libx264", fps=rate)
-    result = call(tokenizer, tmp_path / "video.mp4", "--video", str(old), *arguments)
+    result = call(tmp_path / "video.mp4", "--video", str(old), *arguments)
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
-    assert not server.body
+    assert not answers.asked
 
 
-def test_a_picture_alone_is_no_video(tokenizer: Path, server: Server, tmp_path: Path) -> None:
+def test_a_picture_alone_is_no_video(answers: Answers, tmp_path: Path) -> None:
     Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
-    result = call(tokenizer, tmp_path / "a.gif", "--image", str(tmp_path / "a.png"), "--frames", "1", "--fps", "1")
+    result = call(tmp_path / "a.gif", "--image", str(tmp_path / "a.png"), "--frames", "1", "--fps", "1")
     assert result.exit_code == 2
     assert "--frames 1 are 1 latent frames, of which 1 are given" in result.stderr
+
+
+LUMOS_CONFIG = {"architectures": list(lumos.ARCHITECTURES[:1])}
 
 
 @pytest.mark.parametrize(
@@ -430,9 +699,13 @@ def test_a_picture_alone_is_no_video(tokenizer: Path, server: Server, tmp_path: 
         ({}, [], "is of architecture unknown"),
         ({}, ["--api-key", "secret"], "--api-key is of a server that runs (--url)"),
         (None, [], "its config.json cannot be read"),
-        ({"architectures": list(lumos.ARCHITECTURES[:1])}, ["--config", '{"widow": 3}'], "widow"),
+        (LUMOS_CONFIG, ["--prompt", "a <video>"], "no id of text for this model"),
+        (LUMOS_CONFIG, ["--tokenizer", "nowhere"], "--tokenizer nowhere: tokenizer.json is missing"),
+        (LUMOS_CONFIG, None, "--tokenizer is needed with --model: give a folder with tokenizer.json, encoder.jit"),
+        (LUMOS_CONFIG, ["--image", "no.png"], "--image no.png cannot be read: No such file or directory"),
+        (LUMOS_CONFIG, ["--config", '{"widow": 3}'], "widow"),
         (
-            {"architectures": list(lumos.ARCHITECTURES[:1])},
+            LUMOS_CONFIG,
             ["--config", '{"layout": {"grid": [2, 2]}}'],
             "give grid: [4, 8], or no layout",
         ),
@@ -440,7 +713,7 @@ def test_a_picture_alone_is_no_video(tokenizer: Path, server: Server, tmp_path: 
 )
 def test_models_that_are_not_served(
     config: dict[str, Any] | None,
-    arguments: list[str],
+    arguments: list[str] | None,
     sentence: str,
     tokenizer: Path,
     tmp_path: Path,
@@ -449,7 +722,8 @@ def test_models_that_are_not_served(
     monkeypatch.setattr(generating, "serving", lambda *args, **kwargs: pytest.fail("a server was started"))
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    result = call(tokenizer, tmp_path / "video.mp4", *arguments, to=("--model", str(tmp_path)))
+    own = [] if arguments is None else ["--tokenizer", str(tokenizer), *arguments]
+    result = call(tmp_path / "video.mp4", *own, to=("--model", str(tmp_path)))
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -488,7 +762,8 @@ def test_what_a_server_of_its_own_is_told(
     @contextmanager
     def serving(model: Path, arguments: list[str], log: Path, waiting: Any, **options: Any) -> Iterator[str]:
         started.append((model, dict(zip(arguments[::2], arguments[1::2], strict=False)), log, options))
-        yield "http://server:1"
+        assert Path(started[0][1]["--video-store"]).is_dir()
+        yield server.url
 
     monkeypatch.setattr(generating, "serving", serving)
     (tmp_path / "config.json").write_text(
@@ -496,40 +771,39 @@ def test_what_a_server_of_its_own_is_told(
     )
     server.fewer = 1
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
-    given = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), *size]
+    given = ["--model", str(tmp_path), "--tokenizer", str(tokenizer), "--image", str(tmp_path / "a.png"), *size]
     if config is not None:
         config = {**config, **({"layout": load_mapping(layout)["layout"]} if layout else {})}
         given += ["--config", json.dumps(config)]
-    result = call(tokenizer, tmp_path / "video.mp4", to=tuple(given))
+    result = call(tmp_path / "video.mp4", to=tuple(given))
     assert result.exit_code == 2
     log = tmp_path / "video.log"
-    assert result.stderr == f"vllm-packcache: the server ended the video after 11 of 12 frames; its log is {log}\n"
+    said = "the server could not make this video: the engine ended this video after 11 of 12 frames"
+    assert result.stderr == f"vllm-packcache: {said}; its log is {log}\n"
     ((model, arguments, own_log, options),) = started
     assert (model, own_log, options) == (tmp_path, log, {"interpreted": not torch.cuda.is_available()})
     expected = load_mapping(layout) if config is None and layout else {"layout": {"grid": list(GRID)}, **(config or {})}
     assert json.loads(arguments["--kv-cache-policy-config"]) == expected
     assert arguments["--kv-cache-policy"] == ("packcache" if config is None else "sliding_window")
-    assert int(arguments["--max-model-len"]) == len(server.body["prompt"]) + length
+    assert int(arguments["--max-model-len"]) == len(server.prompt) + length
     assert arguments["--dtype"] == ("auto" if torch.cuda.is_available() else "float32")
+    assert arguments["--video-tokenizer"] == str(tokenizer)
+    assert arguments.get("--gpu-memory-utilization") == ("0.8" if torch.cuda.is_available() else None)
+    assert not Path(arguments["--video-store"]).exists()
 
 
-def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user: the codes that are decoded are those of the published loop."""
+def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path) -> None:
+    """As a user: the frames that are seen are those of the published loop."""
     model = make_random_lumos(tmp_path / "model", visual_codes=CODES)
     picture = random_video(1, *GRID, seed=int(numbers(0).integers(1000)))[0]
     Image.fromarray(picture).save(tmp_path / "picture.png")
-    shown = tmp_path / "shown.npy"
-    encode = generating.encode_video
-    monkeypatch.setattr(
-        generating, "encode_video", lambda frames, *args: (np.save(shown, frames), encode(frames, *args))[1]
-    )
     out = tmp_path / "video.mp4"
     config = {"window": 2, "history_frames": 1}
     options = ["--frames", "16", "--seed", "3", "--steps", "2", "--guidance", "2", "--config", json.dumps(config)]
-    result = call(tokenizer, out, "--image", str(tmp_path / "picture.png"), *options, to=("--model", str(model)))
+    own = ("--model", str(model), "--tokenizer", str(tokenizer))
+    result = call(out, "--image", str(tmp_path / "picture.png"), *options, to=own)
     assert result.exit_code == 0, result.output
     assert processes_of(tmp_path / "video.log") == []
-    assert iio.imread(out, plugin="pyav").shape == (16, HEIGHT, WIDTH, 3)
 
     ids = text(tokenizer, 2, 8)
     given = CosmosTokenizer(tokenizer).encode(picture[None])
@@ -539,5 +813,5 @@ def test_a_server_of_its_own(tokenizer: Path, tmp_path: Path, monkeypatch: pytes
     made = generate_masked(LumosReference.load(model), ids, 4, plan.conditional, plan.options, block_size=128)
     refuse_masked_ties(made)
     codes = np.stack([lumos.codes_of_frame(frame, GRID) for frame in made.frames.numpy()])
-    expected = CosmosTokenizer(tokenizer).decode(np.concatenate([given, codes]))
-    np.testing.assert_array_equal(np.load(shown), expected[:16])
+    expected = CosmosTokenizer(tokenizer).decode(np.concatenate([given, codes]))[:16]
+    np.testing.assert_array_equal(read_mp4(out), written(expected, tmp_path))

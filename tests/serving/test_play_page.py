@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tests.serving.pages import running
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.demo.play.world import MODEL_DIR, VOCABULARY
@@ -150,31 +146,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
         model = make_random_llama(folder / "model", vocab=VOCABULARY, hidden=64, layers=1)
         arguments += ["--config", "play", str(model), "--", *BUNDLED]
-    environment = {**os.environ, "PACKCACHE_PLAY_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, "-c", "from vllm_packcache.cli import main; main()", "play", *arguments]
-    said = folder / "said"
-    with said.open("w") as output:
-        # What a shell runs in the background ignores Ctrl-C, and so would all that it starts.
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=heard)
-        try:
-            deadline = time.monotonic() + 300
-            while "play at" not in said.read_text():
-                assert process.poll() is None, said.read_text()
-                assert time.monotonic() < deadline, said.read_text()
-                time.sleep(0.2)
-            assert f"play at http://127.0.0.1:{port}/play" in said.read_text()
-            assert KEY not in said.read_text()
-            yield f"http://127.0.0.1:{port}"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-            assert said.read_text().endswith("stopped\n")
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"http://127.0.0.1:{port}/health")
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
+    with running("play", arguments, folder / "said", {"PACKCACHE_PLAY_KEY": KEY}, f"http://127.0.0.1:{port}/play"):
+        assert KEY not in (folder / "said").read_text()
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

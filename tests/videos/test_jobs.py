@@ -369,6 +369,10 @@ def test_a_remix_is_the_same_of_another_prompt(tmp_path: Path) -> None:
         assert (again.seed, again.temperature) == (7, 0.5)
         # What a remix was made of is known of it too.
         assert (await jobs.remix(other.id, body.prompt)).request["options"] == {"policy": "packcache", **body.options}
+        jobs.model = "another"
+        for make in (jobs.remix(first.id, "a dog"), jobs.extend(first.id, body)):
+            with pytest.raises(Refusal, match="made by 'm', and another is served here"):
+                await make
 
     run(tmp_path, play)
 
@@ -408,6 +412,44 @@ def test_what_the_page_needs_is_json(tmp_path: Path) -> None:
         assert (about["model"], about["block_size"], about["tokens_per_frame"]) == ("m", 32, FRAME_TOKENS)
 
     run(tmp_path, play)
+
+
+def test_an_address_is_told_of_what_ends(tmp_path: Path) -> None:
+    heard: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+        heard.put_nowait((head, json.loads(await reader.readexactly(length))))
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(hear, "127.0.0.1", 0)
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        webhook = {"url": address, "secret": "whsec_" + "A" * 32}
+        videos = VideosConfig.model_validate_json(
+            json.dumps({"store": str(tmp_path), "tokenizer": "demo", "webhooks": [webhook]})
+        )
+        config = dataclasses.replace(ServerConfig.parse("packcache", {"layout": "demo"}), videos=videos)
+        engine = Engine()
+        jobs = Jobs(engine, config, "m")  # type: ignore[arg-type]
+        await jobs.start()
+        try:
+            job = await jobs.create(BODY)
+            head, said = await heard.get()
+            assert (said["type"], said["data"]) == ("video.completed", {"id": job.id})
+            assert "webhook-signature: v1," in head
+            engine.frames = 0
+            failed = await jobs.create(BODY)
+            said = (await heard.get())[1]
+            assert (said["type"], said["data"]) == ("video.failed", {"id": failed.id})
+        finally:
+            await jobs.stop()
+            server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_metrics_count_jobs(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig, read_config
+from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.core.retention import Retention
 
 
@@ -157,7 +158,9 @@ def stream_spec(spec: AttentionSpec, vllm_config: VllmConfig, stream: int) -> At
 
 def as_json(config: ServerConfig) -> str:
     """``config`` in a form that can be compared and hashed."""
-    arguments = {"policy": config.name, "source": config.as_mapping(), "position_limit": config.position_limit}
+    # What is said of videos is for API servers, and the secrets of webhooks are in no such form.
+    source = replace(config, videos=VideosConfig()).as_mapping()
+    arguments = {"policy": config.name, "source": source, "position_limit": config.position_limit}
     sent = {"config": arguments, "family": config.family.architectures[:1], "fingerprint": config.fingerprint()}
     return json.dumps(sent, sort_keys=True)
 

@@ -98,6 +98,11 @@ def encode_video(frames: Pixels, suffix: str, rate: int) -> bytes:
     return iio.imwrite("<bytes>", frames, extension=suffix, plugin="pyav", codec="libx264", fps=rate)
 
 
+def as_gif(video: bytes, rate: int) -> bytes:
+    """A video file as GIF, so many frames a second."""
+    return encode_video(iio.imread(video, extension=".mp4", plugin="pyav"), ".gif", rate)
+
+
 class _Unusable(ValueError):
     """Why a video cannot be read."""
 

@@ -1,7 +1,7 @@
-"""A sentence, and a picture or a video, become a video: the client of a masked model's server.
+"""A sentence, and a picture or a video, become a video of Lumos-1: a client of ``/v1/videos``.
 
-What is asked for is written as the model was trained to read it: the text states size, duration and rate; a picture is
-the first latent frame, the frames of a video to continue follow it. The server makes the latent frames that are left.
+The server writes the prompt, makes the frames and decodes them. What can be checked is checked here, before a server is
+started; the frames that are made are counted, and the finished file is fetched.
 """
 
 from __future__ import annotations
@@ -11,36 +11,55 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import OWNER_KEY, ServerConfig
+from vllm_packcache.config.server import CONFIG_FLAG, OWNER_KEY, POLICY_FLAG, ServerConfig
 from vllm_packcache.config.sources import load_mapping, presets
+from vllm_packcache.config.videos import STORE_FLAG, TOKENIZER_FLAG
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.media.files import claimed
-from vllm_packcache.media.pictures import fit, middle, read_picture
-from vllm_packcache.media.processors.lumos import Names, Stated, prompt_of
+from vllm_packcache.media.pictures import read_picture_bytes
+from vllm_packcache.media.processors.base import COSMOS_FILES
+from vllm_packcache.media.processors.lumos import Names, Stated
 from vllm_packcache.media.text_tokenizer import TextTokenizer
-from vllm_packcache.media.video_tokenizer import Codes, CosmosTokenizer, VideoTokenizer
-from vllm_packcache.media.videos import SUFFIXES, encode_video, read_video
-from vllm_packcache.serving.server import ServerError, client_of, serving, stream_frames
+from vllm_packcache.media.videos import SUFFIXES, as_gif, read_video
+from vllm_packcache.serving.server import ServerError, client_of, error_message, serving, terminating_on_sigterm
+from vllm_packcache.videos.request import LARGEST_BODY, clip_suffix
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where vLLM's servers look for the key that they ask for, and their clients find it."""
 
 FLAGS = Names("--width and --height", "--frames", "--fps")
 """What the options of a video are called on the command line."""
+
+LARGEST_FILE = LARGEST_BODY - 2**20
+"""Bytes of a picture or a video: a request has other fields."""
+
+PATH = "/v1/videos"
+
+_QUICK = 60.0
+"""Seconds for an answer that needs no work."""
+
+_LEAVING = 10.0
+"""Seconds for the last that is asked."""
+
+_SILENCE = httpx.Timeout(_QUICK, read=300)
+"""For events: where nothing happens, a server gives signs of life that come far more often."""
+
+_WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before a connection that was lost is made again, time after time, until it has told something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +72,7 @@ class Asked:
         height: of a frame.
         frames: of the whole video, with what is given of it.
         rate: frames a second.
-        options: how it is made.
+        options: how it is made: seed, steps and guidance.
         image: picture that it begins with.
         video: video that it begins with.
 
@@ -84,54 +103,77 @@ class Asked:
         return Stated(self.width, self.height, self.frames, self.rate, FLAGS)
 
     @property
-    def grid(self) -> lumos.Grid:
-        """Of the visual tokens."""
-        return self.stated.grid
+    def fields(self) -> dict[str, str]:
+        """Of a request, without what it begins with."""
+        return {
+            # What is no text, as half a character is none, is marked.
+            "prompt": self.prompt.encode("utf-8", "replace").decode(),
+            "size": f"{self.width}x{self.height}",
+            "num_frames": str(self.frames),
+            "fps": str(self.rate),
+            "seed": str(self.options.seed),
+            "num_inference_steps": str(self.options.steps),
+            "guidance_scale": str(self.options.guidance),
+        }
 
-    @property
-    def latent_frames(self) -> int:
-        """Of the whole video."""
-        return self.stated.latent_frames
+    def reference(self) -> bytes | None:
+        """The file that it begins with, which a server will be able to use; None: there is none.
 
+        Raises:
+            ConfigError: it will not.
+            OSError: it cannot be read.
+        """
+        path = self.image or self.video
+        if path is None:
+            return None
+        flag = "--image" if self.image else "--video"
+        try:
+            size = path.stat().st_size
+            data = path.read_bytes() if size <= LARGEST_FILE else b""
+        except OSError as error:
+            raise OSError(f"{flag} {path} cannot be read: {error.strerror}") from None
+        if size > LARGEST_FILE:
+            raise ConfigError(f"{flag} {path} has {size:,} bytes, and a server takes {LARGEST_FILE:,}: give less of it")
+        try:
+            if self.image:
+                self._check_picture(data)
+            else:
+                self._check_clip(path, data)
+        except ValueError as error:
+            raise ConfigError(f"{flag} {path}: {error}") from None
+        return data
 
-class Request(NamedTuple):
-    """What a server is asked for.
+    def _check_picture(self, data: bytes) -> None:
+        if clip_suffix(data) is not None:
+            raise ValueError("a server takes this for a video: give a PNG, JPEG or WebP file, or give it as --video")
+        read_picture_bytes(data)
+        self.stated.left(1)
 
-    Args:
-        prompt_ids: text and given frames.
-        given: codes of these, [given, rows, columns].
-        options: of the request, for `stream_frames`.
-    """
-
-    prompt_ids: list[int]
-    given: Codes
-    options: dict[str, Any]
-
-    @property
-    def frames(self) -> int:
-        """Latent frames to make."""
-        return self.options["frames"]
+    def _check_clip(self, path: Path, data: bytes) -> None:
+        known = clip_suffix(data) is not None
+        clip = read_video(path, self.width, self.height, self.rate, self.frames, of_client=known)
+        if not known:
+            raise ValueError("a server reads MP4, WebM and GIF: convert it, such as with ffmpeg")
+        self.stated.used(clip, "it")
 
 
 def generate(
     asked: Asked,
     out: Path,
-    tokenizer: Path,
     *,
     model: Path | None = None,
+    tokenizer: Path | None = None,
     url: str | None = None,
     config: str | None = None,
     api_key: str | None = None,
 ) -> None:
     """Have a video made by a server that runs, or by one of our own, and write it.
 
-    The video tokenizer runs before our server starts and after it has stopped: it has the device to itself.
-
     Args:
         asked: the video.
         out: its file; the log of our server lies beside it.
-        tokenizer: folder of both tokenizers, of text and of video.
         model: checkpoint that our server serves.
+        tokenizer: folder of both tokenizers, of text and of video, for our server.
         url: of a server that runs; either this or ``model``.
         config: of our server's policy: a preset, a file, or JSON; by default `fitting_config`.
         api_key: of the server at ``url``; by default `KEY_VARIABLE` of the environment.
@@ -142,85 +184,66 @@ def generate(
     """
     if (model is None) == (url is None):
         raise ConfigError("--model and --url: give the folder of a model to serve, or the address of a server")
-    if url is not None and config is not None:
-        raise ConfigError("--config is of a server of your own (--model): the one at --url has its own")
-    if url is None and api_key is not None:
+    if url is not None:
+        for flag, given in (("--config", config), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise ConfigError(f"{flag} is of a server of your own (--model): the one at --url has its own")
+    elif api_key is not None:
         raise ConfigError("--api-key is of a server that runs (--url): one of your own (--model) answers you alone")
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out ends with {' or '.join(SUFFIXES)}, not {out.name[-80:]!r}")
-    policy = {} if model is None else server_config(asked, config)
-    dtype = "auto" if model is None else precision(model)
     key = api_key or os.environ.get(KEY_VARIABLE) if url is not None else None
+    arguments = [] if model is None else own_arguments(asked, model, tokenizer, config)
+    reference = asked.reference()
     console = Console()
-    with claimed(out) as put:
-        if url is not None:
-            _client(url, key).close()
+    with claimed(out) as put, terminating_on_sigterm():
         watch = _Watch()
-        try:
-            text, video = TextTokenizer(tokenizer), CosmosTokenizer(tokenizer)
-            request = prepare(asked, text, video, lambda told: console.print(escape(told), soft_wrap=True))
-            # What cannot be decoded should be known before it is made.
-            video.decode(np.zeros((1, *asked.grid), dtype=np.int64))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        watch.lap("tokenizers")
         running: AbstractContextManager[str] = nullcontext(str(url))
         if model is not None:
-            running = _own_server(model, policy, dtype, request, asked.grid, out.with_suffix(".log"), console)
-        with running as address, closing(_client(address, key)) as client, _progress(console) as progress:
-            watch.lap("server")
-            task = progress.add_task("latent frames", total=asked.latent_frames, completed=len(request.given))
-            made = stream_frames(
-                client, request.prompt_ids, asked.grid, request.options, lambda codes: progress.advance(task)
-            )
-            watch.lap(f"{len(made)} latent frames")
-        frames = video.decode(np.concatenate([request.given, made]))[: asked.frames]
-        watch.lap("decoding")
-        put(encode_video(frames, out.suffix, asked.rate))
+            running = _own_server(model, arguments, out.with_suffix(".log"), console)
+        with running as address, closing(_client(address, key)) as client:
+            if model is not None:
+                watch.lap("server")
+            data = _made(client, asked, reference, console, watch)
+        put(as_gif(data, asked.rate) if out.suffix == ".gif" else data)
         watch.lap("writing")
-    console.print(f"wrote [bold]{escape(str(out))}[/], {len(frames)} frames at {asked.rate} a second", soft_wrap=True)
+    console.print(f"wrote [bold]{escape(str(out))}[/], {asked.frames} frames at {asked.rate} a second", soft_wrap=True)
     console.print(f"took {watch}", soft_wrap=True)
 
 
-def prepare(
-    asked: Asked, text: TextTokenizer, video: VideoTokenizer, tell: Callable[[str], None] = lambda told: None
-) -> Request:
-    """The request for a video.
+# A server of our own
 
-    A picture is its first latent frame. Of a video that is to be continued the first frame is the conditioning image,
-    which is kept for ever, and the others are frames as if they had been made. A video can be encoded if it has 1 + 4 k
-    frames: of others the last so many are taken, where the new ones go on.
 
-    Args:
-        asked: the video.
-        text: its tokenizer.
-        video: its tokenizer.
-        tell: is told what of a picture or a video is used.
+def own_arguments(asked: Asked, model: Path, tokenizer: Path | None, config: str | None) -> list[str]:
+    """Flags of our server besides those of its store, for a video that it will take.
 
     Raises:
-        ValueError: an input cannot be used.
-        OSError: an input cannot be read.
+        ConfigError: model, tokenizer or configuration cannot be used, or the prompt cannot be read.
+        OSError: a file of the tokenizer is missing.
     """
+    import torch
+
+    policy = server_config(asked, config)
+    dtype = precision(model)
+    if tokenizer is None:
+        raise ConfigError(f"--tokenizer is needed with --model: give a folder with {', '.join(COSMOS_FILES)}")
+    for name in COSMOS_FILES:
+        if not (tokenizer / name).is_file():
+            raise OSError(f"--tokenizer {tokenizer}: {name} is missing: it must have {', '.join(COSMOS_FILES)}")
     stated = asked.stated
-    given = np.empty((0, *asked.grid), dtype=np.int64)
-    if asked.image is not None:
-        picture = read_picture(asked.image)
-        tell(f"picture {asked.image}: {_cut(picture.shape[1], picture.shape[0], asked)}")
-        given = video.encode(fit(picture, asked.width, asked.height)[None])
-    elif asked.video is not None:
-        clip = read_video(asked.video, asked.width, asked.height, asked.rate, asked.frames)
-        used = stated.used(clip, str(asked.video))
-        which = "all" if len(used) == clip.total else f"the last {len(used)} of"
-        cut = _cut(*clip.size, asked)
-        used_in_words = f"{which} {clip.total} frames at {asked.rate} a second, {cut}"
-        tell(f"video {asked.video}: {', '.join(clip.notes)}; used: {used_in_words}")
-        given = video.encode(used)
-    options = {
-        **{name: int(value) if isinstance(value, bool) else value for name, value in asdict(asked.options).items()},
-        "frames": stated.left(given),
-        "condition_frames": min(1, len(given)),
-    }
-    return Request(prompt_of(stated.text(text, asked.prompt), given), given, options)
+    try:
+        text = stated.text(TextTokenizer(tokenizer), asked.prompt)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    total = len(text) + stated.latent_frames * lumos.frame_layout(stated.grid).tokens_per_frame
+    return [
+        *(POLICY_FLAG, policy_of(policy), CONFIG_FLAG, json.dumps(policy)),
+        # Whatever the folder is called, it is not the name of a bundled one.
+        *(TOKENIZER_FLAG, str(tokenizer.resolve())),
+        *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype),
+        # The video tokenizer runs beside the engine, which would leave it next to nothing.
+        *(("--gpu-memory-utilization", "0.8") if torch.cuda.is_available() else ()),
+    ]
 
 
 def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
@@ -229,16 +252,17 @@ def server_config(asked: Asked, config: str | None) -> dict[str, Any]:
     Raises:
         ConfigError: it is wrong, or its frames are smaller than those that are asked for.
     """
-    mapping = load_mapping(fitting_config(asked.grid) if config is None else config)
-    mapping = {**mapping, "layout": mapping.get("layout") or {"grid": list(asked.grid)}}
+    grid = asked.stated.grid
+    mapping = load_mapping(fitting_config(grid) if config is None else config)
+    mapping = {**mapping, "layout": mapping.get("layout") or {"grid": list(grid)}}
     layout = ServerConfig.parse(policy_of(mapping), mapping, family=LUMOS).layout
     assert layout is not None
     assert layout.grid is not None
-    own, wanted = (lumos.frame_layout(grid).tokens_per_frame for grid in (layout.grid, asked.grid))
+    own, wanted = (lumos.frame_layout(own).tokens_per_frame for own in (layout.grid, grid))
     if own < wanted:
         raise ConfigError(
             f"--config: its layout's grid {list(layout.grid)} makes frames of {own} tokens, and those of "
-            f"{asked.width} x {asked.height} pixels have {wanted}: give grid: {list(asked.grid)}, or no layout"
+            f"{asked.width} x {asked.height} pixels have {wanted}: give grid: {list(grid)}, or no layout"
         )
     return mapping
 
@@ -281,45 +305,191 @@ def precision(model: Path) -> str:
 
 
 @contextmanager
-def _own_server(
-    model: Path,
-    policy: dict[str, Any],
-    dtype: str,
-    request: Request,
-    grid: lumos.Grid,
-    log: Path,
-    console: Console,
-) -> Iterator[str]:
+def _own_server(model: Path, arguments: list[str], log: Path, console: Console) -> Iterator[str]:
     import torch
 
-    total = len(request.prompt_ids) + request.frames * lumos.frame_layout(grid).tokens_per_frame
-    arguments = [
-        *("--kv-cache-policy", policy_of(policy), "--kv-cache-policy-config", json.dumps(policy)),
-        *("--max-model-len", str(total), "--max-num-seqs", "1", "--dtype", dtype, "--skip-tokenizer-init"),
-    ]
-    console.print(f"[bold]vllm serve[/] {escape(shlex.join([str(model), *arguments]))}", soft_wrap=True)
-    with (
-        console.status("starting the server") as status,
-        serving(
-            model,
-            arguments,
-            log,
-            lambda line: status.update(f"starting the server  [dim]{escape(line[-90:])}[/]"),
-            interpreted=not torch.cuda.is_available(),
-        ) as address,
-    ):
-        status.stop()
+    with TemporaryDirectory(prefix="packcache_videos_") as store:
+        arguments = [*arguments, STORE_FLAG, store, "--skip-tokenizer-init"]
+        console.print(f"[bold]vllm serve[/] {escape(shlex.join([str(model), *arguments]))}", soft_wrap=True)
+        with (
+            console.status("starting the server") as status,
+            serving(
+                model,
+                arguments,
+                log,
+                lambda line: status.update(f"starting the server  [dim]{escape(line[-90:])}[/]"),
+                interpreted=not torch.cuda.is_available(),
+            ) as address,
+        ):
+            status.stop()
+            try:
+                yield address
+            except ServerError as error:
+                raise ServerError(f"{error}; its log is {log}") from None
+
+
+# What is asked of a server
+
+
+def _client(address: str, key: str | None) -> httpx.Client:
+    """A client of a server that makes videos.
+
+    Args:
+        address: of the server.
+        key: that it asks for, if it does.
+
+    Raises:
+        ServerError: there is no such server, or it asks for another key.
+    """
+    try:
+        client = client_of(address, _QUICK)
+        if key:
+            client.headers["Authorization"] = f"Bearer {key}"
+        # Before a file is sent to a server that would not read it.
+        answer = client.get(PATH, params={"limit": 1})
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerError(f"the server at {address} does not answer: {error}") from None
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        had = "does not take this API key" if key else "asks for an API key"
+        raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
+    if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
+        raise ServerError(f"the server at {address} makes no videos: start it with {STORE_FLAG} and {TOKENIZER_FLAG}")
+    _checked(answer)
+    return client
+
+
+def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: Console, watch: _Watch) -> bytes:
+    """Have a video made.
+
+    Returns:
+        Its file, MP4.
+
+    Raises:
+        ServerError: the server refuses it, fails it, or is not there any more.
+    """
+    parts: dict[str, Any] = {name: (None, value) for name, value in asked.fields.items()}
+    if reference is not None:
+        parts["input_reference"] = ("input_reference", reference, "application/octet-stream")
+    try:
+        # What it begins with is encoded before the answer, on a CPU for minutes.
+        video = _checked(client.post(PATH, files=parts, timeout=httpx.Timeout(_QUICK, read=None))).json()
+        with _stopped_with(client, video["id"]):
+            for note in video.get("notes", []):
+                console.print(escape(note), soft_wrap=True)
+            made = 0
+            with _progress(console) as progress:
+                task = progress.add_task("latent frames", total=asked.stated.latent_frames)
+
+                def seen(frame: Mapping[str, Any]) -> None:
+                    nonlocal made
+                    made += not frame["given"]
+                    done = frame["frame"] + 1
+                    progress.update(task, completed=done, total=frame["frames"])
+                    if done == frame["frames"]:
+                        watch.lap(f"{made} latent frames")
+                        progress.update(task, description="decoding")
+
+                _follow(client, video["id"], seen)
+            watch.lap("decoding")
+            return _checked(client.get(f"{PATH}/{video['id']}/content")).content
+    except httpx.HTTPError as error:
+        raise ServerError(f"the server at {client.base_url} does not answer: {_said_of(error)}") from None
+
+
+@contextmanager
+def _stopped_with(client: httpx.Client, video: str) -> Iterator[None]:
+    """A video that is not made any more when this process is to end."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(httpx.HTTPError):
+            client.delete(f"{PATH}/{video}", timeout=_LEAVING)
+        raise
+
+
+def _follow(client: httpx.Client, video: str, seen: Callable[[Mapping[str, Any]], None]) -> None:
+    """Wait for the end of a video; a connection that is lost on the way is made again.
+
+    Args:
+        client: of its server.
+        video: id.
+        seen: is told of every frame, once.
+
+    Raises:
+        ServerError: the server fails it, or is not there any more.
+    """
+    last, lost = "0", 0
+    while True:
         try:
-            yield address
-        except ServerError as error:
-            raise ServerError(f"{error}; its log is {log}") from None
+            for number, kind, data in _events(client, video, last):
+                if kind == "completed":
+                    return
+                if kind == "failed":
+                    raise ServerError(f"the server could not make this video: {error_message(data)}")
+                if kind == "frame":
+                    seen(data)
+                last, lost = number or last, 0
+            why = "it ended the connection"
+        except httpx.HTTPError as error:
+            why = _said_of(error)
+        if lost == len(_WAITS):
+            raise ServerError(f"the server at {client.base_url} does not answer any more, asked for {video}: {why}")
+        time.sleep(_WAITS[lost])
+        lost += 1
 
 
-def _cut(width: int, height: int, asked: Asked) -> str:
-    """What of a picture of this size is used, in words."""
-    across, down = (round(side) for side in middle(width, height, asked.width, asked.height))
-    part = "all" if (across, down) == (width, height) else f"the middle {across} x {down}"
-    return f"{part} of {width} x {height} pixels, as {asked.width} x {asked.height}"
+def _events(client: httpx.Client, video: str, last: str) -> Iterator[tuple[str, str, Any]]:
+    """Events of a video behind one of them as they come: number, kind, data; of a sign of life these are empty.
+
+    Raises:
+        ServerError: there are none, and will be none.
+        httpx.HTTPError: the connection was lost, or the server asks to come again.
+    """
+    headers = {"Last-Event-ID": last}
+    with client.stream("GET", f"{PATH}/{video}/events", headers=headers, timeout=_SILENCE) as answer:
+        if answer.is_error:
+            answer.read()
+        if answer.is_server_error:
+            raise httpx.ReadError(str(_refused(answer)))
+        _checked(answer)
+        fields: dict[str, str] = {}
+        for line in answer.iter_lines():
+            if line:
+                name, _, value = line.partition(":")
+                fields[name] = value.removeprefix(" ")
+                continue
+            kind, data = fields.get("event", ""), json.loads(fields.get("data", "null"))
+            if kind == "error":
+                why = error_message(data)
+                if data["error"]["type"] == "server_error":
+                    raise httpx.ReadError(why)
+                raise ServerError(f"the server does not make this video any more: {why}")
+            yield fields.get("id", ""), kind, data
+            fields = {}
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    """An answer that is none that refuses.
+
+    Raises:
+        ServerError: it refuses.
+    """
+    if answer.status_code != httpx.codes.OK:
+        raise _refused(answer)
+    return answer
+
+
+def _refused(answer: httpx.Response) -> ServerError:
+    """What an answer says that refuses a request: the message of an error, or all of it."""
+    try:
+        said = error_message(answer.json())
+    except (ValueError, LookupError, TypeError):
+        said = answer.text[:400]
+    return ServerError(f"the server refused the request: {' '.join(said.split()) or answer.status_code}")
+
+
+def _said_of(error: httpx.HTTPError) -> str:
+    return str(error) or type(error).__name__
 
 
 class _Watch:
@@ -338,29 +508,6 @@ class _Watch:
     def __str__(self) -> str:
         laps = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._laps)
         return f"{self._last - self._began:.1f} s: {laps}"
-
-
-def _client(address: str, key: str | None) -> httpx.Client:
-    """A client of a server that is there. It waits for a frame as long as that takes.
-
-    Args:
-        address: of the server.
-        key: that it asks for, if it does.
-
-    Raises:
-        ServerError: there is no such server, or it asks for another key.
-    """
-    try:
-        client = client_of(address, httpx.Timeout(60, read=None))
-        if key:
-            client.headers["Authorization"] = f"Bearer {key}"
-        answer = client.get("/v1/models", timeout=60)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(f"the server at {address} does not answer: {error}") from None
-    if answer.status_code == httpx.codes.UNAUTHORIZED:
-        had = "does not take this API key" if key else "asks for an API key"
-        raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
-    return client
 
 
 def _progress(console: Console) -> Progress:

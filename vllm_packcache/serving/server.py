@@ -9,18 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 
-from vllm_packcache.config.server import REQUEST_PREFIX
-from vllm_packcache.families import lumos
 from vllm_packcache.serving.log import cause, last_line, read
 
 
@@ -46,66 +43,12 @@ def on_this_machine(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def stream_frames(
-    client: httpx.Client,
-    prompt_ids: Sequence[int],
-    grid: lumos.Grid,
-    options: Mapping[str, Any],
-    on_frame: Callable[[lumos.Int64], None],
-) -> lumos.Int64:
-    """Let the server of a masked model make the frames that follow a prompt.
-
-    Args:
-        client: of the server. Between two frames nothing arrives, for minutes on a CPU.
-        prompt_ids: of `lumos.text_prompt`, and any frames that are given.
-        grid: of all frames.
-        options: of the request, without prefix; ``frames`` says how many to make.
-        on_frame: called with the codes of each as soon as it is made, [rows, columns].
-
-    Returns:
-        int64, [frames, rows, columns].
+def error_message(answer: Any) -> str:
+    """What an answer says that is an error.
 
     Raises:
-        ServerError: the server refused the request, or failed it.
+        LookupError, TypeError: it is none.
     """
-    length = lumos.frame_layout(grid).tokens_per_frame
-    body = {
-        "prompt": list(prompt_ids),
-        "stream": True,
-        "return_token_ids": True,
-        "vllm_xargs": {f"{REQUEST_PREFIX}{name}": value for name, value in {"grid": list(grid), **options}.items()},
-    }
-    frames: list[lumos.Int64] = []
-    ids: list[int] = []
-    try:
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                text = response.read().decode(errors="replace").strip()
-                raise ServerError(f"the server refused the request: {_sentence(text) or response.status_code}")
-            for line in response.iter_lines():
-                ids += tokens_in(line)
-                while len(ids) >= length:
-                    frames.append(lumos.codes_of_frame(ids[:length], grid))
-                    del ids[:length]
-                    on_frame(frames[-1])
-    except httpx.HTTPError as error:
-        raise ServerError(f"the server at {client.base_url} does not answer: {error}") from None
-    except ValueError as error:
-        raise ServerError(f"the server at {client.base_url} makes no frames of this grid: {error}") from None
-    if len(frames) != options["frames"]:
-        raise ServerError(f"the server ended the video after {len(frames)} of {options['frames']} frames")
-    return np.stack(frames)
-
-
-def _sentence(text: str) -> str:
-    """What an answer says that refuses a request: the message of an error, or all of it."""
-    try:
-        return _message(json.loads(text))
-    except (ValueError, LookupError, TypeError):
-        return text
-
-
-def _message(answer: Any) -> str:
     error = answer["error"]
     return str(error["message"] if isinstance(error, dict) else error)
 
@@ -122,7 +65,7 @@ def tokens_in(line: str) -> list[int]:
     event = json.loads(data)
     if "error" in event:
         refused = isinstance(event["error"], dict) and event["error"].get("code") == 400
-        raise ServerError(f"the server {'refused' if refused else 'gave up on'} the request: {_message(event)}")
+        raise ServerError(f"the server {'refused' if refused else 'gave up on'} the request: {error_message(event)}")
     return [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
 
 
@@ -191,7 +134,7 @@ def serving(
     # It is of the user's other servers: who wants one of this server gives it.
     variables.pop("VLLM_API_KEY", None)
     variables.update(environment or {})
-    with log.open("w", encoding="utf-8") as output, _terminating_on_sigterm():
+    with log.open("w", encoding="utf-8") as output, terminating_on_sigterm():
         # A session of its own: Ctrl-C reaches us alone, and we stop the whole group.
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
@@ -276,7 +219,7 @@ def _runs(group: int) -> bool:
 
 
 @contextmanager
-def _terminating_on_sigterm() -> Iterator[None]:
+def terminating_on_sigterm() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, instead of ending the process on the spot."""
 
     def leave(number: int, frame: object) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.core.plan import VideoRequest
@@ -187,7 +187,11 @@ class Jobs:
         wanted = await self._thread(partial(asked, body))
 
         def longer() -> Prepared:
-            return self.processor.extend(kept(self.store, id), wanted)
+            try:
+                before = kept(self.store, id)
+            except OSError:
+                raise ValueError("the files of this video are gone: create a new one") from None
+            return self.processor.extend(before, wanted)
 
         prepared = await self._prepared(longer)
         if not body.prompt:
@@ -218,9 +222,17 @@ class Jobs:
         return await self._take(body, wanted, prepared, remixed=job)
 
     async def _found(self, id: str) -> Job:
+        """A video that another one is to be made of.
+
+        Raises:
+            Refusal: there is none (404), or another model has made it (400).
+        """
         job = await self._thread(lambda: self.store.get(id))
         if job is None:
             raise Refusal(404, "there is no video of this id: it was never asked for, deleted, or has expired")
+        if job.request.get("model") != self.model:
+            made_by = shown(job.request.get("model"))
+            raise Refusal(400, f"this video was made by {made_by}, and {self.model} is served here: create a new one")
         return job
 
     def shown(self, job: Job) -> dict[str, Any]:
@@ -303,6 +315,7 @@ class Jobs:
             "fps": prepared.fps,
             "frames": prepared.frames,
             "options": {"policy": self._policy_of(made), **body.options},
+            "notes": list(prepared.notes),
             "remixed_from": None if remixed is None else remixed.id,
             "extended_from": None if extended is None else extended.id,
             "asked": _again(body, wanted),
@@ -499,6 +512,8 @@ class Jobs:
             logger.warning("Videos cannot be looked after: %s", " ".join(str(error).split()))
             return
         self.metrics.counted(counts)
+        for _ in swept.stopped:
+            self.metrics.ended("failed", None)
         if swept.stopped:
             logger.warning(
                 "%d videos failed, whose server is gone: %s", len(swept.stopped), ", ".join(swept.stopped[:8])

@@ -32,6 +32,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "fps": request.get("fps"),
         "frames": request.get("frames"),
         "options": request.get("options"),
+        "notes": request.get("notes", []),
         "tokens": job.tokens,
         "total_tokens": job.total_tokens,
         "bytes": job.bytes,

@@ -386,7 +386,7 @@ async def _body(fields: Fields, allowed_hosts: Collection[str]) -> VideoBody:
     if reference is None:
         return body
     data = await _reference(reference, allowed_hosts)
-    if (suffix := _clip_suffix(data)) is None:
+    if (suffix := clip_suffix(data)) is None:
         return body.model_copy(update={"picture": data})
     return body.model_copy(update={"clip": await asyncio.to_thread(_written, data, suffix)})
 
@@ -520,7 +520,7 @@ def _not_fetched(why: str) -> Refusal:
     )
 
 
-def _clip_suffix(data: bytes) -> str | None:
+def clip_suffix(data: bytes) -> str | None:
     """How files of that kind end, where it is a video's; None: it is a picture, or nothing that is known."""
     if data[4:8] == b"ftyp" and data[8:12] not in _STILL:
         return ".mp4"

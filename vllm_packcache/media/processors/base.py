@@ -108,6 +108,7 @@ class Prepared:
         size: width and height of a picture; 0 and 0: there are none.
         fps: pictures a second.
         pictures: of the finished video, those of what is given included; 0: token ids alone are made.
+        notes: what is used of a picture or a video that the client has given, in words.
     """
 
     prompt_ids: list[int]
@@ -119,6 +120,7 @@ class Prepared:
     size: tuple[int, int]
     fps: int
     pictures: int
+    notes: tuple[str, ...] = ()
 
     @property
     def frames(self) -> int:

@@ -21,7 +21,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.plan import Role
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import FRAMES_PER_LATENT, PIXELS_PER_TOKEN
-from vllm_packcache.media.pictures import Pixels, fit
+from vllm_packcache.media.pictures import Pixels, fit, middle
 from vllm_packcache.media.processors import base
 from vllm_packcache.media.processors.base import Asked, Kept, Prepared
 from vllm_packcache.media.text_tokenizer import TextTokenizer
@@ -144,21 +144,27 @@ class Stated:
             )
         return clip.frames[(clip.total - 1) % FRAMES_PER_LATENT :]
 
-    def left(self, given: Codes) -> int:
+    def left(self, given: int) -> int:
         """Latent frames to make.
 
         Args:
-            given: codes of those that are known.
+            given: so many are known.
 
         Raises:
             ValueError: there are none.
         """
-        if len(given) >= self.latent_frames:
+        if given >= self.latent_frames:
             raise ValueError(
-                f"{self.names.frames} {self.frames} are {self.latent_frames} latent frames, of which {len(given)} are "
+                f"{self.names.frames} {self.frames} are {self.latent_frames} latent frames, of which {given} are "
                 "given: ask for more frames"
             )
-        return self.latent_frames - len(given)
+        return self.latent_frames - given
+
+    def cut(self, width: int, height: int) -> str:
+        """What of a picture of this size is used, in words."""
+        across, down = (round(side) for side in middle(width, height, self.width, self.height))
+        part = "all" if (across, down) == (width, height) else f"the middle {across} x {down}"
+        return f"{part} of {width} x {height} pixels, as {self.width} x {self.height}"
 
 
 class LumosProcessor:
@@ -222,9 +228,9 @@ class LumosProcessor:
         stated = Stated(width, height, base.pictures_asked(asked, rate, SECONDS * rate), rate)
         text = stated.text(self._text, asked.prompt)
         self._check(stated.grid, len(text), stated.latent_frames)
-        given = self._given(asked, stated)
-        options = {**how, "frames": stated.left(given), "condition_frames": min(1, len(given))}
-        return self._prepared(prompt_of(text, given), options, given, (width, height), rate, stated.frames)
+        given, notes = self._given(asked, stated)
+        options = {**how, "frames": stated.left(len(given)), "condition_frames": min(1, len(given))}
+        return self._prepared(prompt_of(text, given), options, given, (width, height), rate, stated.frames, notes)
 
     def extend(self, kept: Kept, asked: Asked) -> Prepared:
         """See `VideoProcessor.extend`. With another prompt the text states the whole duration, as it was trained to."""
@@ -255,18 +261,27 @@ class LumosProcessor:
         """See `VideoProcessor.decoder`."""
         return _Decoder(self._video, prepared)
 
-    def _given(self, asked: Asked, stated: Stated) -> Codes:
-        """Codes of what a client gives of a video."""
+    def _given(self, asked: Asked, stated: Stated) -> tuple[Codes, tuple[str, ...]]:
+        """Codes of what a client gives of a video, and what is used of it in words.
+
+        A picture is the first latent frame. Of a video that is to be continued the first frame is the conditioning
+        image, which is kept for ever, and the others are frames as if they had been made.
+        """
         if asked.picture is not None:
-            return self._video.encode(fit(asked.picture, stated.width, stated.height)[None])
+            height, width, _ = asked.picture.shape
+            codes = self._video.encode(fit(asked.picture, stated.width, stated.height)[None])
+            return codes, (f"picture: {stated.cut(width, height)}",)
         if asked.clip is None:
-            return np.empty((0, *stated.grid), np.int64)
+            return np.empty((0, *stated.grid), np.int64), ()
         try:
             clip = read_video(asked.clip, stated.width, stated.height, stated.rate, stated.frames, of_client=True)
         except OSError as error:
             # The client knows nothing of the file that its video is in.
             raise ValueError(f"input_reference {str(error).removeprefix(f'{asked.clip} ')}") from None
-        return self._video.encode(stated.used(clip, "input_reference"))
+        used = stated.used(clip, "input_reference")
+        which = "all" if len(used) == clip.total else f"the last {len(used)} of"
+        words = f"{which} {clip.total} frames at {stated.rate} a second, {stated.cut(*clip.size)}"
+        return self._video.encode(used), (f"video: {', '.join(clip.notes)}; used: {words}",)
 
     def _restated(self, text: list[int], caption: str, kept: Kept, pictures: int) -> list[int]:
         """The text of a video that goes on: as it was if the caption is the same."""
@@ -297,7 +312,13 @@ class LumosProcessor:
 
     @staticmethod
     def _prepared(
-        prompt_ids: list[int], options: dict[str, Any], given: Codes, size: tuple[int, int], fps: int, pictures: int
+        prompt_ids: list[int],
+        options: dict[str, Any],
+        given: Codes,
+        size: tuple[int, int],
+        fps: int,
+        pictures: int,
+        notes: tuple[str, ...] = (),
     ) -> Prepared:
         grid = lumos.grid_of(*size)
         return Prepared(
@@ -310,6 +331,7 @@ class LumosProcessor:
             size=size,
             fps=fps,
             pictures=pictures,
+            notes=notes,
         )
 
 
