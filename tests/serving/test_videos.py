@@ -166,22 +166,31 @@ def test_who_is_deleted_leaves_the_engine_whether_it_runs_or_waits(videos: Video
 @pytest.mark.timeout(900)
 def test_two_hundred_videos_at_once_on_a_small_pool_are_all_made(videos: VideoServer, expected: Expected) -> None:
     few = [case._replace(frames=2) for case in CASES]
-    large = few[-1]
-    # Those that do not fit at once come together.
-    asked = [few[number % len(few)] if number % 100 < 75 else large for number in range(200)]
+    # Of the last four do not fit at once, and they come together.
+    various, alike = [few[number % len(few)] for number in range(180)], [CASES[-1]._replace(frames=4)] * 20
+    asked = [*various, *alike]
     preempted = videos.metrics()["vllm:num_preemptions_total"]
+    # As long as these are made, all others wait.
+    first = [create(videos.client, prompt(20, seed=number), ENDLESS) for number in range(SLOTS)]
+    for name in first:
+        begun(videos.client, name)
 
     async def post_all() -> list[str]:
         limits = httpx.Limits(max_connections=50)
+        found = []
         async with httpx.AsyncClient(base_url=videos.url, headers=KEY, timeout=600, limits=limits) as client:
-            answers = [client.post("/v1/videos", json=body(c.ids, c.frames, dict(c.options))) for c in asked]
-            found = []
-            for answer in await asyncio.gather(*answers):
-                assert answer.status_code == 200, answer.text
-                found.append(answer.json()["id"])
-            return found
+            for cases in (various, alike):
+                answers = [client.post("/v1/videos", json=body(c.ids, c.frames, dict(c.options))) for c in cases]
+                for answer in await asyncio.gather(*answers):
+                    assert answer.status_code == 200, answer.text
+                    found.append(answer.json()["id"])
+        return found
 
     names = asyncio.run(post_all())
+    kept = videos.kept()
+    assert {job.status for job in kept if job.id in names} == {"queued"}
+    for name in first:
+        assert videos.client.delete(f"/v1/videos/{name}").status_code == 200
     assert len(set(names)) == len(asked)
     for name, case in zip(names, asked, strict=True):
         assert ended(videos.client, name)["status"] == "completed"
