@@ -459,7 +459,6 @@ def test_metrics_count_jobs(tmp_path: Path) -> None:
         await events(jobs, (await jobs.create(BODY)).id)
         while jobs._making:
             await asyncio.sleep(0.01)
-        await jobs._sweep_once()
         labels = {"model_name": "m"}
 
         def of(name: str, **more: str) -> float | None:

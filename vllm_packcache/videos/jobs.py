@@ -310,7 +310,7 @@ class Jobs:
         request = {
             "model": self.model,
             "prompt": body.prompt,
-            "size": "x".join(map(str, prepared.size)),
+            "size": "x".join(map(str, prepared.size)) if prepared.pictures else None,
             "seconds": f"{prepared.frames / prepared.fps:g}",
             "fps": prepared.fps,
             "frames": prepared.frames,
@@ -392,6 +392,7 @@ class Jobs:
             await self._thread(making.close, self._makers)
         if why is not None:
             await self._fail(name, *why)
+        await self._count()
 
     async def _made(
         self, name: str, prepared: Prepared, params: SamplingParams, making: Making, queued: float
@@ -486,6 +487,7 @@ class Jobs:
                     for name in list(self._making):
                         if not await self._thread(partial(self.store.exists, name)):
                             self._leave(name)
+                    await self._count()
             await asyncio.sleep(_LOOKS)
 
     def _forget(self, name: str, task: object) -> None:
@@ -507,17 +509,21 @@ class Jobs:
     async def _sweep_once(self) -> None:
         try:
             swept = await self._thread(self.store.sweep)
-            counts = await self._thread(self.store.counts)
         except (StoreError, OSError) as error:
             logger.warning("Videos cannot be looked after: %s", " ".join(str(error).split()))
             return
-        self.metrics.counted(counts)
         for _ in swept.stopped:
             self.metrics.ended("failed", None)
         if swept.stopped:
             logger.warning(
                 "%d videos failed, whose server is gone: %s", len(swept.stopped), ", ".join(swept.stopped[:8])
             )
+        await self._count()
+
+    async def _count(self) -> None:
+        """Tell what the store has, for who watches; what cannot be known now is told later."""
+        with contextlib.suppress(StoreError):
+            self.metrics.counted(await self._thread(self.store.counts))
 
     # Threads.
 
