@@ -67,12 +67,12 @@ def emu3_video(tokens: Sequence[int], grid: Grid) -> range:
 
 
 MODELS = {
-    "Emu3": Model("emu3", (7, 9), shorter(6, 3), head, emu3_video, {}),
-    "Emu3.5": Model("emu3_5", (10, 11), shorter(5, 3), lambda grid: [151746], emu3_5_picture, {"head_norms": True}),
+    "Emu3": Model("emu3", (7, 9), 5, head, emu3_video, {}),
+    "Emu3.5": Model("emu3_5", (10, 11), 4, lambda grid: [151746], emu3_5_picture, {"head_norms": True}),
     "UniVLA": Model(
         "univla",
         (8, 10),
-        shorter(5, 4),
+        4,
         # The given picture, and the head of the first frame, which states how many there will be.
         lambda grid: [
             *head(grid, 16, STAR),
@@ -106,31 +106,82 @@ def text(model: Model, tokens: int, grid: Grid, seed: int) -> list[int]:
     return [BEGIN, *numbers(seed).integers(0, 151643, tokens).tolist(), *model.head(grid)]
 
 
+class Request(NamedTuple):
+    """What is asked for.
+
+    Args:
+        seed: of the text and of what is given.
+        grid: of its frames.
+        given: so many frames and tokens stand in the prompt behind the condition.
+        made: so many are made.
+        options: of the request besides.
+    """
+
+    seed: int
+    grid: Grid
+    given: tuple[int, int]
+    made: tuple[int, int]
+    options: dict[str, Any]
+
+
 def test_pictures_and_videos_equal_the_loop(engine: Any, folder: Path, oracle: Careful, model: Model) -> None:
-    """In one batch: a picture, a video under the policy, one that keeps all, and one of another size."""
-    llm = engine("packcache", {"layout": model.preset, "window": 2, "history_frames": 1}, model=folder)
-    server = ServerConfig.parse("packcache", {"layout": model.preset, "window": 2, "history_frames": 1}, family=EMU3)
-    other = (model.grid[0] + 3, model.grid[1])
-    wanted: list[tuple[list[int], Grid, int, dict[str, Any]]] = [
-        (text(model, 20, model.grid, 1), model.grid, 1, {}),
-        (text(model, 33, model.grid, 2), model.grid, model.frames, {}),
-        (text(model, 33, model.grid, 2), model.grid, shorter(3, 1), {"policy": "full"}),
-        (text(model, 5, other, 3), other, shorter(2, 1), {}),
-    ]
-    frame = {grid: tokens_of(server, grid) for grid in (model.grid, other)}
-    params = [
-        sampling(frames * frame[grid], grid=list(grid), frames=frames, **options) for _, grid, frames, options in wanted
-    ]
-    answers = run(llm, [ids for ids, *_ in wanted], params)
-    for (ids, grid, frames, _), own, made in zip(wanted, params, answers, strict=True):
+    """In one batch: a picture, videos from the start and from given frames, one that keeps all, and another size."""
+    config = {"layout": model.preset, "window": 2, "history_frames": 1}
+    llm, server = engine("packcache", config, model=folder), ServerConfig.parse("packcache", config, family=EMU3)
+    frames, other = model.frames, (model.grid[0] + 3, model.grid[1])
+    # A step on V2 takes a second: the sampler's kernels are interpreted, for every id of the vocabulary.
+    asked = shorter(
+        [
+            Request(1, model.grid, (0, 0), (1, 0), {"frames": 1}),
+            Request(2, model.grid, (0, 0), (frames, 0), {}),
+            Request(3, model.grid, (frames - 1, 13), (2, 0), {}),
+            Request(4, model.grid, (1, 0), (2, 0), {"policy": "full"}),
+            Request(5, other, (0, 0), (2, 0), {}),
+        ],
+        [
+            Request(1, (2, 3), (0, 0), (1, 0), {"frames": 1}),
+            Request(2, model.grid, (frames - 1, 13), (0, 12), {}),
+            Request(3, model.grid, (2, model.grid[1] + 2), (0, 12), {"policy": "full"}),
+        ],
+    )
+    prompts, params = [], []
+    for request in asked:
+        condition = text(model, 20 + request.seed, request.grid, request.seed)
+        frame = tokens_of(server, request.grid)
+        given, made = (whole * frame + rest for whole, rest in (request.given, request.made))
+        said = {"grid": list(request.grid), "condition_tokens": len(condition), **request.options}
+        prompts.append(drawn(model, condition, given, request))
+        params.append(sampling(made, **said))
+    answers = run(llm, prompts, params)
+    for request, ids, own, made in zip(asked, prompts, params, answers, strict=True):
+        follows = partial(model.follows, grid=request.grid)
         plan = server.plan(own.extra_args, len(ids))
-        count = frames * frame[grid]
-        expected = oracle.generate(ids, count, plan, allowed=partial(model.follows, grid=grid))
-        assert made == expected.token_ids
-    # What is dropped matters: the same video differs when all is kept.
-    ids, grid, frames, _ = wanted[1]
-    full = oracle.generate(ids, frames * frame[grid], allowed=partial(model.follows, grid=grid))
-    assert full.token_ids != answers[1], "the policy changed nothing: the comparison shows nothing"
+        assert made == oracle.generate(ids, own.max_tokens, plan, allowed=follows).token_ids
+        if request.seed == 2:
+            full = oracle.generate(ids, own.max_tokens, allowed=follows)
+            assert full.token_ids != made, "the policy changed nothing: the comparison shows nothing"
+
+
+def drawn(model: Model, condition: list[int], count: int, request: Request) -> list[int]:
+    """A condition, and so many random tokens that may follow."""
+    random, tokens = numbers(request.seed, 7), list(condition)
+    for _ in range(count):
+        may = model.follows(tokens, request.grid)
+        tokens.append(int(random.integers(may.start, may.stop)))
+    return tokens
+
+
+def test_a_prompt_of_another_size_is_refused(engine: Any, folder: Path, model: Model) -> None:
+    llm = engine("packcache", {"layout": model.preset, "window": 2, "history_frames": 1}, model=folder)
+    ids = [BEGIN, 5, 6, *head((model.grid[0] + 1, model.grid[1]))]
+    with pytest.raises(VLLMValidationError, match="the prompt states a picture of"):
+        run(llm, [ids], [sampling(1, grid=list(model.grid), frames=1)])
+
+
+def test_without_a_policy_text_is_as_ever(engine: Any, folder: Path, oracle: Careful) -> None:
+    ids = [BEGIN, *numbers(4).integers(0, 151643, 40).tolist()]
+    (made,) = run(engine(model=folder), [ids], [sampling(shorter(40, 8))])
+    oracle.check(ids, made, len(made))
 
 
 def tokens_of(server: ServerConfig, grid: Grid) -> int:

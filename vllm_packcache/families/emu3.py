@@ -30,7 +30,7 @@ CHARACTERS = {**{15 + digit: str(digit) for digit in range(10)}, 9: "*"}
 """Of the ids that a size is made of."""
 
 LONGEST_HEAD = 16
-"""Tokens in front of an image token among which its head begins: three numbers of four digits, and what separates them."""
+"""Tokens from where a head begins at the earliest to its end: three numbers of four digits, and what separates them."""
 
 
 class Emu3(Decoder):
@@ -56,9 +56,10 @@ class Emu3(Decoder):
         layout = made.streams[0].plan.layout
         stated, grid = stated_size(prompt[: layout.condition_tokens]), layout.frame.grid
         if stated is not None and grid is not None and stated != grid:
+            rows, columns = stated
             raise ValueError(
-                f"the prompt states a picture of {stated[0]} x {stated[1]}, and frames have {grid[0]} x {grid[1]}: give "
-                f"{REQUEST_PREFIX}grid: [{stated[0]}, {stated[1]}], or state the size of the frames"
+                f"the prompt states a picture of {rows} x {columns}, and frames have {grid[0]} x {grid[1]}: give "
+                f"{REQUEST_PREFIX}grid: [{rows}, {columns}], or state the size of the frames"
             )
         return made
 
