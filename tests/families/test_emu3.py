@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.strategies import quick
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
@@ -59,6 +60,7 @@ def check(video: VideoGrammar, prompt: list[int], frames: int, follows: Any, gri
     return tokens
 
 
+@quick
 @given(grid=grids, text=st.integers(0, 3))
 def test_a_picture_is_what_emu3s_loop_makes(grid: Grid, text: int) -> None:
     prompt = [BEGIN, *range(text), *head(grid)]
@@ -69,6 +71,7 @@ def test_a_picture_is_what_emu3s_loop_makes(grid: Grid, text: int) -> None:
         tokens.append(closing)
 
 
+@quick
 @given(grid=of_two_digits, text=st.integers(0, 3))
 def test_pictures_are_what_emu3_5s_loop_makes(grid: Grid, text: int) -> None:
     prompt = [BEGIN, *range(text), 151746]
@@ -79,6 +82,7 @@ def test_pictures_are_what_emu3_5s_loop_makes(grid: Grid, text: int) -> None:
     assert all(own in may for own, may in zip(size, (first, other, [STAR], first, other), strict=True))
 
 
+@quick
 @given(grid=grids, text=st.integers(0, 3), asked=st.integers(1, 9))
 def test_frames_are_what_univlas_loop_makes(grid: Grid, text: int, asked: int) -> None:
     rows, columns = grid

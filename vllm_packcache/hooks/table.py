@@ -1035,7 +1035,7 @@ HOOKS: tuple[Hook, ...] = (
         "get_safetensors_params_metadata(model, revision)",
         "Emu3: whether a checkpoint has norms of heads",
     ),
-    Hook("vllm.config.model:ModelConfig", "hf_config, model, revision", "Emu3: which checkpoint"),
+    Hook("vllm.config.model:ModelConfig", "hf_config, revision", "Emu3: which checkpoint"),
     Hook(
         "vllm.model_executor.models.llama:LlamaAttention",
         "__init__(config, ...): head_dim, q_size, kv_size, qkv_proj, o_proj, attn; forward; "
