@@ -64,14 +64,19 @@ class CarefulReference(LlamaReference):
     """The oracle, for data without ties."""
 
     def generate(
-        self, prompt_ids: Sequence[int], max_tokens: int, plan: Plan | None = None, block_size: int = 32
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        plan: Plan | None = None,
+        block_size: int = 32,
+        allowed: Callable[[Sequence[int]], range] | None = None,
     ) -> Generation:
         """As ever.
 
         Raises:
             Tie: another token is as good as one of these.
         """
-        made = super().generate(prompt_ids, max_tokens, plan, block_size)
+        made = super().generate(prompt_ids, max_tokens, plan, block_size, allowed)
         _refuse_ties(made.gaps)
         return made
 

@@ -21,6 +21,7 @@ ON_BOTH = frozenset(
         "changed",
         "episodes",
         "positions",
+        "emu3",
         "async",
         "schedules",
         "failures",

@@ -18,7 +18,7 @@ from vllm_packcache.families import LUMOS
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
     "grid, tokens_per_frame, frame_start_tokens, row_end_tokens, frame_end_tokens, condition_image_tokens, axis_scale, "
-    "visual_ids, frame_start_ids, row_end_ids, frame_end_ids, digit_ids, actions, action_ranges"
+    "visual_ids, frame_start_ids, row_end_ids, last_row_end_ids, frame_end_ids, digit_ids, actions, action_ranges"
 )
 GRID = {"grid": [16, 16], "frame_start_tokens": 1}
 SCALED = {**GRID, "axis_scale": [4, 8, 8]}
@@ -755,6 +755,10 @@ def test_numbers_of_a_frame_have_as_many_tokens_as_digits(place, before):
         ({"visual_ids": [7, 0]}, "layout: visual_ids must be the first and the last id of a range, not [7, 0]"),
         ({"visual_ids": [0, 2**31]}, "layout.visual_ids: item 2: Input should be less than or equal to 2147483647"),
         ({"row_end_ids": [1]}, "layout: row_end_ids must be of 0 tokens, as many as row_end_tokens, not of 1"),
+        (
+            {"last_row_end_ids": [1]},
+            "layout: last_row_end_ids must be of 0 tokens, as many as row_end_tokens, not of 1",
+        ),
         ({"frame_end_ids": [8]}, "layout: frame_end_ids must be of 2 tokens, as many as frame_end_tokens, not of 1"),
         ({"frame_start_ids": ["rows"]}, "layout: frame_start_ids: rows needs grid and digit_ids"),
         ({"frame_end_ids": [8, "columns"]}, "layout: frame_end_ids: columns needs grid and digit_ids"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -34,6 +35,9 @@ FRAME_TOKENS = {
 POLICIES = {
     "demo": PackCache(),
     "demo_masked": PackCache(),
+    # One picture fills the model's positions.
+    "emu3": dataclasses.replace(PAPER, window=1, history_frames=1),
+    "emu3_5": PAPER,
     # An anchor of each room that is not shown.
     "play": PackCache(history_frames=4, window=8, episodes=2),
 }
@@ -44,7 +48,10 @@ LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p")
 GIVEN = (8215, 8235), (8236, 8256), (8206, 8258), (8194, 8258), (8196, 8258), (8199, 8258), (8192, 8258)
 MINEWORLD = [*[(0, 8191)] * 336, 8257, *GIVEN, (8198, 8258), (8201, 8258), 8259]
 # Written out place by place: an id is fixed, a pair is a range. "1*32*32" and "1*24*30" of single characters.
+EMU3_5_ROW = [(151854, 282925)] * 45
 FRAMES = {
+    "emu3": [*[*[(151854, 184621)] * 90, 151846] * 90, 151847],
+    "emu3_5": [151852, 19, 20, 9, 19, 20, 151851, *[*EMU3_5_ROW, 151846] * 44, *EMU3_5_ROW, 151853],
     "ivideogpt": [16385, *[(8192, 16383)] * 16],
     "mineworld_16f": MINEWORLD,
     "mineworld_32f": MINEWORLD,
@@ -60,6 +67,7 @@ GIVEN_PLACES = {
 CODINGS = {"mineworld_16f": "mineworld", "mineworld_32f": "mineworld", "rt1_multi_step": "rt1"}
 # Tokens of the longest condition that the comment speaks of, and the positions that frames were trained at.
 TRAINED = {
+    "emu3_5": (1000, 32768),
     "ivideogpt": (513, 513 + 14 * 17),
     "mineworld_16f": (8 * 347, 16 * 347),
     "mineworld_32f": (8 * 347, 32 * 347),
@@ -92,7 +100,7 @@ def test_every_option_is_spelled_out(name: str) -> None:
     assert set(load_mapping(name)) == {"policy", *config.as_mapping()}
     assert load_mapping(name)["policy"] == PackCache.name
     # The digits of a grid say how many tokens a head has.
-    counted = {"frame_end_tokens"} if name == "univla" else set()
+    counted = {"univla": {"frame_end_tokens"}, "emu3_5": {"frame_start_tokens"}}.get(name, set())
     assert set(load_mapping(name)["layout"]) == set(config.as_mapping()["layout"]) - {"tokens_per_frame"} - counted
 
 
@@ -161,6 +169,16 @@ def test_ids_stand_where_the_models_code_has_them(name: str) -> None:
     ids = [own if isinstance(own, int) else own[1] for own in FRAMES[name]]
     assert made.grammar.first_wrong([0] * 2000 + 2 * ids) is None
     assert made.grammar.first_wrong([0] * 2001 + ids[:-1]) is not None
+
+
+def test_a_picture_of_emu3_and_a_video_of_smaller_ones_fit_its_positions() -> None:
+    server = ServerConfig.parse("packcache", "emu3")
+    picture = server.plan({"packcache_frames": 1}, 1025)
+    video = server.plan({"packcache_frames": 99, "packcache_grid": [64, 64]}, 894)
+    assert picture is not None
+    assert video is not None
+    assert picture.positions.limit(1025 + 8191) == 9216
+    assert video.positions.limit(894 + 99 * 4161) == 9216
 
 
 def test_the_head_of_univlas_frames_states_the_requests_grid() -> None:

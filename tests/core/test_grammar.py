@@ -25,16 +25,18 @@ def frames(draw: st.DrawFn) -> tuple[FrameLayout, FrameIds]:
     start, row_end, end = (draw(st.integers(0, 3)) for _ in range(3))
     frame = FrameLayout.from_grid((draw(st.integers(1, 4)), draw(st.integers(1, 5))), start, row_end, end)
     visual = draw(st.one_of(st.none(), ranges))
-    return frame, FrameIds(visual, draw(special(start)), draw(special(row_end, True)), draw(special(end)))
+    of_rows = special(row_end, True)
+    return frame, FrameIds(visual, draw(special(start)), draw(of_rows), draw(special(end)), draw(of_rows))
 
 
 def literally(frame: FrameLayout, said: FrameIds) -> list[int | IdRange]:
     """What may stand at each place, written out token by token: a number is fixed, a range of special tokens given."""
     assert frame.grid is not None
     made: list[int | IdRange] = [*(said.frame_start or [ANY] * frame.frame_start_tokens)]
-    for _ in range(frame.grid[0]):
+    for row in range(frame.grid[0]):
         made += [said.visual or ANY] * frame.grid[1]
-        made += said.row_end or [ANY] * frame.row_end_tokens
+        last = said.last_row_end if row == frame.grid[0] - 1 else None
+        made += last or said.row_end or [ANY] * frame.row_end_tokens
     return [*made, *(said.frame_end or [ANY] * frame.frame_end_tokens)]
 
 

@@ -124,5 +124,8 @@ def test_what_cannot_be_used_is_said_to_who_serves_it_and_logged_to_others(insta
     lines = result.stdout.splitlines()
     said = [line.replace(" without an implementation for", " with") for line in lines[: len(SAID)]]
     assert said == list(SAID.values()), result.stderr
-    assert lines[-2] == "{'ChameleonMMRoPEForConditionalGeneration': Lumos(), 'GridForCausalLM': Grid()}"
+    assert lines[-2] == (
+        "{'ChameleonMMRoPEForConditionalGeneration': Lumos(), 'Emu3ForCausalLM': Emu3(), 'Emu3MoE': Emu3(), "
+        "'GridForCausalLM': Grid()}"
+    )
     assert lines[-1] == str(len(SAID))

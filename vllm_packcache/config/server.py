@@ -98,6 +98,7 @@ class LayoutConfig(BaseModel):
 
     With ``visual_ids`` and the ids of special tokens it says which ids may stand where: an id is fixed, a pair is the
     first and the last one of a range. Of visual tokens the model chooses among them, of special ones the client does.
+    ``last_row_end_ids`` are those after the last row, where they are others than ``row_end_ids``.
     ``rows`` and ``columns`` in a frame's start or end stand for the digits of that number, whose ids ``digit_ids`` has,
     from 0 to 9.
 
@@ -117,6 +118,7 @@ class LayoutConfig(BaseModel):
     visual_ids: _Ids | None = None
     frame_start_ids: _Specials | None = None
     row_end_ids: tuple[_Id, ...] | None = None
+    last_row_end_ids: tuple[_Id, ...] | None = None
     frame_end_ids: _Specials | None = None
     digit_ids: Annotated[tuple[_Id, ...], Field(min_length=10, max_length=10)] | None = None
     actions: str | None = None
@@ -144,9 +146,8 @@ class LayoutConfig(BaseModel):
     @property
     def has_ids(self) -> bool:
         """Whether it says which ids may stand where."""
-        return not all(
-            own is None for own in (self.visual_ids, self.frame_start_ids, self.row_end_ids, self.frame_end_ids)
-        )
+        said = self.visual_ids, self.frame_start_ids, self.row_end_ids, self.last_row_end_ids, self.frame_end_ids
+        return any(own is not None for own in said)
 
     def frame_ids(self) -> FrameIds:
         """What it says of ids.
@@ -159,6 +160,7 @@ class LayoutConfig(BaseModel):
             self._special_ids("frame_start", self.frame_start_ids),
             self.row_end_ids,
             self._special_ids("frame_end", self.frame_end_ids),
+            self.last_row_end_ids,
         )
 
     def _special_tokens(self, place: str, tokens: int, ids: _Specials | None) -> int:

@@ -47,12 +47,14 @@ class FrameIds:
         frame_start: of each special token before the first row: an id is fixed, of a range the client gives one.
         row_end: the same of those after every row, which are fixed.
         frame_end: the same of those after the last row.
+        last_row_end: the end of the last row, where it is another than ``row_end``.
     """
 
     visual: IdRange | None = None
     frame_start: tuple[int | IdRange, ...] | None = None
     row_end: tuple[int, ...] | None = None
     frame_end: tuple[int | IdRange, ...] | None = None
+    last_row_end: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,8 @@ def grammar_of(frame: FrameLayout, ids: FrameIds) -> FrameGrammar:
         if own is None:
             return
         if len(own) != tokens:
-            raise ValueError(f"{name}_ids must be of {tokens} tokens, as many as {name}_tokens, not of {len(own)}")
+            counted = f"{name.removeprefix('last_')}_tokens"
+            raise ValueError(f"{name}_ids must be of {tokens} tokens, as many as {counted}, not of {len(own)}")
         for place, allowed in enumerate(own, offset):
             first[place], last[place] = (allowed, allowed) if isinstance(allowed, int) else allowed
             if not isinstance(allowed, int):
@@ -123,6 +126,7 @@ def grammar_of(frame: FrameLayout, ids: FrameIds) -> FrameGrammar:
         if ids.visual is not None:
             first[begin : begin + columns], last[begin : begin + columns] = ids.visual
         put(begin + columns, "row_end", frame.row_end_tokens, ids.row_end)
+    put(begin + columns, "last_row_end", frame.row_end_tokens, ids.last_row_end)
     put(frame.tokens_per_frame - frame.frame_end_tokens, "frame_end", frame.frame_end_tokens, ids.frame_end)
     return FrameGrammar(frame, first, last, np.array(given, dtype=np.int64))
 

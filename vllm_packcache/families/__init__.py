@@ -11,14 +11,15 @@ from vllm_packcache.core import plugins
 from vllm_packcache.core.layout import FrameLayout
 from vllm_packcache.families.base import Family
 from vllm_packcache.families.decoder import Decoder
+from vllm_packcache.families.emu3 import Emu3
 from vllm_packcache.families.lumos import Lumos
 
-__all__ = ["DECODER", "LUMOS", "Family", "describing", "find", "of", "with_models"]
+__all__ = ["DECODER", "EMU3", "LUMOS", "Family", "describing", "find", "of", "with_models"]
 
 ENTRY_POINT_GROUP = "vllm_packcache.families"
 
-DECODER, LUMOS = Decoder(), Lumos()
-_BUILT_IN: tuple[Family, ...] = (LUMOS,)
+DECODER, EMU3, LUMOS = Decoder(), Emu3(), Lumos()
+_BUILT_IN: tuple[Family, ...] = (EMU3, LUMOS)
 
 logger = logging.getLogger("vllm.packcache")
 

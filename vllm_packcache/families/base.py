@@ -50,6 +50,8 @@ class Family(ABC):
     """Names under which checkpoints of it are published."""
     model: ClassVar[str | None] = None
     """``module:class`` of its vLLM model; None: vLLM has one of its own."""
+    config: ClassVar[str | None] = None
+    """``module:class`` of its configuration, with the ``model_type`` of checkpoints; None: transformers has one."""
     role: ClassVar[Role] = "causal"
     """How frames are made."""
     streams: ClassVar[int] = 1

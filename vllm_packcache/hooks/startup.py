@@ -74,6 +74,7 @@ def register() -> None:
 
 def _register_with_vllm() -> None:
     """What vLLM has registries for. None of its own looks these up, so they may be there without the hooks."""
+    from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -91,6 +92,9 @@ def _register_with_vllm() -> None:
     for architecture, family in families.with_models():
         if family.role == "canvas":
             MODELS_CONFIG_MAP.setdefault(architecture, canvas.model_config())
+        if family.config is not None:
+            config = resolve_name(family.config)
+            AutoConfig.register(config.model_type, config, exist_ok=True)
         # Last, because by this such a model can be served.
         if architecture not in supported:
             ModelRegistry.register_model(architecture, family.model)

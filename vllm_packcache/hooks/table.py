@@ -147,6 +147,7 @@ _REGISTRY = f"specs of plugins in the registry that came with [37505]({_ISSUES}/
 _CUSTOMIZED = f"a backend that may change its layers' spec in every release, see [42449]({_ISSUES}/42449)"
 
 ENDS = {
+    "Emu3": "these models in vLLM itself",
     "Lumos-1": "the model in vLLM itself",
     "V1 runner": _V1,
     "V2 runner": _V2,
@@ -1022,6 +1023,36 @@ HOOKS: tuple[Hook, ...] = (
                 "logits of all ranks",
             ),
         )
+    ),
+    # What the Emu3 models are made of
+    Hook(
+        "vllm.transformers_utils.config",
+        "HFConfigParser.parse(model, trust_remote_code, ...): AutoConfig, from_pretrained",
+        "Emu3: a configuration that is registered with transformers is read without remote code",
+    ),
+    Hook(
+        "vllm.transformers_utils.config",
+        "get_safetensors_params_metadata(model, revision)",
+        "Emu3: whether a checkpoint has norms of heads",
+    ),
+    Hook("vllm.config.model:ModelConfig", "hf_config, revision", "Emu3: which checkpoint"),
+    Hook(
+        "vllm.model_executor.models.llama:LlamaAttention",
+        "__init__(config, ...): head_dim, q_size, kv_size, qkv_proj, o_proj, attn; forward; "
+        "_init_rotary_emb(config, ...): rotary_emb",
+        "Emu3: attention with norms of heads",
+        subclass="vllm_packcache.models.emu3:NormedAttention",
+    ),
+    Hook(
+        "vllm.model_executor.models.llama",
+        "LlamaDecoderLayer.__init__(vllm_config, prefix, attn_layer_type, ...): self_attn",
+        "Emu3: a layer with another attention",
+    ),
+    Hook(
+        "vllm.model_executor.models.llama:LlamaForCausalLM",
+        "__init__(vllm_config, prefix, layer_type, ...)",
+        "Emu3: a model of such layers",
+        subclass="vllm_packcache.models.emu3:Emu3ForCausalLM",
     ),
 )
 """Every place. What is wrapped is put in place in this order, what asks for a policy first."""

@@ -8,7 +8,7 @@ then; later evictions do not change them, exactly as in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -134,6 +134,7 @@ class LlamaReference(Decoder):
         max_tokens: int,
         plan: Plan | None = None,
         block_size: int = 32,
+        allowed: Callable[[Sequence[int]], range] | None = None,
     ) -> Generation:
         """Generate greedily, token by token; no token ends the sequence early.
 
@@ -142,6 +143,7 @@ class LlamaReference(Decoder):
             max_tokens: n, tokens to generate.
             plan: layout and policy of the request; None: the whole cache is kept.
             block_size: tokens of a KV-cache block; without a plan it does not matter.
+            allowed: from all tokens so far to the ids that the next one may have; None: any.
 
         Raises:
             ValueError: the prompt is empty or ``max_tokens`` is below 1.
@@ -162,6 +164,9 @@ class LlamaReference(Decoder):
                 mask[index] = seen(live, block_size, index, length)
             step = self._forward(tokens[index : index + 1], index, cache, mask, plan, block_size)
             if index >= len(prompt_ids) - 1:
+                if allowed is not None:
+                    may = allowed(tokens)
+                    step[:, : may.start] = step[:, may.stop :] = float("-inf")
                 logits.append(step)
                 tokens.append(int(step.argmax()))
         return Generation(tokens[len(prompt_ids) :], torch.cat(logits))

@@ -88,6 +88,85 @@ def make_random_llama(
     return _write(path, config, weights)
 
 
+def make_random_emu3(
+    path: str | Path,
+    *,
+    architecture: str = "Emu3ForCausalLM",
+    head_norms: bool = False,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    hidden: int = 64,
+    max_positions: int = 8192,
+    seed: int = 0,
+) -> Path:
+    """Write an Emu3 checkpoint with random float32 weights, names and vocabulary as published, and no tokenizers.
+
+    Scales as of `make_random_llama`, or as of `make_random_lumos` where heads have norms.
+
+    Args:
+        path: folder to write ``config.json`` and ``model.safetensors`` to; it is created.
+        architecture: name of the class in ``config.json``.
+        head_norms: of Emu3.5, with its vocabulary.
+        layers: number of decoder layers.
+        heads: query heads.
+        kv_heads: key-value heads; divides ``heads``.
+        head_dim: numbers of a head, even.
+        hidden: width of the residual stream.
+        max_positions: longest sequence.
+        seed: of the random numbers.
+
+    Returns:
+        The folder.
+    """
+    vocab = 282_926 if head_norms else 184_622
+    config = {
+        "architectures": [architecture],
+        "attention_dropout": 0.1,
+        "auto_map": {
+            "AutoConfig": "configuration_emu3.Emu3Config",
+            "AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM",
+        },
+        "boi_token_id": 151852,
+        "bos_token_id": 151849,
+        "eof_token_id": 151847,
+        "eoi_token_id": 151853,
+        "eol_token_id": 151846,
+        "eos_token_id": 151850,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "image_area": 518400,
+        "img_token_id": 151851,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": max_positions,
+        "model_type": "Emu3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": 151643,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.44.0",
+        "use_cache": True,
+        "vocab_size": vocab,
+    }
+    random = _Weights(seed)
+    gain = 1.0 if head_norms else math.sqrt(SCORE_STD)
+    weights = random.decoder(vocab, hidden, layers, heads, kv_heads, head_dim, gain, tied=False)
+    for layer in range(layers if head_norms else 0):
+        for name in ("q_norm", "k_norm"):
+            scale = math.sqrt(SCORE_STD) * (1 + 0.2 * random.numbers(head_dim))
+            weights[f"model.layers.{layer}.self_attn.{name}.weight"] = scale
+    return _write(path, config, weights)
+
+
 def make_random_lumos(
     path: str | Path,
     *,

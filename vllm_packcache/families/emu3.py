@@ -1,0 +1,79 @@
+"""Emu3, Emu3.5 and UniVLA's world model: decoders whose pictures state their size as text.
+
+A picture begins with a head, in which every character of the size is a token::
+
+    begin of image, "rows*columns", image token
+
+In Emu3's prompts and UniVLA's it comes before the first frame, so that a client writes it; between UniVLA's frames and
+before each of Emu3.5's it is a part of them. A layout makes those of the grid, with ``rows``, ``columns`` and
+``digit_ids``.
+
+Source: the public code of BAAI's Emu3 and Emu3.5 and of UniVLA.
+
+This module is pure: it knows neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_packcache.core.layout import FrameLayout
+from vllm_packcache.core.plan import REQUEST_PREFIX, VideoRequest
+from vllm_packcache.families.base import Prompt, Server
+from vllm_packcache.families.decoder import Decoder
+
+IMAGE_TOKEN = 151_851
+IMAGE_BEGIN = 151_852
+
+CHARACTERS = {**{15 + digit: str(digit) for digit in range(10)}, 9: "*"}
+"""Of the ids that a size is made of."""
+
+LONGEST_HEAD = 16
+"""Tokens from where a head begins at the earliest to its end: three numbers of four digits, and what separates them."""
+
+
+class Emu3(Decoder):
+    """One causal stream, whose prompt must not state another size than its frames have."""
+
+    name = "Emu3"
+    architectures = ("Emu3ForCausalLM", "Emu3MoE")
+    model = "vllm_packcache.models.emu3:Emu3ForCausalLM"
+    config = "vllm_packcache.models.emu3_config:Emu3Config"
+
+    def check_layout(self, frame: FrameLayout, axis_scale: tuple[int, int, int] | None) -> None:
+        """See `Family.check_layout`."""
+        del frame
+        if axis_scale is not None:
+            raise ValueError("axis_scale is for positions of three axes, and those of Emu3 have one: leave it out")
+
+    def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
+        """See `Family.request`."""
+        made = super().request(server, extra_args, prompt)
+        # A front end sees of a session's later turns what they add.
+        if made is None or made.turn is not None or isinstance(prompt, int):
+            return made
+        layout = made.streams[0].plan.layout
+        stated, grid = stated_size(prompt[: layout.condition_tokens]), layout.frame.grid
+        if stated is not None and grid is not None and stated != grid:
+            rows, columns = stated
+            raise ValueError(
+                f"the prompt states a picture of {rows} x {columns}, and frames have {grid[0]} x {grid[1]}: give "
+                f"{REQUEST_PREFIX}grid: [{rows}, {columns}], or state the size of the frames"
+            )
+        return made
+
+
+def stated_size(prompt: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns in the head that a prompt ends with; None: it ends with none."""
+    if not prompt or prompt[-1] != IMAGE_TOKEN:
+        return None
+    end = list(prompt[-LONGEST_HEAD:-1])
+    if IMAGE_BEGIN not in end:
+        return None
+    head = end[len(end) - end[::-1].index(IMAGE_BEGIN) :]
+    numbers = "".join(CHARACTERS.get(token, "?") for token in head).split("*")
+    # UniVLA's has a number of frames before them.
+    if len(numbers) not in (2, 3) or not all(number.isdecimal() for number in numbers):
+        return None
+    return int(numbers[-2]), int(numbers[-1])
