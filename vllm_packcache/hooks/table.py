@@ -151,6 +151,7 @@ ENDS = {
     "V1 runner": _V1,
     "V2 runner": _V2,
     "attention": _ATTENTION,
+    "guidance": "requests of several sequences that share their sampled tokens",
     "flag": "command line options that plugins may add",
     "ids": "a grammar by place in vLLM's structured outputs",
     "keys": "the layout of cached keys as an attention backend's published interface",
@@ -933,6 +934,63 @@ HOOKS: tuple[Hook, ...] = (
         "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
+    ),
+    # Guided videos
+    Hook(
+        "vllm.v1.core.kv_cache_utils",
+        "get_kv_cache_groups(vllm_config, kv_cache_spec)",
+        "guidance: a KV cache group for second streams",
+        wrapper="vllm_packcache.engine.spec:add_streams",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_utils",
+        "get_kv_cache_configs: get_kv_cache_groups, _check_enough_kv_cache_memory, get_kv_cache_config_from_groups; "
+        "get_kv_cache_config_from_groups: group, layer_names; KVCacheGroupSpec.layer_names",
+        "guidance: a group may have no layers; memory is counted for all groups, and blocks of all are of one pool",
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:KVCacheSpec",
+        "has_layer_views, prefix_cacheable, uses_slot_mapping",
+        "guidance: a group without memory, hashes and slots of its own",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator",
+        "verify_and_split_kv_cache_groups: prefix_cacheable; find_longest_cache_hit: attention_groups",
+        "guidance: prefixes are looked up in the group of first streams alone",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState",
+        "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "
+        "custom_sampler",
+        "guidance: requests come and end, and a step's rows of second streams are put together",
+        subclass="vllm_packcache.worker.guidance:GuidingModelState",
+    ),
+    Hook(
+        _RUNNER_V2,
+        "load_model: init_model_state, Sampler, custom_sampler; "
+        "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
+        "_dummy_sampler_run: compute_logits, sampler; postprocess_sampled: all_token_ids, post_update",
+        "guidance: a sampler gets the logits of a step that has been run; ids that are sampled are on the device",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler",
+        "__call__(logits, input_batch)",
+        "guidance: the sampler that gets guided logits",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.states:RequestState",
+        "__init__: all_token_ids, StagedWriteTensor",
+        "guidance: ids of requests, on the device",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        "is_prefilling_np",
+        "guidance: which rows are of a prompt",
+    ),
+    Hook(
+        "vllm.forward_context",
+        "set_forward_context(attn_metadata, vllm_config, num_tokens, slot_mapping, ...)",
+        "guidance: the model is run with metadata of second streams",
     ),
     # Which ids a video's tokens may have
     Hook(
