@@ -167,19 +167,40 @@ def add_streams(get_kv_cache_groups: Callable[..., list[KVCacheGroupSpec]]) -> C
 
     @wraps(get_kv_cache_groups)
     def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> list[KVCacheGroupSpec]:
-        groups = get_kv_cache_groups(vllm_config, *args, **kwargs)
-        config = read_config(vllm_config)
-        if config is None or not config.guidance:
-            return groups
-        specs = [group.kv_cache_spec for group in groups]
-        if len(specs) != 1 or type(specs[0]) is not RetentionSpec:
-            raise ConfigError(
-                f"{CONFIG_KEY}: {GUIDANCE_KEY} is for a model whose layers all have the same cache, and those of "
-                f"{vllm_config.model_config.model} differ: leave it out"
-            )
-        return [*groups, KVCacheGroupSpec([], GuidanceSpec(**_all_fields_of(specs[0])))]
+        return _and_second(get_kv_cache_groups(vllm_config, *args, **kwargs), vllm_config)
 
     return wrapper
+
+
+def add_streams_to_built(
+    get_kv_cache_groups_from_builder: Callable[..., list[KVCacheGroupSpec]],
+) -> Callable[..., list[KVCacheGroupSpec]]:
+    """Wrap ``get_kv_cache_groups_from_builder``, which is asked instead from vLLM 0.33 on."""
+
+    @wraps(get_kv_cache_groups_from_builder)
+    def wrapper(builder: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> list[KVCacheGroupSpec]:
+        groups = get_kv_cache_groups_from_builder(builder, vllm_config, *args, **kwargs)
+        return _and_second(groups, vllm_config)
+
+    return wrapper
+
+
+def _and_second(groups: list[KVCacheGroupSpec], vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:
+    """``groups``, and where videos may be guided one for their second streams.
+
+    Raises:
+        ConfigError: a block is not a place of one size in every layer's cache.
+    """
+    config = read_config(vllm_config)
+    if config is None or not config.guidance:
+        return groups
+    specs = [group.kv_cache_spec for group in groups]
+    if len(specs) != 1 or type(specs[0]) is not RetentionSpec:
+        raise ConfigError(
+            f"{CONFIG_KEY}: {GUIDANCE_KEY} is for a model whose layers all have the same cache, and those of "
+            f"{vllm_config.model_config.model} differ: leave it out"
+        )
+    return [*groups, KVCacheGroupSpec([], GuidanceSpec(**_all_fields_of(specs[0])))]
 
 
 def stream_spec(spec: AttentionSpec, vllm_config: VllmConfig, stream: int) -> AttentionSpec:

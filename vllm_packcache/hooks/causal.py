@@ -84,7 +84,7 @@ class CausalServing(Serving):
                 "give ids of this model"
             )
         if config.guidance:
-            _check_guidance(vllm_config)
+            check_guidance(vllm_config)
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
         """See `Serving.backend`."""
@@ -113,7 +113,7 @@ class CausalServing(Serving):
             _check_request(request, config, vllm_config, length_given=length_given)
 
 
-def _check_guidance(vllm_config: VllmConfig) -> None:
+def check_guidance(vllm_config: VllmConfig) -> None:
     """Refuse a server whose second streams could not be run as its first ones are.
 
     Raises:

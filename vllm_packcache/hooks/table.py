@@ -941,12 +941,30 @@ HOOKS: tuple[Hook, ...] = (
         "get_kv_cache_groups(vllm_config, kv_cache_spec)",
         "guidance: a KV cache group for second streams",
         wrapper="vllm_packcache.engine.spec:add_streams",
+        until="0.32",
     ),
     Hook(
-        "vllm.v1.core.kv_cache_utils",
-        "get_kv_cache_configs: get_kv_cache_groups, _check_enough_kv_cache_memory, get_kv_cache_config_from_groups; "
-        "get_kv_cache_config_from_groups: group, layer_names; KVCacheGroupSpec.layer_names",
-        "guidance: a group may have no layers; memory is counted for all groups, and blocks of all are of one pool",
+        "vllm.v1.core.kv_cache_planning",
+        "get_kv_cache_groups_from_builder(builder, vllm_config, kv_cache_spec)",
+        "guidance: a KV cache group for second streams, where platforms may group layers",
+        wrapper="vllm_packcache.engine.spec:add_streams_to_built",
+        since="0.33",
+    ),
+    *(
+        Hook(
+            f"vllm.v1.core.{module}",
+            "get_kv_cache_configs: _check_enough_kv_cache_memory, _max_memory_usage_bytes_from_groups; "
+            "get_kv_cache_config_from_groups: group, layer_names",
+            "guidance: a group may have no layers; memory is counted for all groups, and blocks of all are of one pool",
+            since=since,
+            until=until,
+        )
+        for module, since, until in (("kv_cache_utils", "", "0.32"), ("kv_cache_planning", "0.33", ""))
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+        "layer_names",
+        "guidance: a group of layers, or of none",
     ),
     Hook(
         "vllm.v1.kv_cache_interface:KVCacheSpec",
@@ -969,12 +987,12 @@ HOOKS: tuple[Hook, ...] = (
         _RUNNER_V2,
         "load_model: init_model_state, Sampler, custom_sampler; "
         "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
-        "_dummy_sampler_run: compute_logits, sampler; postprocess_sampled: all_token_ids, post_update",
+        "_dummy_sampler_run: compute_logits, sampler; postprocess_sampled: post_update, all_token_ids",
         "guidance: a sampler gets the logits of a step that has been run; ids that are sampled are on the device",
     ),
     Hook(
         "vllm.v1.worker.gpu.sample.sampler:Sampler",
-        "__call__(logits, input_batch)",
+        "__call__(self, logits, input_batch)",
         "guidance: the sampler that gets guided logits",
     ),
     Hook(

@@ -1,5 +1,6 @@
 """The whole method in plain PyTorch: slow, obvious, and what every fast path is compared with."""
 
+from vllm_packcache.reference.guided import GuidedVideo, generate_guided
 from vllm_packcache.reference.llama import Generation, LlamaReference
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedGeneration, MaskedVideo, generate_masked
@@ -8,11 +9,13 @@ from vllm_packcache.reference.visibility import frame_visibility, positions, vis
 
 __all__ = [
     "Generation",
+    "GuidedVideo",
     "LlamaReference",
     "LumosReference",
     "MaskedGeneration",
     "MaskedVideo",
     "frame_visibility",
+    "generate_guided",
     "generate_masked",
     "make_random_llama",
     "make_random_lumos",
