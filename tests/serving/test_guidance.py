@@ -261,11 +261,15 @@ def test_sampling_of_a_request_follows_guidance(guiding: Any, reference: Careful
 
 def test_ids_of_frames_are_those_of_the_grammar(guiding: Any, reference: CarefulReference) -> None:
     """What may stand where is applied to guided logits."""
-    config = {**PAPERS, "layout": {"grid": [3, 4], "visual_ids": [100, 180], "frame_end_ids": [7, 8]}}
+    config = {
+        **PAPERS,
+        "layout": {"grid": [3, 4], "frame_end_tokens": 2, "visual_ids": [100, 180], "frame_end_ids": [7, 8]},
+    }
     case = Case(30, 44, 14, 0, 0, seed=7)
     params = sampling(3 * 14, guidance=3, negative_prompt_ids=case.negative_ids)
     made = ServerConfig.parse("packcache", {**config, "guidance": True}).request(params.extra_args, case.ids)
-    assert made is not None and made.grammar is not None
+    assert made is not None
+    assert made.grammar is not None
     plans = [stream.plan for stream in made.streams]
     video = GuidedVideo(case.condition, case.negative_ids, 3, *plans)
     tokens, seen = run(guiding(config=config), [case.ids], [params])[0], list(case.ids)
@@ -326,7 +330,7 @@ def test_two_ranks(checkpoint: Path, tmp_path: Path, reference: CarefulReference
 
 
 def test_what_an_engine_cannot_guide_is_refused(guiding: Any) -> None:
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.exceptions import VLLMValidationError
 
     llm, case = guiding(), FROM_TEXT
 
@@ -335,15 +339,13 @@ def test_what_an_engine_cannot_guide_is_refused(guiding: Any) -> None:
         for name, value in changed.pop("sampling", {}).items():
             setattr(params, name, value)
         params.extra_args = {**params.extra_args, **{f"packcache_{name}": value for name, value in changed.items()}}
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(VLLMValidationError) as refused:
             run(llm, [case.ids], [params])
         return str(refused.value)
 
     assert "negative_prompt_ids has id 256, and the model has 256" in refusal(negative_prompt_ids=[1, 256])
     assert "tokens with its negative prompt, and the server takes 8192" in refusal(negative_prompt_ids=[1] * 8190)
     assert "cannot be combined with prompt_logprobs" in refusal(sampling={"prompt_logprobs": 1})
-    structured = {"structured_outputs": StructuredOutputsParams(regex="a")}
-    assert "cannot be combined with structured outputs" in refusal(sampling=structured)
 
 
 def _with(requests: tuple[list[list[int]], list[Any]], other: tuple[list[int], Any]) -> tuple[list[Any], list[Any]]:

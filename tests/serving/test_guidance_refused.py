@@ -9,19 +9,22 @@ import pytest
 
 from tests.serving.conftest import PAPERS, prompt, run, sampling
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.hooks.causal import check_guidance
+from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.hooks.causal import check_guidance, check_guided
 
 
 def test_on_the_v1_runner(engine: Any) -> None:
     with pytest.raises(
-        ConfigError, match="guidance needs vLLM's Model Runner V2, .*: leave VLLM_USE_V2_MODEL_RUNNER=0"
+        ConfigError, match=r"guidance needs vLLM's Model Runner V2, .*: leave VLLM_USE_V2_MODEL_RUNNER=0"
     ):
         engine("packcache", {**PAPERS, "guidance": True})
 
 
 def test_a_request_on_the_v1_runner(engine: Any) -> None:
     options = {"tokens_per_frame": 20, "guidance": 2, "negative_prompt_ids": [1, 2]}
-    with pytest.raises(ValueError, match="start it on vLLM's Model Runner V2 with guidance: true"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="start it on vLLM's Model Runner V2 with guidance: true"):
         run(engine("packcache", PAPERS), [prompt(40)], [sampling(5, **options)])
 
 
@@ -59,3 +62,20 @@ def test_what_a_server_cannot_guide(changed: dict[str, Any], message: str | None
         return
     with pytest.raises(ConfigError, match=message):
         check_guidance(vllm_config)
+
+
+def test_what_is_not_for_a_guided_request() -> None:
+    server = ServerConfig.parse("packcache", {**PAPERS, "guidance": True})
+    params = sampling(5, tokens_per_frame=20, guidance=2, negative_prompt_ids=[1, 2])
+    made = server.request(params.extra_args, 40)
+    assert made is not None
+    model = SimpleNamespace(get_vocab_size=lambda: 256, max_model_len=100)
+    vllm_config: Any = SimpleNamespace(model_config=model)
+    request: Any = SimpleNamespace(sampling_params=params, prompt_token_ids=[0] * 40)
+    check_guided(request, made, vllm_config, 45)
+    params.structured_outputs = object()
+    with pytest.raises(ConfigError, match="packcache_guidance cannot be combined with structured outputs"):
+        check_guided(request, made, vllm_config, 45)
+    request.prompt_token_ids = None
+    with pytest.raises(ConfigError, match="packcache_guidance is for prompts of token ids"):
+        check_guided(request, made, vllm_config, 45)

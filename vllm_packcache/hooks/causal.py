@@ -147,7 +147,7 @@ def check_guidance(vllm_config: VllmConfig) -> None:
             raise ConfigError(f"{subject} cannot be combined with {option}, because {reason}: leave one of them out")
 
 
-def _check_guided(request: EngineCoreRequest, made: VideoRequest, vllm_config: VllmConfig, total: int) -> None:
+def check_guided(request: EngineCoreRequest, made: VideoRequest, vllm_config: VllmConfig, total: int) -> None:
     """Refuse a guided video that has no condition of its own, or whose second stream is too long.
 
     Raises:
@@ -231,7 +231,7 @@ def _check_request(
         _check_ids(request, plan.layout, length)
     total = min(length + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
     if len(made.streams) > 1:
-        _check_guided(request, made, vllm_config, total)
+        check_guided(request, made, vllm_config, total)
     _check_size(made, total, config.position_limit, vllm_config)
 
 

@@ -962,11 +962,6 @@ HOOKS: tuple[Hook, ...] = (
         for module, since, until in (("kv_cache_utils", "", "0.32"), ("kv_cache_planning", "0.33", ""))
     ),
     Hook(
-        "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
-        "layer_names",
-        "guidance: a group of layers, or of none",
-    ),
-    Hook(
         "vllm.v1.kv_cache_interface:KVCacheSpec",
         "has_layer_views, prefix_cacheable, uses_slot_mapping",
         "guidance: a group without memory, hashes and slots of its own",
@@ -985,10 +980,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V2,
-        "load_model: init_model_state, Sampler, custom_sampler; "
-        "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
-        "_dummy_sampler_run: compute_logits, sampler; postprocess_sampled: post_update, all_token_ids",
-        "guidance: a sampler gets the logits of a step that has been run; ids that are sampled are on the device",
+        "_dummy_sampler_run: compute_logits, sampler",
+        "guidance: memory is measured with the sampler that gets guided logits",
     ),
     Hook(
         "vllm.v1.worker.gpu.sample.sampler:Sampler",
@@ -1043,10 +1036,11 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V2,
-        "load_model: init_model_state, num_new_sampled_tokens_per_step, custom_sampler; "
+        "load_model: init_model_state, num_new_sampled_tokens_per_step, Sampler, custom_sampler; "
         "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
-        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update",
-        "masked: a sampler of ours gets hidden states and says which tokens are rejected",
+        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update, all_token_ids",
+        "masked: a sampler of ours gets hidden states and says which tokens are rejected; guided, it gets the logits "
+        "of a step that has been run, and ids that are sampled are put on the device",
     ),
     Hook(
         "vllm.v1.worker.gpu.sample.output:SamplerOutput",
