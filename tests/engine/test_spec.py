@@ -252,7 +252,7 @@ def test_second_streams_have_a_group_where_videos_may_be_guided(guidance: bool) 
     assert isinstance(spec, GuidanceSpec)
     assert (spec.stream, spec.tokens_ahead, spec.frame_by_frame, spec.server_config) == (1, 2, True, config)
     assert spec.page_size_bytes == groups[0].kv_cache_spec.page_size_bytes
-    assert not (spec.has_layer_views or spec.prefix_cacheable or spec.uses_slot_mapping)
+    assert (spec.has_layer_views, spec.prefix_cacheable, spec.uses_slot_mapping) == (False, False, False)
     assert type(spec) is type(pickle.loads(pickle.dumps(spec)))
 
 
