@@ -46,19 +46,19 @@ def refusal(call) -> str:
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos",
+            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos, guidance",
         ),
         (
             "sliding_window",
             {"decay": 1},
             "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
-            "positions, sessions, videos",
+            "positions, sessions, videos, guidance",
         ),
         (
             "full",
             {"window": 4},
             "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, "
-            "sessions, videos",
+            "sessions, videos, guidance",
         ),
         (
             "packcache",
@@ -383,18 +383,18 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
             "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions, "
-            "videos; to take the layout alone, say policy: packcache beside it, or leave decay out",
+            "videos, guidance; to take the layout alone, say policy: packcache beside it, or leave decay out",
         ),
         (
             "full",
             {"sink_tokens": 4, "layout": "demo"},
-            "sink_tokens is no option of policy 'full': its options are layout, positions, sessions, videos; to take "
-            "the layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
+            "sink_tokens is no option of policy 'full': its options are layout, positions, sessions, videos, "
+            "guidance; to take the layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
         ),
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions, sessions, videos",
+            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance",
         ),
     ],
 )
@@ -603,6 +603,8 @@ REQUEST_OPTIONS = ", ".join(
         "condition_image_tokens",
         "frames",
         "given_ids",
+        "guidance",
+        "negative_prompt_ids",
         "session_tokens",
         "forget_frames",
         "forget_from",
@@ -799,3 +801,87 @@ def test_what_a_client_gives_belongs_to_a_request_of_such_frames():
     message = refusal(lambda: plain.video({"packcache_given_ids": [1]}, 300))
     assert message.startswith("packcache_given_ids is given, and frames of this server have no ids that a client gives")
     assert plain.video({"packcache_frames": 1}, 300).grammar is None
+
+
+GUIDED = {"packcache_guidance": 3, "packcache_negative_prompt_ids": [5, 6, 7]}
+
+
+def test_a_guided_video_has_a_second_stream_with_a_condition_of_its_own():
+    config = {"layout": {**GRID, "condition_image_tokens": 257}, "guidance": True, "window": 3}
+    server = ServerConfig.parse("packcache", config)
+    assert ServerConfig.parse("packcache", server.as_mapping()) == server
+    assert (server.streams, ServerConfig.parse("packcache").streams) == (2, 1)
+    made = server.request(GUIDED, 300)
+    first, second = made.streams
+    assert made.guidance == 3
+    assert not made.as_stock
+    assert (first.start, second.start, second.condition) == (0, 297, (5, 6, 7))
+    assert second.plan.layout == VideoLayout(first.plan.layout.frame, 3, 0), "no image: there is no room for one"
+    assert (second.plan.policy, second.plan.positions.window) == (first.plan.policy, 3)
+    longer = server.request({**GUIDED, "packcache_negative_prompt_ids": [1] * 320}, 300).streams[1]
+    assert (longer.start, longer.plan.layout.condition_image_tokens) == (-20, 257)
+
+
+def test_guidance_of_one_is_none():
+    """On any server, with a negative prompt and without."""
+    for guidance in (True, False):
+        server = ServerConfig.parse("packcache", {"layout": GRID, "guidance": guidance})
+        for options in ({**GUIDED, "packcache_guidance": 1}, {"packcache_guidance": 1.0}):
+            made = server.request(options, 300)
+            assert (made.guidance, made.streams) == (1, server.request({"packcache_grid": [16, 16]}, 300).streams)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (
+            {"guidance": False},
+            GUIDED,
+            "packcache_guidance is 3, and this server has no room for a second stream: start it on vLLM's Model Runner "
+            "V2 with guidance: true in kv_cache_policy_config, or leave packcache_guidance out",
+        ),
+        (
+            {},
+            {"packcache_guidance": 3},
+            "packcache_negative_prompt_ids is needed: it stands in place of the condition in the stream that "
+            "packcache_guidance leads away from",
+        ),
+        (
+            {},
+            {"packcache_negative_prompt_ids": [1]},
+            "packcache_negative_prompt_ids is for guided videos: give packcache_guidance too",
+        ),
+        ({}, {**GUIDED, "packcache_guidance": 0}, "packcache_guidance: input should be greater than 0, not 0"),
+        (
+            {},
+            {**GUIDED, "packcache_negative_prompt_ids": []},
+            "packcache_negative_prompt_ids: tuple should have at least 1 item after validation, not 0, not []",
+        ),
+        (
+            {},
+            {**GUIDED, "packcache_session_tokens": 0, "packcache_condition_tokens": 30},
+            "packcache_guidance is not for a session, which has one stream: leave it out",
+        ),
+        (
+            {},
+            {**GUIDED, "packcache_condition_tokens": 0},
+            "packcache_guidance needs a condition, and this video has none: raise packcache_condition_tokens",
+        ),
+        (
+            {"layout": None},
+            {**GUIDED, "packcache_policy": "full"},
+            "packcache_guidance needs packcache_grid or packcache_tokens_per_frame: this server was started without a "
+            "layout",
+        ),
+    ],
+)
+def test_a_wrong_guided_request_is_refused_in_one_sentence(config, options, message):
+    server = ServerConfig.parse("packcache", {"layout": GRID, "guidance": True, **config})
+    assert refusal(lambda: server.request(options, 300)) == message
+
+
+def test_guidance_of_a_server_is_a_flag_of_causal_models():
+    message = refusal(lambda: ServerConfig.parse("packcache", {"guidance": 3}))
+    assert message == "kv_cache_policy_config: guidance must be true or false, not 3"
+    message = refusal(lambda: ServerConfig.parse("packcache", {"guidance": True}, family=LUMOS))
+    assert message == "kv_cache_policy_config: guidance: Lumos-1 has streams of its own: leave it out"

@@ -60,6 +60,12 @@ CANVAS_OPTION = "diffusion_canvas_length"
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
 
+GUIDANCE_KEY = "guidance"
+"""Key of a configuration that says whether requests may have a second stream."""
+
+MAX_GUIDANCE = 1000.0
+"""Of a causal video: far more than any model is used with."""
+
 DEEPEST = 4
 """Lists and mappings inside each other that an option's value may be made of."""
 
@@ -88,6 +94,7 @@ _Tokens = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Ids = tuple[_Id, _Id]
 _Number = Literal["rows", "columns"]
 _Value = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Guidance = Annotated[float, Field(gt=0, le=MAX_GUIDANCE)]
 _Specials = tuple[_Id | _Ids | _Number, ...]
 
 
@@ -235,6 +242,8 @@ class _RequestOptions(BaseModel):
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
     frames: _Frames | None = None
     given_ids: tuple[_Id, ...] | None = None
+    guidance: _Guidance | None = None
+    negative_prompt_ids: Annotated[tuple[_Id, ...], Field(min_length=1)] | None = None
     session_tokens: _Tokens | None = None
     forget_frames: _Tokens = 0
     forget_from: _Tokens = 0
@@ -262,6 +271,7 @@ class ServerConfig:
         family: of the model that is served.
         sessions: how long they wait and live.
         videos: over HTTP: whether there are any, and how long they are kept.
+        guidance: whether causal videos may be guided, for which the KV cache has a group more.
     """
 
     policy: Policy
@@ -272,6 +282,7 @@ class ServerConfig:
     family: Family = DECODER
     sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
     videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
+    guidance: bool = False
 
     @classmethod
     def parse(
@@ -306,12 +317,13 @@ class ServerConfig:
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
+        guidance = options.pop(GUIDANCE_KEY, False)
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions", "sessions", "videos"),
+            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -333,6 +345,7 @@ class ServerConfig:
             family,
             _parse_part(SessionsConfig, sessions, "sessions"),
             _parse_part(VideosConfig, videos, "videos"),
+            _parse_guidance(guidance, family),
         )
         try:
             config.fingerprint()
@@ -386,9 +399,16 @@ class ServerConfig:
             mapping["sessions"] = self.sessions.model_dump(mode="json", exclude_none=True)
         if self.videos != VideosConfig():
             mapping["videos"] = self.videos.model_dump(mode="json", exclude_none=True)
+        if self.guidance:
+            mapping[GUIDANCE_KEY] = True
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
+
+    @property
+    def streams(self) -> int:
+        """Most streams of a request, each of which is a KV cache group of its own."""
+        return max(self.family.streams, 2 if self.guidance else 1)
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
         """What a request keeps.
@@ -428,14 +448,63 @@ class ServerConfig:
                     f"{REQUEST_PREFIX}frames needs {REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame: this "
                     "server was started without a layout"
                 )
+            if options.guidance is not None or options.negative_prompt_ids is not None:
+                raise ConfigError(
+                    f"{REQUEST_PREFIX}guidance needs {REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame: this "
+                    "server was started without a layout"
+                )
             return None
+        condition = self._negative_condition(options, layout)
+        conditions = ((),) if condition is None else ((), condition)
+        streams = tuple(self._stream(layout, policy, own) for own in conditions)
+        made = self._request_grammar(grammar, options.given_ids, layout, num_prompt_tokens)
+        return VideoRequest(
+            streams,
+            options.frames,
+            grammar=made,
+            turn=self._request_turn(options),
+            guidance=1.0 if options.guidance is None else options.guidance,
+        )
+
+    def _stream(self, layout: VideoLayout, policy: Policy, condition: tuple[int, ...] = ()) -> Stream:
+        """A stream of a request of ``layout``; with a ``condition``, the one that has it in place of the request's."""
+        start = 0
+        if condition:
+            start, image = layout.condition_tokens - len(condition), layout.condition_image_tokens
+            # As of any shorter prompt: without room for a conditioning image it has none.
+            layout = VideoLayout(layout.frame, len(condition), image if image <= len(condition) else 0)
         try:
             positions = self.positions_of(layout, policy)
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
-        made = self._request_grammar(grammar, options.given_ids, layout, num_prompt_tokens)
-        streams = (Stream(Plan(layout, policy, positions)),)
-        return VideoRequest(streams, options.frames, grammar=made, turn=self._request_turn(options))
+        return Stream(Plan(layout, policy, positions), start, condition)
+
+    def _negative_condition(self, options: _RequestOptions, layout: VideoLayout) -> tuple[int, ...] | None:
+        """The condition of a request's second stream; None: it has none."""
+        guidance, condition = (f"{REQUEST_PREFIX}{name}" for name in ("guidance", "negative_prompt_ids"))
+        if options.guidance is None:
+            if options.negative_prompt_ids is not None:
+                raise ConfigError(f"{condition} is for guided videos: give {guidance} too")
+            return None
+        if options.guidance == 1:
+            return None
+        if not self.guidance:
+            raise ConfigError(
+                f"{guidance} is {options.guidance:g}, and this server has no room for a second stream: start it on "
+                f"vLLM's Model Runner V2 with {GUIDANCE_KEY}: true in {CONFIG_KEY}, or leave {guidance} out"
+            )
+        if options.session_tokens is not None:
+            raise ConfigError(f"{guidance} is not for a session, which has one stream: leave it out")
+        if options.negative_prompt_ids is None:
+            raise ConfigError(
+                f"{condition} is needed: it stands in place of the condition in the stream that {guidance} leads away "
+                "from"
+            )
+        if layout.condition_tokens == 0:
+            raise ConfigError(
+                f"{guidance} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
+            )
+        return options.negative_prompt_ids
 
     @staticmethod
     def _request_turn(options: _RequestOptions) -> Turn | None:
@@ -650,6 +719,14 @@ class ServerConfig:
         return parsed
 
 
+def _parse_guidance(value: object, family: Family) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY} must be true or false, not {shown(value)}")
+    if value and (family.role != "causal" or family.streams > 1):
+        raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY}: {family.name} has streams of its own: leave it out")
+    return value
+
+
 def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
     """A part of a configuration that has options of its own."""
     if part is None:
@@ -667,6 +744,7 @@ _RESERVED = {
     "positions",
     "sessions",
     "videos",
+    GUIDANCE_KEY,
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }
@@ -763,7 +841,7 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
             f"{shown(owner)}"
         )
-    return {name: options[name] for name in ("layout", "sessions", "videos") if name in options}
+    return {name: options[name] for name in ("layout", "sessions", "videos", GUIDANCE_KEY) if name in options}
 
 
 def _layout_alone(option: str) -> str:

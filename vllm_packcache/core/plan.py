@@ -8,6 +8,7 @@ This module is pure: it knows neither vLLM nor torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -44,15 +45,30 @@ class Stream:
     Args:
         plan: what it keeps.
         start: tokens of the request before its first. The engine counts a request's tokens in its first stream, which
-            begins at 0; another one begins later and then grows with it.
+            begins at 0; another one begins later and then grows with it. Below 0: its condition is longer than the
+            request's, and its first step is so much larger.
+        condition: ids that stand at its beginning in place of the request's; behind them come the same tokens.
     """
 
     plan: Plan
     start: int = 0
+    condition: tuple[int, ...] = ()
 
     def own_tokens(self, tokens: int) -> int:
-        """How many of a request's first ``tokens`` tokens are in this stream."""
-        return max(0, tokens - self.start)
+        """How many tokens of this stream there are when the request has ``tokens``."""
+        return max(0, tokens - self.start) if tokens else 0
+
+    def ids(self, request: Sequence[int], start: int, stop: int) -> list[int]:
+        """Ids of the tokens ``[start, stop)`` of this stream, as many of them as there are.
+
+        Args:
+            request: ids of the request's tokens.
+            start: 0 or more.
+            stop: ``start`` or more.
+        """
+        shared = len(self.condition)
+        first, last = (self.start + max(bound, shared) for bound in (start, stop))
+        return [*self.condition[start:stop], *request[first:last]]
 
 
 class Turn(NamedTuple):
@@ -78,12 +94,15 @@ class VideoRequest:
         frames: how many to make, one that the prompt ends in included; None: it does not say.
         grammar: which ids its tokens may have; None: any.
         turn: of a session; None: it is none.
+        guidance: s, by which a causal video's logits move away from those of its second stream: ``u + s (c - u)``, c
+            and u the logarithms of the probabilities. 1: there is no second stream.
     """
 
     streams: tuple[Stream, ...]
     frames: int | None
     grammar: VideoGrammar | None = field(default=None, kw_only=True)
     turn: Turn | None = field(default=None, kw_only=True)
+    guidance: float = field(default=1.0, kw_only=True)
 
     @property
     def as_stock(self) -> bool:

@@ -178,7 +178,7 @@ class RetentionManager(FullAttentionManager):
         self._announce(kv_cache_spec)
 
     def _announce(self, kv_cache_spec: RetentionSpec) -> None:
-        blocks, streams = self.block_pool.num_gpu_blocks - 1, self._config.family.streams
+        blocks, streams = self.block_pool.num_gpu_blocks - 1, self._config.streams
         tokens = blocks * self.block_size
         logger.info(
             "%d KV-cache blocks of %d tokens: the longest video holds at most %d of them%s (text of its prompt not "
@@ -509,7 +509,7 @@ class RetentionManager(FullAttentionManager):
         self._records[request.request_id] = record
         if made.as_stock:
             return None
-        tokens = partial(_tokens_of, request, stream.start) if plan.policy.reads_tokens else None
+        tokens = partial(_tokens_of, request, stream) if plan.policy.reads_tokens else None
         retention = Retention(plan.layout, plan.policy, self.block_size, tokens)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
@@ -562,13 +562,25 @@ def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., An
     def wrapper(manager: KVCacheManager, request: Request, *args: Any, **kwargs: Any) -> tuple[KVCacheBlocks, int, int]:
         blocks, num_tokens, shared_prefix_boundary = get_computed_blocks(manager, request, *args, **kwargs)
         video = _video_of(manager, request) if num_tokens > 0 else None
-        if video is not None and num_tokens > video.positions.shared_tokens:
+        most = 0 if video is None else _most_shared(manager, request, video)
+        if video is not None and num_tokens > most:
             block_size = video.retention.block_size
-            num_tokens = video.positions.shared_tokens // block_size * block_size
+            num_tokens = most // block_size * block_size
             blocks = manager.truncate_computed_blocks(blocks, num_tokens)
         return blocks, num_tokens, shared_prefix_boundary
 
     return wrapper
+
+
+def _most_shared(manager: KVCacheManager, request: Request, video: Held) -> int:
+    """Tokens of a video that a prefix hit may have at most.
+
+    A second causal stream shares no blocks: all its tokens are computed with the first chunk. They must be of one frame
+    as those of the first stream are, so a token of the condition is left to it.
+    """
+    shared = video.positions.shared_tokens
+    guided = any(other.video(request) is not None for other in retention_managers(manager)[1:])
+    return min(shared, video.retention.layout.condition_tokens - 1) if guided else shared
 
 
 def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[..., int]:
@@ -674,11 +686,11 @@ def _comes_later(request: Request) -> bool:
     return not request.resumable
 
 
-def _tokens_of(request: Request, first: int, start: int, stop: int) -> Int64:
-    """Ids of the tokens of a stream that begins with the request's token ``first``."""
-    ids = request.all_token_ids[first + start : first + stop]
+def _tokens_of(request: Request, stream: Stream, start: int, stop: int) -> Int64:
+    """Ids of the tokens ``[start, stop)`` of a stream."""
+    ids = stream.ids(request.all_token_ids, start, stop)
     if len(ids) < stop - start:
-        raise PolicyError(f"token {first + start + len(ids)} is not known yet, and the policy reads it")
+        raise PolicyError(f"token {stream.start + start + len(ids)} is not known yet, and the policy reads it")
     return np.array(ids, dtype=np.int64)
 
 

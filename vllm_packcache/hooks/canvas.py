@@ -295,8 +295,9 @@ class CanvasServing(Serving):
         del vllm_config, config
         return backend
 
-    def model_state(self, state: Any) -> Any:
+    def model_state(self, state: Any, config: ServerConfig) -> Any:
         """The same: it is the model's own."""
+        del config
         return state
 
     def check_request(

@@ -8,7 +8,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import CONFIG_FLAG, POLICY_FLAG, REQUEST_PREFIX, ServerConfig, read_config
+from vllm_packcache.config.server import (
+    CONFIG_FLAG,
+    GUIDANCE_KEY,
+    POLICY_FLAG,
+    REQUEST_PREFIX,
+    ServerConfig,
+    read_config,
+)
 from vllm_packcache.core.grammar import LARGEST_ID, IdRange, VideoGrammar
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import VideoRequest
@@ -76,6 +83,8 @@ class CausalServing(Serving):
                 f"{CONFIG_FLAG}: layout: id {largest} is beyond the {model.get_vocab_size()} ids of {model.model}: "
                 "give ids of this model"
             )
+        if config.guidance:
+            check_guidance(vllm_config)
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
         """See `Serving.backend`."""
@@ -85,9 +94,13 @@ class CausalServing(Serving):
         frame_by_frame = vllm_config.use_v2_model_runner or backend.get_name() != "CPU_ATTN"
         return retaining_backend(backend, _spec_maker(config, steps_ahead(vllm_config), frame_by_frame))
 
-    def model_state(self, state: Any) -> Any:
+    def model_state(self, state: Any, config: ServerConfig) -> Any:
         """See `Serving.model_state`."""
-        # It needs Triton, which is there when the V2 runner is.
+        # They need Triton, which is there when the V2 runner is.
+        if config.guidance:
+            from vllm_packcache.worker.guidance import guiding_model_state
+
+            return guiding_model_state(state)
         from vllm_packcache.worker.runner_v2 import retaining_model_state
 
         return retaining_model_state(state)
@@ -98,6 +111,72 @@ class CausalServing(Serving):
         """See `Serving.check_request`."""
         if request.sampling_params is not None:
             _check_request(request, config, vllm_config, length_given=length_given)
+
+
+def check_guidance(vllm_config: VllmConfig) -> None:
+    """Refuse a server whose second streams could not be run as its first ones are.
+
+    Raises:
+        ConfigError: naming the option or the property of the model.
+    """
+    subject, model, parallel = f"{CONFIG_FLAG}: {GUIDANCE_KEY}", vllm_config.model_config, vllm_config.parallel_config
+    if not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            f"{subject} needs vLLM's Model Runner V2, which runs rows that its scheduler does not know of: leave "
+            "VLLM_USE_V2_MODEL_RUNNER=0 out; on a machine without a GPU start the server with "
+            "python -m vllm_packcache.tools.interpreted serve ..."
+        )
+    if model.is_multimodal_model or model.uses_mrope:
+        raise ConfigError(
+            f"{subject} is for models of token ids with one axis of positions, and {model.model} is none: leave it out"
+        )
+    for given, option, reason in (
+        (vllm_config.lora_config is not None, "--enable-lora", "adapters are chosen for the rows of first streams"),
+        (
+            parallel.enable_expert_parallel or (parallel.data_parallel_size > 1 and parallel.is_moe_model is not False),
+            "--enable-expert-parallel or --data-parallel-size of a model with experts",
+            "ranks without a guided request would not take part in its pass",
+        ),
+        (
+            bool(parallel.enable_batch_sharded_sampling),
+            "--enable-batch-sharded-sampling",
+            "a rank would not have the logits of both streams",
+        ),
+    ):
+        if given:
+            raise ConfigError(f"{subject} cannot be combined with {option}, because {reason}: leave one of them out")
+
+
+def check_guided(request: EngineCoreRequest, made: VideoRequest, vllm_config: VllmConfig, total: int) -> None:
+    """Refuse a guided video that has no condition of its own, or whose second stream is too long.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    params, second = request.sampling_params, made.streams[1]
+    assert params is not None
+    option = f"{REQUEST_PREFIX}guidance"
+    if request.prompt_token_ids is None:
+        raise ConfigError(f"{option} is for prompts of token ids, and this one is of embeddings: send token ids")
+    for given, name, reason in (
+        (params.structured_outputs is not None, "structured outputs", "they would be applied to one of two streams"),
+        (params.prompt_logprobs is not None, "prompt_logprobs", "they would be those of one of two streams"),
+        (params.prompt_logprob_token_ids is not None, "prompt_logprob_token_ids", "as prompt_logprobs"),
+    ):
+        if given:
+            raise ConfigError(f"{option} cannot be combined with {name}: {reason}: leave one of them out")
+    vocabulary, most = vllm_config.model_config.get_vocab_size(), vllm_config.model_config.max_model_len
+    if max(second.condition) >= vocabulary:
+        raise ConfigError(
+            f"{REQUEST_PREFIX}negative_prompt_ids has id {max(second.condition)}, and the model has {vocabulary}: give "
+            "ids of this model"
+        )
+    if second.own_tokens(total) > most:
+        raise ConfigError(
+            f"this video has {second.own_tokens(total)} tokens with its negative prompt, and the server takes {most}: "
+            f"shorten {REQUEST_PREFIX}negative_prompt_ids, ask for fewer tokens, or start it with a larger "
+            "--max-model-len"
+        )
 
 
 def _check_request(
@@ -151,6 +230,8 @@ def _check_request(
     if plan.policy.reads_tokens:
         _check_ids(request, plan.layout, length)
     total = min(length + (params.max_tokens or 0), vllm_config.model_config.max_model_len)
+    if len(made.streams) > 1:
+        check_guided(request, made, vllm_config, total)
     _check_size(made, total, config.position_limit, vllm_config)
 
 

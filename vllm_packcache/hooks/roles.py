@@ -56,7 +56,7 @@ class Serving(ABC):
         """The attention backend of a layer under a policy, made of the one that vLLM has chosen."""
 
     @abstractmethod
-    def model_state(self, state: Any) -> Any:
+    def model_state(self, state: Any, config: ServerConfig) -> Any:
         """The model state of the V2 runner under a policy, made of the model's own."""
 
     def check_sampling(self, params: SamplingParams) -> None:

@@ -81,12 +81,12 @@ def _register_with_vllm() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from vllm_packcache.engine.manager import LaterStreamManager, RetentionManager
-    from vllm_packcache.engine.spec import STREAM_SPECS, RetentionSpec
+    from vllm_packcache.engine.spec import STREAM_SPECS, GuidanceSpec, RetentionSpec
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
-    for spec in STREAM_SPECS:
+    for spec in (*STREAM_SPECS, GuidanceSpec):
         KVCacheSpecRegistry.register(spec, LaterStreamManager if spec.stream > 0 else RetentionManager)
     supported = ModelRegistry.get_supported_archs()
     for architecture, family in families.with_models():
@@ -190,7 +190,9 @@ def _check_backends(vllm_config: VllmConfig, positions: PositionMode) -> None:
 def _check_tables(vllm_config: VllmConfig) -> None:
     from vllm_packcache.hooks.admission import check_tables
 
-    check_tables(vllm_config, groups=family_of(vllm_config.model_config).streams)
+    config = read_config(vllm_config)
+    assert config is not None, "only a server that is switched on is checked"
+    check_tables(vllm_config, groups=config.streams)
 
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
@@ -370,9 +372,10 @@ def choose_model_state(resolve_model_state_cls: Callable[..., Any]) -> Callable[
     @wraps(resolve_model_state_cls)
     def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         state = resolve_model_state_cls(vllm_config, *args, **kwargs)
-        if read_config(vllm_config) is None:
+        config = read_config(vllm_config)
+        if config is None:
             return state
-        return serving_of(vllm_config.model_config).model_state(state)
+        return serving_of(vllm_config.model_config).model_state(state, config)
 
     return wrapper
 

@@ -152,6 +152,7 @@ ENDS = {
     "V1 runner": _V1,
     "V2 runner": _V2,
     "attention": _ATTENTION,
+    "guidance": "requests of several sequences that share their sampled tokens",
     "flag": "command line options that plugins may add",
     "ids": "a grammar by place in vLLM's structured outputs",
     "keys": "the layout of cached keys as an attention backend's published interface",
@@ -935,6 +936,74 @@ HOOKS: tuple[Hook, ...] = (
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
     ),
+    # Guided videos
+    Hook(
+        "vllm.v1.core.kv_cache_utils",
+        "get_kv_cache_groups(vllm_config, kv_cache_spec)",
+        "guidance: a KV cache group for second streams",
+        wrapper="vllm_packcache.engine.spec:add_streams",
+        until="0.32",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_planning",
+        "get_kv_cache_groups_from_builder(builder, vllm_config, kv_cache_spec)",
+        "guidance: a KV cache group for second streams, where platforms may group layers",
+        wrapper="vllm_packcache.engine.spec:add_streams_to_built",
+        since="0.33",
+    ),
+    *(
+        Hook(
+            f"vllm.v1.core.{module}",
+            "get_kv_cache_configs: _check_enough_kv_cache_memory, _max_memory_usage_bytes_from_groups; "
+            "get_kv_cache_config_from_groups: group, layer_names",
+            "guidance: a group may have no layers; memory is counted for all groups, and blocks of all are of one pool",
+            since=since,
+            until=until,
+        )
+        for module, since, until in (("kv_cache_utils", "", "0.32"), ("kv_cache_planning", "0.33", ""))
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:KVCacheSpec",
+        "has_layer_views, prefix_cacheable, uses_slot_mapping",
+        "guidance: a group without memory, hashes and slots of its own",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator",
+        "verify_and_split_kv_cache_groups: prefix_cacheable; find_longest_cache_hit: attention_groups",
+        "guidance: prefixes are looked up in the group of first streams alone",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState",
+        "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "
+        "custom_sampler",
+        "guidance: requests come and end, and a step's rows of second streams are put together",
+        subclass="vllm_packcache.worker.guidance:GuidingModelState",
+    ),
+    Hook(
+        _RUNNER_V2,
+        "_dummy_sampler_run: compute_logits, sampler",
+        "guidance: memory is measured with the sampler that gets guided logits",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler",
+        "__call__(self, logits, input_batch)",
+        "guidance: the sampler that gets guided logits",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.states:RequestState",
+        "__init__: all_token_ids, StagedWriteTensor",
+        "guidance: ids of requests, on the device",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        "is_prefilling_np",
+        "guidance: which rows are of a prompt",
+    ),
+    Hook(
+        "vllm.forward_context",
+        "set_forward_context(attn_metadata, vllm_config, num_tokens, slot_mapping, ...)",
+        "guidance: the model is run with metadata of second streams",
+    ),
     # Which ids a video's tokens may have
     Hook(
         "vllm.v1.sample.logits_processor.interface:LogitsProcessor",
@@ -968,10 +1037,11 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _RUNNER_V2,
-        "load_model: init_model_state, num_new_sampled_tokens_per_step, custom_sampler; "
+        "load_model: init_model_state, num_new_sampled_tokens_per_step, Sampler, custom_sampler; "
         "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
-        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update",
-        "masked: a sampler of ours gets hidden states and says which tokens are rejected",
+        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update, all_token_ids",
+        "masked: a sampler of ours gets hidden states and says which tokens are rejected; guided, it gets the logits "
+        "of a step that has been run, and ids that are sampled are put on the device",
     ),
     Hook(
         "vllm.v1.worker.gpu.sample.output:SamplerOutput",

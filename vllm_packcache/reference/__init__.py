@@ -1,6 +1,7 @@
 """The whole method in plain PyTorch: slow, obvious, and what every fast path is compared with."""
 
 from vllm_packcache.reference.emu3 import Emu3Reference
+from vllm_packcache.reference.guided import GuidedVideo, generate_guided
 from vllm_packcache.reference.llama import Generation, LlamaReference
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedGeneration, MaskedVideo, generate_masked
@@ -10,11 +11,13 @@ from vllm_packcache.reference.visibility import frame_visibility, positions, vis
 __all__ = [
     "Emu3Reference",
     "Generation",
+    "GuidedVideo",
     "LlamaReference",
     "LumosReference",
     "MaskedGeneration",
     "MaskedVideo",
     "frame_visibility",
+    "generate_guided",
     "generate_masked",
     "make_random_emu3",
     "make_random_llama",

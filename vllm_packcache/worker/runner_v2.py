@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache.config.server import config_of
 from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.retention import DECISIONS, Decision
 from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, compact_rows
 from vllm_packcache.worker.keys.layout import cached_keys
@@ -175,11 +176,10 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
 
         def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
             super().initialize_kv_cache(kv_cache_config, block_tables)
-            (group,) = kv_cache_config.kv_cache_groups
-            slots, blocks = block_tables.block_tables[0].gpu.shape
+            group = kv_cache_config.kv_cache_groups[0]
             # However long a video may get, it holds no more than there is.
-            self._max_blocks = min(blocks, kv_cache_config.num_blocks)
-            self._kept = KeptBlocks(slots, self._max_blocks, group.kv_cache_spec.block_size, self.device)
+            self._max_blocks = min(block_tables.block_tables[0].gpu.shape[1], kv_cache_config.num_blocks)
+            self._kept = self._new_kept(kv_cache_config, block_tables, 0)
             # vLLM may do this twice, the first time to profile: nothing of that may stay alive.
             self._compacted.clear()
             self._rotation: KeyRotation | None = None
@@ -190,12 +190,20 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
                 for layer in self._layers:
                     cached_keys(layer)
 
+        def _new_kept(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables, group: int) -> KeptBlocks:
+            slots = len(block_tables.block_tables[group].gpu)
+            size = kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
+            return KeptBlocks(slots, self._max_blocks, size, self.device)
+
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
             super().add_request(req_index, new_req_data)
-            params, token_ids = new_req_data.sampling_params, new_req_data.prompt_token_ids
-            made = self._config.request_of(params, token_ids, new_req_data.prompt_len)
+            made = self._requested(new_req_data)
             self._videos[new_req_data.req_id] = Kept.of(made, self._kept.block_size)
             self._kept.forget(req_index)
+
+        def _requested(self, new_req_data: NewRequestData) -> VideoRequest | None:
+            params, token_ids = new_req_data.sampling_params, new_req_data.prompt_token_ids
+            return self._config.request_of(params, token_ids, new_req_data.prompt_len)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)

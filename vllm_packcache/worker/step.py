@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_packcache.core.plan import VideoRequest
+from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.positions import Int64, Positions
 from vllm_packcache.core.retention import Retention
 
@@ -34,10 +34,12 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, request: VideoRequest | None, block_size: int) -> Kept | None:
-        """Of the one stream of a causal request; None: it keeps its whole cache, and positions are as without us."""
-        if request is None or request.as_stock:
-            return None
-        (stream,) = request.streams
+        """Of the first stream of a causal request; None: it keeps its whole cache, and positions are as without us."""
+        return None if request is None or request.as_stock else cls.of_stream(request.streams[0], block_size)
+
+    @classmethod
+    def of_stream(cls, stream: Stream, block_size: int) -> Kept:
+        """Of one stream."""
         plan = stream.plan
         return cls(Retention(plan.layout, plan.policy, block_size), plan.positions)
 
