@@ -165,6 +165,7 @@ def test_in_one_batch_with_what_is_not_guided(
     others = [(text, sampling(30)), (video, sampling(35, tokens_per_frame=21, condition_tokens=30))]
     prompts, params = _requests(CASES)
     tokens = _staggered(llm, [*zip(prompts, params, strict=True), *others], 3)
+    assert type(_scheduler(llm)).__name__ == ("AsyncScheduler" if ahead else "Scheduler")
     pool = _scheduler(llm).kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     for case, own in zip(CASES, tokens, strict=False):
