@@ -358,6 +358,15 @@ def test_a_video_that_somebody_deletes(server: Server, tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard, though what a shell runs in the background ignores it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_leaves_stops_the_video(number: signal.Signals, server: Server, tmp_path: Path) -> None:
     leaving = threading.get_ident()
