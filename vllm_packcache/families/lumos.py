@@ -31,6 +31,7 @@ from pydantic import Field
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
 from vllm_packcache.core.plan import REQUEST_PREFIX, Plan, Stream, VideoRequest
 from vllm_packcache.core.positions import Positions
+from vllm_packcache.core.shown import shown
 from vllm_packcache.families.base import Family, Prompt, Server
 from vllm_packcache.families.checkpoint import DecoderConfig, require, rope_of
 
@@ -184,15 +185,19 @@ class MaskedOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {self.seed}")
+            raise ValueError(f"seed must lie between 0 and 2^64 - 1, not {shown(self.seed)}")
         if not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps must be 1 or more and at most {MAX_STEPS}, not {self.steps}")
+            raise ValueError(f"steps must be 1 or more and at most {MAX_STEPS}, not {shown(self.steps)}")
         if not abs(self.guidance) <= MAX_GUIDANCE:
-            raise ValueError(f"guidance must lie between -{MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {self.guidance}")
+            raise ValueError(
+                f"guidance must lie between -{MAX_GUIDANCE:g} and {MAX_GUIDANCE:g}, not {shown(self.guidance)}"
+            )
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature must be 0 or more and at most {MAX_TEMPERATURE:g}, not {self.temperature}")
+            raise ValueError(
+                f"temperature must be 0 or more and at most {MAX_TEMPERATURE:g}, not {shown(self.temperature)}"
+            )
         if not 0 <= self.remask <= 1:
-            raise ValueError(f"remask must lie between 0 and 1, not {self.remask}")
+            raise ValueError(f"remask must lie between 0 and 1, not {shown(self.remask)}")
 
     @property
     def guided(self) -> bool:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vllm_packcache.core.blocks import BlockIndices, BlockMap
 from vllm_packcache.core.layout import FrameLayout
+from vllm_packcache.core.shown import shown
 
 Int64 = npt.NDArray[np.int64]
 
@@ -160,4 +161,4 @@ def check_range(option: str, value: float, low: float, high: float | None = None
         bound = f"above {low:g}" if open_low else f"{low:g} or more"
         if high is not None:
             bound += f" and at most {high:.15g}"
-        raise ValueError(f"{option} must be {bound}, not {value}")
+        raise ValueError(f"{option} must be {bound}, not {shown(value)}")
