@@ -9,7 +9,7 @@ import typer
 
 from vllm_packcache.config.errors import ConfigError
 
-FROM_EXTRAS = frozenset({"matplotlib", "psutil", "transformers"})
+FROM_EXTRAS = frozenset({"matplotlib", "psutil"})
 """Modules that no server needs: packages that extras of this one bring."""
 
 
