@@ -69,11 +69,11 @@ class Living:
 
     def _retention(self, stream: Stream) -> Retention:
         plan = stream.plan
-        tokens = partial(self._between, stream.start) if plan.policy.reads_tokens else None
+        tokens = partial(self._between, stream) if plan.policy.reads_tokens else None
         return Retention(plan.layout, plan.policy, self._block_size, tokens)
 
-    def _between(self, begin: int, start: int, stop: int) -> Int64:
-        return np.array(self._ids[begin + start : begin + stop], dtype=np.int64)
+    def _between(self, stream: Stream, start: int, stop: int) -> Int64:
+        return np.array(stream.ids(self._ids, start, stop), dtype=np.int64)
 
 
 def _runs(view: FrameView) -> list[list[int]]:
