@@ -22,7 +22,7 @@ from benchmarks.videos.plan import THREADS, VideosPlan
 from vllm_packcache.demo.playground import BUNDLED, SERVED
 from vllm_packcache.demo.tokenizer import MODEL_DIR
 from vllm_packcache.serving.server import serving, tokens_in
-from vllm_packcache.videos.making import PREPARED
+from vllm_packcache.videos.files import PREPARED
 
 MODEL = "demo"
 VIDEO, COMPLETION = "video", "completion"

@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.media.processors.base import Asked
 from vllm_packcache.serving.server import free_port
+from vllm_packcache.videos.files import GROWING, preview_name
 from vllm_packcache.videos.objects import TERMINAL, video_object
 from vllm_packcache.videos.request import VideoBody, asked
-from vllm_packcache.videos.routes import _JOBS, GROWING, PREVIEW, VARIANTS, add_routes
+from vllm_packcache.videos.routes import _JOBS, VARIANTS, add_routes
 from vllm_packcache.videos.store import Event, Job, Store
 
 MODEL = "demo"
@@ -108,7 +109,7 @@ class FakeJobs:
         job = self.store.get(id)
         assert job is not None
         for number in range(job.tokens // TOKENS, job.tokens // TOKENS + frames):
-            self.store.path(id, PREVIEW.format(number)).write_bytes(b"webp of %d" % number)
+            self.store.path(id, preview_name(number)).write_bytes(b"webp of %d" % number)
             with growing.open("ab") as file:
                 file.write(piece(number))
             assert self.store.advance(id, (number + 1) * TOKENS, {"object": "video.frame", "frame": number})

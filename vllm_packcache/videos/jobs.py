@@ -27,8 +27,9 @@ from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.policies import Full as KeepsAll
 from vllm_packcache.media.processors.base import Asked, Prepared, VideoProcessor, processor_of
+from vllm_packcache.videos.files import INPUT
 from vllm_packcache.videos.living import Living
-from vllm_packcache.videos.making import INPUT, Making, kept
+from vllm_packcache.videos.making import Making, kept
 from vllm_packcache.videos.metrics import JobMetrics
 from vllm_packcache.videos.objects import TERMINAL, video_object
 from vllm_packcache.videos.request import VideoBody, asked
@@ -291,7 +292,7 @@ class Jobs:
         try:
             return await self._thread(prepare)
         except ValueError as error:
-            raise Refusal(400, _as_asked(error)) from None
+            raise Refusal(400, _one_line(error)) from None
         except OSError as error:
             raise Refusal(400, f"input_reference: {' '.join(str(error).split())}", param="input_reference") from None
 
@@ -306,7 +307,7 @@ class Jobs:
             living = Living(made, prepared.prompt_ids, self.engine.vllm_config.cache_config.block_size)
             await self._check(prepared, params)
         except ValueError as error:
-            raise Refusal(400, _as_asked(error)) from None
+            raise Refusal(400, _one_line(error)) from None
         request = {
             "model": self.model,
             "prompt": body.prompt,
@@ -372,7 +373,7 @@ class Jobs:
         try:
             engine.check_admission()
         except Exception as error:  # Of classes that vLLM does not publish.
-            raise Refusal(503, " ".join(str(error).split()), wait=_WAIT) from None
+            raise Refusal(503, _one_line(error), wait=_WAIT) from None
 
     # How it is made.
 
@@ -510,7 +511,7 @@ class Jobs:
         try:
             swept = await self._thread(self.store.sweep)
         except (StoreError, OSError) as error:
-            logger.warning("Videos cannot be looked after: %s", " ".join(str(error).split()))
+            logger.warning("Videos cannot be looked after: %s", _one_line(error))
             return
         for _ in swept.stopped:
             self.metrics.ended("failed", None)
@@ -549,7 +550,7 @@ def _why(error: Exception) -> tuple[str, str]:
     """Why a video failed: a code for programs and a sentence for people."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    said = " ".join(str(error).split())[:200]
+    said = _one_line(error)[:200]
     if isinstance(error, EngineDeadError):
         return "engine_dead", "the engine stopped while this video was made: see the server's log"
     if isinstance(error, StoreFull):
@@ -571,5 +572,5 @@ def _again(body: VideoBody, wanted: Asked) -> dict[str, Any] | None:
     return {**said, "picture": wanted.picture is not None}
 
 
-def _as_asked(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

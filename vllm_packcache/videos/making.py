@@ -15,21 +15,23 @@ from PIL import Image
 from vllm_packcache.media import growing
 from vllm_packcache.media.pictures import Pixels
 from vllm_packcache.media.processors.base import Decoder, Kept, Prepared
+from vllm_packcache.videos.files import (
+    GROWING,
+    IDS,
+    INPUT,
+    PREPARED,
+    SPRITESHEET,
+    THUMBNAIL,
+    VIDEO,
+    preview_name,
+)
 from vllm_packcache.videos.living import Living
 from vllm_packcache.videos.store import Store, StoreBusy
 
-IDS, GROWING, VIDEO = "ids.i4", "growing.mp4", "video.mp4"
-THUMBNAIL, SPRITESHEET = "thumbnail.webp", "spritesheet.jpg"
-PREPARED, INPUT = "prepared.json", "input.png"
 _WHOLE = "whole.mp4"
 
 _PATIENCE = 60.0
 """Seconds for which the store may be locked before a video fails of it."""
-
-
-def preview_name(frame: int) -> str:
-    """File of a frame's picture."""
-    return f"frame_{frame:05d}.webp"
 
 
 class Making:

@@ -32,6 +32,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_packcache.config.errors import shown
 from vllm_packcache.config.videos import VideosConfig
+from vllm_packcache.videos.files import GROWING, IDS, SPRITESHEET, THUMBNAIL, VIDEO, preview_name
 from vllm_packcache.videos.objects import TERMINAL, as_it_was
 from vllm_packcache.videos.request import VideoBody, read, read_extension, read_remix
 from vllm_packcache.videos.store import Event, Full, Job, NoSpace, Store, StoreBusy, StoreError, StoreFull
@@ -42,18 +43,12 @@ from vllm_packcache.web.refusals import Refusal
 PATH = "/v1/videos"
 
 VARIANTS = {
-    "video": ("video.mp4", "video/mp4"),
-    "thumbnail": ("thumbnail.webp", "image/webp"),
-    "spritesheet": ("spritesheet.jpg", "image/jpeg"),
-    "ids": ("ids.i4", "application/octet-stream"),
+    "video": (VIDEO, "video/mp4"),
+    "thumbnail": (THUMBNAIL, "image/webp"),
+    "spritesheet": (SPRITESHEET, "image/jpeg"),
+    "ids": (IDS, "application/octet-stream"),
 }
 """Files of a finished video by ``variant``, and what they are."""
-
-GROWING = "growing.mp4"
-"""The file that a video is written to while it is made."""
-
-PREVIEW = "frame_{:05d}.webp"
-"""Of each frame, from 0."""
 
 POLL = 500
 """Milliseconds after which a client that polls may look again."""
@@ -398,7 +393,7 @@ async def _live(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
                 while file is not None and (piece := await asyncio.to_thread(file.read, PIECE)):
                     yield piece
         # Where it was finished before it could be seen to grow.
-        file = file or await _opened_of(jobs, job, VARIANTS["video"][0])
+        file = file or await _opened_of(jobs, job, VIDEO)
         while file is not None and (piece := await asyncio.to_thread(file.read, PIECE)):
             yield piece
     except (Refusal, StoreError):
@@ -455,7 +450,7 @@ def _data(jobs: Jobs, id: str, event: Event) -> dict[str, Any]:
     """
     if event.kind == "frame":
         try:
-            picture = jobs.store.path(id, PREVIEW.format(event.data["frame"])).read_bytes()
+            picture = jobs.store.path(id, preview_name(event.data["frame"])).read_bytes()
         except FileNotFoundError:
             return event.data
         return {**event.data, "picture": "data:image/webp;base64," + base64.b64encode(picture).decode()}
