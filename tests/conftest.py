@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
     names = pyfuncitem._fixtureinfo.argnames
     call_without_ties(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in names})
     return True
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the plugin's logger is told; at vLLM's first engine of a process, handlers and levels are set anew."""
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.packcache")
+    monkeypatch.setattr(logger, "isEnabledFor", lambda level: level >= logging.INFO)
+    monkeypatch.setattr(logger, "handle", lambda record: lines.append(record.getMessage()))
+    return lines
 
 
 @pytest.fixture(scope="session")

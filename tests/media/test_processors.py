@@ -708,9 +708,7 @@ def test_given_frames_are_decoded_when_they_are_looked_at(
         given[7]
 
 
-def test_a_tokenizer_that_fails_tells_the_log(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tokenizer_that_fails_tells_the_log(folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
     def fail(self: CosmosTokenizer, codes: np.ndarray) -> np.ndarray:
         raise RuntimeError(f"no {folder}")
 
@@ -719,7 +717,7 @@ def test_a_tokenizer_that_fails_tells_the_log(
     with refused("the server's video tokenizer failed, and its log says why") as raised:
         broken.prepare(Asked(prompt=PROMPT))
     assert str(folder) not in str(raised.value)
-    assert f"--video-tokenizer: no {folder}" in caplog.messages
+    assert f"--video-tokenizer: no {folder}" in logged
 
 
 def test_half_a_character_is_marked(processor: VideoProcessor, folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -125,6 +126,14 @@ def expected(folder: Path) -> tuple[Tensor, Tensor]:
 def assert_rounded(actual: Tensor, wanted: Tensor) -> None:
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, wanted, rtol=0, atol=ROUNDING * float(wanted.abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Models are gone with their test: on the way out vLLM's linear layers ask tensors, and while torch traces they
+    must not."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +66,12 @@ def grown(llm: Any, before: dict[str, float]) -> dict[str, float]:
     return {name: value - before[name] for name, value in metrics(llm).items() if value != before[name]}
 
 
-@pytest.fixture
-def lines(engine: Any) -> Iterator[list[str]]:
-    """What is logged of videos."""
-    # The first engine of a process sets up vLLM's loggers anew.
-    engine("packcache", CONFIG, disable_log_stats=False)
-    logged: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.addFilter(lambda record: record.getMessage().startswith("Video "))
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.packcache")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield logged
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+def videos(logged: list[str]) -> list[str]:
+    """What was logged of videos."""
+    return [line for line in logged if line.startswith("Video ")]
 
 
-def test_counts_are_what_the_policy_decides(engine: Any, lines: list[str]) -> None:
+def test_counts_are_what_the_policy_decides(engine: Any, logged: list[str]) -> None:
     llm = engine("packcache", CONFIG, disable_log_stats=False)
     before = metrics(llm)
     assert set(before) == ALL
@@ -110,7 +95,7 @@ def test_counts_are_what_the_policy_decides(engine: Any, lines: list[str]) -> No
         f"{FRAME_SECONDS}:count": frames,
         f"{ENDED}:length": 1,
     }
-    (line,) = lines
+    (line,) = videos(logged)
     record = read_line(line, "")
     assert record is not None
     starts = range(CONDITION, CONDITION + frames * FRAME + 4)
@@ -125,7 +110,7 @@ def test_counts_are_what_the_policy_decides(engine: Any, lines: list[str]) -> No
     assert record | expected | {"freed_blocks": logical - held} == record
 
 
-def test_a_video_that_keeps_its_whole_cache_is_one_too(engine: Any, lines: list[str]) -> None:
+def test_a_video_that_keeps_its_whole_cache_is_one_too(engine: Any, logged: list[str]) -> None:
     llm = engine("packcache", CONFIG, disable_log_stats=False)
     before = metrics(llm)
     generate(llm, prompt(CONDITION, seed=1), 3 * FRAME, tokens_per_frame=FRAME, policy="full")
@@ -134,7 +119,7 @@ def test_a_video_that_keeps_its_whole_cache_is_one_too(engine: Any, lines: list[
     after = grown(llm, before)
     after.pop(f"{FRAME_SECONDS}:sum")
     assert after == {"frames": 3, f"{FRAME_SECONDS}:count": 3, f"{ENDED}:length": 1}
-    (line,) = lines
+    (line,) = videos(logged)
     record = read_line(line, "")
     assert record is not None
     tokens = [CONDITION + (frame + 1) * FRAME for frame in range(3)]
@@ -191,7 +176,7 @@ def test_a_video_that_waits_is_not_running(engine: Any) -> None:
     assert any(running and waiting for running, waiting in seen), "all had room at once"
 
 
-def test_preemptions_of_videos_are_counted(engine: Any, lines: list[str]) -> None:
+def test_preemptions_of_videos_are_counted(engine: Any, logged: list[str]) -> None:
     llm = engine(
         "packcache",
         CONFIG,
@@ -203,16 +188,16 @@ def test_preemptions_of_videos_are_counted(engine: Any, lines: list[str]) -> Non
     before = metrics(llm)["preemptions"]
     requests = [(prompt(70 + i, seed=20 + i), sampling(500, tokens_per_frame=67 - 7 * i)) for i in range(4)]
     run(llm, [ids for ids, _ in requests], [params for _, params in requests])
-    told = sum(record["preemptions"] for line in lines if (record := read_line(line, "")))
-    assert len(lines) == 4
+    told = sum(record["preemptions"] for line in videos(logged) if (record := read_line(line, "")))
+    assert len(videos(logged)) == 4
     assert metrics(llm)["preemptions"] - before == told > 0
 
 
-def test_switched_off_there_is_nothing(engine: Any, lines: list[str]) -> None:
+def test_switched_off_there_is_nothing(engine: Any, logged: list[str]) -> None:
     llm = engine(disable_log_stats=False, max_num_seqs=3)
     generate(llm, prompt(30), 5)
     assert metrics(llm) == {}
-    assert lines == []
+    assert videos(logged) == []
 
 
 DOCKER = Path(__file__).parents[2] / "docker"

@@ -308,20 +308,14 @@ def test_options_of_tokens_in_tokens_out_stand_in_extra_args() -> None:
     assert "must stand in sampling_params.extra_args, and packcache_grid stands in vllm_xargs" in message
 
 
-def test_names_that_another_package_may_read_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_names_that_another_package_may_read_are_warned_of_once(logged: list[str]) -> None:
     on = processor(CAUSAL, logits_processors=["a.b:C"])
     plugin_requests._warn_of.cache_clear()
-    with caplog.at_level("WARNING", logger="vllm.packcache"):
-        caplog.handler.setFormatter(None)
-        plugin_requests.logger.addHandler(caplog.handler)
-        try:
-            for _ in range(2):
-                params = SamplingParams(max_tokens=3, extra_args={"window": 3})
-                assert admitted(on, params, [5] * PROMPT) == params
-        finally:
-            plugin_requests.logger.removeHandler(caplog.handler)
-    assert len({record.getMessage() for record in caplog.records}) == 1
-    assert "give packcache_window" in caplog.records[0].getMessage()
+    for _ in range(2):
+        params = SamplingParams(max_tokens=3, extra_args={"window": 3})
+        assert admitted(on, params, [5] * PROMPT) == params
+    assert len(set(logged)) == 1
+    assert "give packcache_window" in logged[0]
 
 
 @pytest.mark.parametrize(
