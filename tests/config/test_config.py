@@ -13,7 +13,7 @@ from vllm_packcache.config.sources import CONFIG_KEY, load_mapping, presets
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.families import LUMOS
+from vllm_packcache.families import DECODER, LUMOS
 
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
@@ -345,7 +345,8 @@ def test_another_policy_takes_a_presets_layout_alone(name, policy):
 
     assert taken == ServerConfig.parse(policy, load_mapping(name))
     # What an operator can write instead.
-    alone = ServerConfig.parse(policy, {"layout": name, "sessions": load_mapping(name).get("sessions")})
+    others = {part: load_mapping(name).get(part) for part in ("sessions", "guidance")}
+    alone = ServerConfig.parse(policy, {"layout": name, **others})
     assert taken.layout is not None
     assert taken.layout == alone.layout
     if policy != load_mapping(name)["policy"]:
@@ -880,8 +881,47 @@ def test_a_wrong_guided_request_is_refused_in_one_sentence(config, options, mess
     assert refusal(lambda: server.request(options, 300)) == message
 
 
-def test_guidance_of_a_server_is_a_flag_of_causal_models():
-    message = refusal(lambda: ServerConfig.parse("packcache", {"guidance": 3}))
-    assert message == "kv_cache_policy_config: guidance must be true or false, not 3"
-    message = refusal(lambda: ServerConfig.parse("packcache", {"guidance": True}, family=LUMOS))
-    assert message == "kv_cache_policy_config: guidance: Lumos-1 has streams of its own: leave it out"
+def test_a_server_says_how_videos_are_guided_that_do_not_say_it():
+    negative = [5, "rows", 9, "columns"]
+    config = {
+        "layout": {**GRID, "digit_ids": list(range(20, 30))},
+        "guidance": {"scale": 3, "negative_prompt_ids": negative},
+    }
+    server = ServerConfig.parse("packcache", config)
+    assert ServerConfig.parse("packcache", server.as_mapping()) == server
+    made = server.request({"packcache_frames": 1}, 300)
+    assert (made.guidance, made.streams[1].condition) == (3, (5, 21, 26, 9, 21, 26))
+    assert server.request({"packcache_frames": 1, "packcache_grid": [8, 9]}, 300).streams[1].condition == (5, 28, 9, 29)
+    own = server.request({"packcache_guidance": 2, "packcache_negative_prompt_ids": [7]}, 300)
+    assert (own.guidance, own.streams[1].condition) == (2, (7,))
+    # Without a scale of its own it has the server's.
+    own = server.request({"packcache_negative_prompt_ids": [7]}, 300)
+    assert (own.guidance, own.streams[1].condition) == (3, (7,))
+    assert len(server.request({"packcache_guidance": 1}, 300).streams) == 1
+    assert server.request({}, 300) is None
+    assert server.request({"temperature": 1}, 300) is None
+
+
+@pytest.mark.parametrize(
+    ("guidance", "family", "message"),
+    [
+        (3, DECODER, "guidance must be true, false or a mapping, not 3"),
+        (True, LUMOS, "guidance: Lumos-1 has streams of its own: leave it out"),
+        ({"scale": 0}, DECODER, "guidance.scale: input should be greater than 0, not 0"),
+        ({"scales": 2}, DECODER, "guidance.scales is no known option: known are scale, negative_prompt_ids"),
+        ({"negative_prompt_ids": ["rows"]}, DECODER, "guidance.negative_prompt_ids: rows needs grid and digit_ids"),
+    ],
+)
+def test_a_wrong_guidance_of_a_server_is_refused_in_one_sentence(guidance, family, message):
+    config = {"layout": GRID if family is DECODER else {"grid": [8, 8]}, "guidance": guidance}
+    said = refusal(lambda: ServerConfig.parse("packcache", config, family=family))
+    assert said == f"kv_cache_policy_config: {message}"
+
+
+def test_frames_that_a_servers_negative_prompt_is_not_for_need_one():
+    server = ServerConfig.parse("packcache", {"guidance": {"scale": 2, "negative_prompt_ids": ["rows"]}})
+    message = refusal(lambda: server.request({"packcache_tokens_per_frame": 30}, 300))
+    assert message == (
+        "packcache_negative_prompt_ids is needed, for the server's is of no such frames: negative_prompt_ids: rows "
+        "needs grid and digit_ids"
+    )

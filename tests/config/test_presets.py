@@ -163,7 +163,7 @@ def test_ids_stand_where_the_models_code_has_them(name: str) -> None:
         assert grammar.range_at(place) == (IdRange(own, own) if isinstance(own, int) else own), place
     assert grammar.given.tolist() == [*GIVEN_PLACES.get(name, ())]
     # A frame of such ids may stand there, and not one that is a token late.
-    made = server.video({"packcache_frames": 2}, 2000)
+    made = server.video({"packcache_frames": 2, "packcache_guidance": 1}, 2000)
     assert made is not None
     assert made.grammar is not None
     ids = [own if isinstance(own, int) else own[1] for own in FRAMES[name]]

@@ -105,7 +105,10 @@ def test_a_prompt_states_the_size_of_its_frames(preset: str, ids: list[int]) -> 
         f"{columns}], or state the size of the frames"
     )
     # Frames may be given too, of a size that is known by then; and a number of tokens says nothing.
-    assert server.request({"packcache_frames": 1, "packcache_grid": [25, 24]}, len(prompt)) is not None
+    assert (
+        server.request({"packcache_frames": 1, "packcache_grid": [25, 24], "packcache_guidance": 1}, len(prompt))
+        is not None
+    )
     assert server.request(None, prompt) is None
 
 
@@ -125,6 +128,39 @@ def test_a_prompt_states_the_size_of_its_frames(preset: str, ids: list[int]) -> 
 )
 def test_the_size_that_a_prompt_states(prompt: list[int], size: Grid | None) -> None:
     assert stated_size(prompt) == size
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [
+        ([BEGIN, 70, 71, *head((4, 5))], [BEGIN, *head((4, 5))]),
+        ([BEGIN, *head((4, 5))], [BEGIN, *head((4, 5))]),
+        (head((4, 5)), head((4, 5))),
+        # A picture that the prompt refers to stays.
+        ([BEGIN, 70, *head((3, 3)), 80, *head((4, 5))], [BEGIN, *head((3, 3)), 80, *head((4, 5))]),
+    ],
+)
+def test_guidance_leads_away_from_the_prompt_without_its_text(prompt: list[int], negative: list[int]) -> None:
+    made = ServerConfig.parse("packcache", "emu3", family=EMU3).request({"packcache_grid": [4, 5]}, prompt)
+    assert made is not None
+    assert made.guidance == 3
+    assert list(made.streams[1].condition) == negative
+
+
+def test_without_a_head_there_is_no_negative_prompt_of_its_own() -> None:
+    server = ServerConfig.parse("packcache", "emu3_5", family=EMU3)
+    assert len(server.request({"packcache_frames": 1}, [BEGIN, 70]).streams) == 1  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"^packcache_negative_prompt_ids is needed: it stands in place of the condi"):
+        server.request({"packcache_guidance": 3}, [BEGIN, 70])
+
+
+def test_a_negative_prompt_states_the_size_of_the_frames_too() -> None:
+    server = ServerConfig.parse("packcache", "emu3", family=EMU3)
+    said = {"packcache_grid": [4, 5], "packcache_negative_prompt_ids": [BEGIN, *head((5, 4))]}
+    with pytest.raises(
+        ValueError, match=r"^the negative prompt states a picture of 5 x 4, and frames have 4 x 5: give"
+    ):
+        server.request(said, [BEGIN, *head((4, 5))])
 
 
 def test_axes_are_refused() -> None:

@@ -21,13 +21,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
+from vllm_packcache.config.guidance import GUIDANCE_KEY, GuidanceConfig, Scale
 from vllm_packcache.config.sessions import SessionsConfig
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.config.videos import STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY, VideosConfig
@@ -60,12 +61,6 @@ CANVAS_OPTION = "diffusion_canvas_length"
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
 
-GUIDANCE_KEY = "guidance"
-"""Key of a configuration that says whether requests may have a second stream."""
-
-MAX_GUIDANCE = 1000.0
-"""Of a causal video: far more than any model is used with."""
-
 DEEPEST = 4
 """Lists and mappings inside each other that an option's value may be made of."""
 
@@ -77,7 +72,7 @@ PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
-_Part = TypeVar("_Part", SessionsConfig, VideosConfig)
+_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig)
 
 
 def is_video_key(key: object) -> bool:
@@ -94,7 +89,6 @@ _Tokens = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 _Ids = tuple[_Id, _Id]
 _Number = Literal["rows", "columns"]
 _Value = Annotated[float, Field(ge=-1e6, le=1e6)]
-_Guidance = Annotated[float, Field(gt=0, le=MAX_GUIDANCE)]
 _Specials = tuple[_Id | _Ids | _Number, ...]
 
 
@@ -186,6 +180,14 @@ class LayoutConfig(BaseModel):
         """Of each special token that stands there; None: it does not say."""
         return None if ids is None else tuple(chain.from_iterable(self._ids_of(f"{place}_ids", own) for own in ids))
 
+    def written_out(self, name: str, ids: Sequence[int | str]) -> tuple[int, ...]:
+        """``ids``, where ``rows`` and ``columns`` are the digits of this layout's grid.
+
+        Raises:
+            ValueError: there is no grid, or digits have no ids.
+        """
+        return tuple(cast(int, token) for own in ids for token in self._ids_of(name, own))
+
     def _ids_of(self, name: str, own: int | tuple[int, int] | str) -> Sequence[int | IdRange]:
         if isinstance(own, int):
             return [own]
@@ -242,7 +244,7 @@ class _RequestOptions(BaseModel):
     condition_image_tokens: Annotated[int, Field(ge=0)] | None = None
     frames: _Frames | None = None
     given_ids: tuple[_Id, ...] | None = None
-    guidance: _Guidance | None = None
+    guidance: Scale | None = None
     negative_prompt_ids: Annotated[tuple[_Id, ...], Field(min_length=1)] | None = None
     session_tokens: _Tokens | None = None
     forget_frames: _Tokens = 0
@@ -271,7 +273,7 @@ class ServerConfig:
         family: of the model that is served.
         sessions: how long they wait and live.
         videos: over HTTP: whether there are any, and how long they are kept.
-        guidance: whether causal videos may be guided, for which the KV cache has a group more.
+        guidance: of causal videos, for which the KV cache has a group more; None: none is guided.
     """
 
     policy: Policy
@@ -282,7 +284,7 @@ class ServerConfig:
     family: Family = DECODER
     sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
     videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
-    guidance: bool = False
+    guidance: GuidanceConfig | None = None
 
     @classmethod
     def parse(
@@ -317,7 +319,7 @@ class ServerConfig:
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
-        guidance = options.pop(GUIDANCE_KEY, False)
+        guidance = options.pop(GUIDANCE_KEY, None)
         parsed = _parse_policy(
             policy_class,
             options,
@@ -345,7 +347,7 @@ class ServerConfig:
             family,
             _parse_part(SessionsConfig, sessions, "sessions"),
             _parse_part(VideosConfig, videos, "videos"),
-            _parse_guidance(guidance, family),
+            _parse_guidance(guidance, family, layout),
         )
         try:
             config.fingerprint()
@@ -399,8 +401,9 @@ class ServerConfig:
             mapping["sessions"] = self.sessions.model_dump(mode="json", exclude_none=True)
         if self.videos != VideosConfig():
             mapping["videos"] = self.videos.model_dump(mode="json", exclude_none=True)
-        if self.guidance:
-            mapping[GUIDANCE_KEY] = True
+        if self.guidance is not None:
+            said = self.guidance.model_dump(mode="json", exclude_defaults=True)
+            mapping[GUIDANCE_KEY] = said or True
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -408,7 +411,7 @@ class ServerConfig:
     @property
     def streams(self) -> int:
         """Most streams of a request, each of which is a KV cache group of its own."""
-        return max(self.family.streams, 2 if self.guidance else 1)
+        return max(self.family.streams, 1 if self.guidance is None else 2)
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
         """What a request keeps.
@@ -426,13 +429,24 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        made = self.video(extra_args, num_prompt_tokens)
+        # What a second stream begins with changes nothing of the first one's plan.
+        made = self.video(extra_args, num_prompt_tokens, lambda condition_tokens: (0,) * condition_tokens)
         return None if made is None or made.as_stock else made.streams[0].plan
 
-    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoRequest | None:
+    def video(
+        self,
+        extra_args: Mapping[str, Any] | None,
+        num_prompt_tokens: int,
+        negative: Callable[[int], tuple[int, ...] | None] = lambda condition_tokens: None,
+    ) -> VideoRequest | None:
         """What a causal video makes and keeps, see `plan`, one that opts out included.
 
         None: it is no video, or one that keeps all and nobody says where its frames are.
+
+        Args:
+            extra_args: as of `plan`.
+            num_prompt_tokens: as of `plan`.
+            negative: of the length of the condition, what guidance leads away from where nobody says it; None: nothing.
 
         Raises:
             ConfigError: an option is wrong; the message names it.
@@ -440,7 +454,8 @@ class ServerConfig:
         if not any(map(is_video_key, extra_args or ())):
             return None
         policy, (options,) = self.read(extra_args, _RequestOptions)
-        layout, grammar = self._request_layout(options, num_prompt_tokens)
+        shape = self._request_shape(options)
+        layout, grammar = self._request_layout(shape, options, num_prompt_tokens)
         self.check_policy(policy, layout.frame)
         if self.layout is None and options.grid is None and options.tokens_per_frame is None:
             if options.frames is not None:
@@ -454,7 +469,10 @@ class ServerConfig:
                     "server was started without a layout"
                 )
             return None
-        condition = self._negative_condition(options, layout)
+        guidance = options.guidance
+        if guidance is None:
+            guidance = 1.0 if self.guidance is None else self.guidance.scale
+        condition = self._negative_condition(guidance, options, shape, layout, negative)
         conditions = ((),) if condition is None else ((), condition)
         streams = tuple(self._stream(layout, policy, own) for own in conditions)
         made = self._request_grammar(grammar, options.given_ids, layout, num_prompt_tokens)
@@ -463,7 +481,7 @@ class ServerConfig:
             options.frames,
             grammar=made,
             turn=self._request_turn(options),
-            guidance=1.0 if options.guidance is None else options.guidance,
+            guidance=guidance,
         )
 
     def _stream(self, layout: VideoLayout, policy: Policy, condition: tuple[int, ...] = ()) -> Stream:
@@ -479,32 +497,44 @@ class ServerConfig:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
         return Stream(Plan(layout, policy, positions), start, condition)
 
-    def _negative_condition(self, options: _RequestOptions, layout: VideoLayout) -> tuple[int, ...] | None:
+    def _negative_condition(
+        self,
+        guidance: float,
+        options: _RequestOptions,
+        shape: LayoutConfig,
+        layout: VideoLayout,
+        negative: Callable[[int], tuple[int, ...] | None],
+    ) -> tuple[int, ...] | None:
         """The condition of a request's second stream; None: it has none."""
-        guidance, condition = (f"{REQUEST_PREFIX}{name}" for name in ("guidance", "negative_prompt_ids"))
-        if options.guidance is None:
-            if options.negative_prompt_ids is not None:
-                raise ConfigError(f"{condition} is for guided videos: give {guidance} too")
+        scale, condition = (f"{REQUEST_PREFIX}{name}" for name in ("guidance", "negative_prompt_ids"))
+        if guidance == 1:
+            if options.guidance is None and options.negative_prompt_ids is not None:
+                raise ConfigError(f"{condition} is for guided videos: give {scale} too")
             return None
-        if options.guidance == 1:
-            return None
-        if not self.guidance:
+        if self.guidance is None:
             raise ConfigError(
-                f"{guidance} is {options.guidance:g}, and this server has no room for a second stream: start it on "
-                f"vLLM's Model Runner V2 with {GUIDANCE_KEY}: true in {CONFIG_KEY}, or leave {guidance} out"
+                f"{scale} is {guidance:g}, and this server has no room for a second stream: start it on vLLM's Model "
+                f"Runner V2 with {GUIDANCE_KEY}: true in {CONFIG_KEY}, or leave {scale} out"
             )
         if options.session_tokens is not None:
-            raise ConfigError(f"{guidance} is not for a session, which has one stream: leave it out")
-        if options.negative_prompt_ids is None:
-            raise ConfigError(
-                f"{condition} is needed: it stands in place of the condition in the stream that {guidance} leads away "
-                "from"
-            )
+            raise ConfigError(f"{scale} is not for a session, which has one stream: leave it out")
         if layout.condition_tokens == 0:
             raise ConfigError(
-                f"{guidance} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
+                f"{scale} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
             )
-        return options.negative_prompt_ids
+        if options.negative_prompt_ids is not None:
+            return options.negative_prompt_ids
+        if self.guidance.negative_prompt_ids is not None:
+            try:
+                return shape.written_out("negative_prompt_ids", self.guidance.negative_prompt_ids)
+            except ValueError as error:
+                raise ConfigError(f"{condition} is needed, for the server's is of no such frames: {error}") from None
+        own = negative(layout.condition_tokens)
+        if own is None:
+            raise ConfigError(
+                f"{condition} is needed: it stands in place of the condition in the stream that {scale} leads away from"
+            )
+        return own
 
     @staticmethod
     def _request_turn(options: _RequestOptions) -> Turn | None:
@@ -647,27 +677,29 @@ class ServerConfig:
                 raise ConfigError(f"{option}, frame {number + 1}: it {error}") from None
         return VideoGrammar(layout, grammar, max(0, layout.frame_of(num_prompt_tokens)), tuple(rows))
 
-    def _request_layout(
-        self, options: _RequestOptions, num_prompt_tokens: int
-    ) -> tuple[VideoLayout, FrameGrammar | None]:
+    def _request_shape(self, options: _RequestOptions) -> LayoutConfig:
+        """The server's layout, with the grid or the number of tokens that a request gives."""
         base = self.layout or LayoutConfig()
-        if options.grid is None and options.tokens_per_frame is None:
+        if options.grid is not None:
+            return base.model_copy(update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame})
+        if options.tokens_per_frame is None:
             if self.layout is None and options.policy != OPT_OUT:
                 raise ConfigError(
                     f"{REQUEST_PREFIX}grid or {REQUEST_PREFIX}tokens_per_frame is needed: this server was started "
                     "without a layout"
                 )
-            merged = base if self.layout is not None else LayoutConfig(tokens_per_frame=1)
-        elif options.grid is None:
-            if base.has_ids:
-                raise ConfigError(
-                    f"{REQUEST_PREFIX}tokens_per_frame says nothing of rows, by which this server knows which ids may "
-                    f"stand where: give {REQUEST_PREFIX}grid"
-                )
-            # A bare number says nothing of rows, and a grid of the server's need not fit it.
-            merged = LayoutConfig(tokens_per_frame=options.tokens_per_frame)
-        else:
-            merged = base.model_copy(update={"grid": options.grid, "tokens_per_frame": options.tokens_per_frame})
+            return base if self.layout is not None else LayoutConfig(tokens_per_frame=1)
+        if base.has_ids:
+            raise ConfigError(
+                f"{REQUEST_PREFIX}tokens_per_frame says nothing of rows, by which this server knows which ids may "
+                f"stand where: give {REQUEST_PREFIX}grid"
+            )
+        # A bare number says nothing of rows, and a grid of the server's need not fit it.
+        return LayoutConfig(tokens_per_frame=options.tokens_per_frame)
+
+    def _request_layout(
+        self, shape: LayoutConfig, options: _RequestOptions, num_prompt_tokens: int
+    ) -> tuple[VideoLayout, FrameGrammar | None]:
         # Of a session's later turns a front end sees what they add.
         num_prompt_tokens += options.session_tokens or 0
         condition = num_prompt_tokens if options.condition_tokens is None else options.condition_tokens
@@ -677,13 +709,13 @@ class ServerConfig:
                 "condition is the part of the prompt before the first frame"
             )
         try:
-            frame = merged.frame_layout()
+            frame = shape.frame_layout()
             image = options.condition_image_tokens
             if image is None:
                 # The server's number describes its usual prompt; a shorter one (text to video) has no such image.
                 image = self._usual_image_tokens(frame)
                 image = image if image <= condition else 0
-            return VideoLayout(frame, condition, image), merged.grammar()
+            return VideoLayout(frame, condition, image), shape.grammar()
         except ValueError as error:
             raise ConfigError(f"{REQUEST_PREFIX}{error}") from None
 
@@ -719,12 +751,20 @@ class ServerConfig:
         return parsed
 
 
-def _parse_guidance(value: object, family: Family) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY} must be true or false, not {shown(value)}")
-    if value and (family.role != "causal" or family.streams > 1):
+def _parse_guidance(value: object, family: Family, layout: LayoutConfig | None) -> GuidanceConfig | None:
+    if value is None or value is False:
+        return None
+    if family.role != "causal" or family.streams > 1:
         raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY}: {family.name} has streams of its own: leave it out")
-    return value
+    if not isinstance(value, Mapping) and value is not True:
+        raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY} must be true, false or a mapping, not {shown(value)}")
+    parsed = _parse_part(GuidanceConfig, None if value is True else value, GUIDANCE_KEY)
+    if layout is not None and parsed.negative_prompt_ids is not None:
+        try:
+            layout.written_out("negative_prompt_ids", parsed.negative_prompt_ids)
+        except ValueError as error:
+            raise ConfigError(f"{CONFIG_KEY}: {GUIDANCE_KEY}.{error}") from None
+    return parsed
 
 
 def _parse_part(model: type[_Part], part: object, name: str) -> _Part:

@@ -18,7 +18,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import GUIDANCE_KEY, POLICY_KEY, LayoutConfig, ServerConfig, read_config
+from vllm_packcache.config.guidance import GUIDANCE_KEY
+from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.core.retention import Retention

@@ -10,7 +10,7 @@ This module is pure: it knows neither vLLM nor torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
@@ -37,8 +37,19 @@ class Server(Protocol):
     def check_policy(self, policy: Policy, frame: FrameLayout) -> None:
         """Check a request's policy against the shape of its frames."""
 
-    def video(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoRequest | None:
-        """What a causal video makes and keeps in one stream, one that opts out included; None: it is none."""
+    def video(
+        self,
+        extra_args: Mapping[str, Any] | None,
+        num_prompt_tokens: int,
+        negative: Callable[[int], tuple[int, ...] | None] = ...,
+    ) -> VideoRequest | None:
+        """What a causal video makes and keeps, one that opts out included; None: it is none.
+
+        Args:
+            extra_args: of the request.
+            num_prompt_tokens: of the request.
+            negative: of the length of the condition, what guidance leads away from where nobody says it; None: nothing.
+        """
 
 
 class Family(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_packcache.core.plan import VideoRequest
@@ -10,10 +10,21 @@ from vllm_packcache.families.base import Family, Prompt, Server
 
 
 class Decoder(Family):
-    """One causal stream. A request is a video if it says so, with any of the options of one."""
+    """One causal stream, or two of a guided video. A request is a video if it has any of the options of one."""
 
     name = "decoder"
 
     def request(self, server: Server, extra_args: Mapping[str, Any] | None, prompt: Prompt) -> VideoRequest | None:
         """See `Family.request`."""
-        return server.video(extra_args, prompt if isinstance(prompt, int) else len(prompt))
+        if isinstance(prompt, int):
+            return server.video(extra_args, prompt)
+        return server.video(extra_args, len(prompt), lambda tokens: self.negative_condition(prompt[:tokens]))
+
+    def negative_condition(self, condition: Sequence[int]) -> tuple[int, ...] | None:
+        """What guidance leads away from where neither client nor operator says it; None: these models have nothing.
+
+        Args:
+            condition: ids of the request's own.
+        """
+        del condition
+        return None

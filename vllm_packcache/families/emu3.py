@@ -34,7 +34,7 @@ LONGEST_HEAD = 16
 
 
 class Emu3(Decoder):
-    """One causal stream, whose prompt must not state another size than its frames have."""
+    """Causal streams, whose prompts must not state another size than their frames have."""
 
     name = "Emu3"
     architectures = ("Emu3ForCausalLM", "Emu3MoE")
@@ -53,15 +53,25 @@ class Emu3(Decoder):
         # A front end sees of a session's later turns what they add.
         if made is None or made.turn is not None or isinstance(prompt, int):
             return made
-        layout = made.streams[0].plan.layout
-        stated, grid = stated_size(prompt[: layout.condition_tokens]), layout.frame.grid
-        if stated is not None and grid is not None and stated != grid:
-            rows, columns = stated
-            raise ValueError(
-                f"the prompt states a picture of {rows} x {columns}, and frames have {grid[0]} x {grid[1]}: give "
-                f"{REQUEST_PREFIX}grid: [{rows}, {columns}], or state the size of the frames"
-            )
+        grid = made.streams[0].plan.layout.frame.grid
+        condition = prompt[: made.streams[0].plan.layout.condition_tokens]
+        negative = (("the negative prompt", own.condition) for own in made.streams[1:])
+        for name, ids in (("the prompt", condition), *negative):
+            stated = stated_size(ids)
+            if stated is not None and grid is not None and stated != grid:
+                rows, columns = stated
+                raise ValueError(
+                    f"{name} states a picture of {rows} x {columns}, and frames have {grid[0]} x {grid[1]}: give "
+                    f"{REQUEST_PREFIX}grid: [{rows}, {columns}], or state the size of the frames"
+                )
         return made
+
+    def negative_condition(self, condition: Sequence[int]) -> tuple[int, ...] | None:
+        """A prompt without its text: begin of sequence, and all from the first head on."""
+        # Elsewhere text comes behind a picture too, and what is left of it is the template's to say.
+        if stated_size(condition) is None:
+            return None
+        return (condition[0], *condition[max(1, list(condition).index(IMAGE_BEGIN)) :])
 
 
 def stated_size(prompt: Sequence[int]) -> tuple[int, int] | None:

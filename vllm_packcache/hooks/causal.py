@@ -8,9 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.guidance import GUIDANCE_KEY
 from vllm_packcache.config.server import (
     CONFIG_FLAG,
-    GUIDANCE_KEY,
     POLICY_FLAG,
     REQUEST_PREFIX,
     ServerConfig,
@@ -85,6 +85,12 @@ class CausalServing(Serving):
             )
         if config.guidance:
             check_guidance(vllm_config)
+            negative = [own for own in config.guidance.negative_prompt_ids or () if isinstance(own, int)]
+            if max(negative, default=-1) >= model.get_vocab_size():
+                raise ConfigError(
+                    f"{CONFIG_FLAG}: {GUIDANCE_KEY}: negative_prompt_ids has id {max(negative)}, and the model has "
+                    f"{model.get_vocab_size()}: give ids of this model"
+                )
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:
         """See `Serving.backend`."""
