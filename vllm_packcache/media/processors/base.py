@@ -7,7 +7,7 @@ videos needs of it. Each is one file. What is common to them is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_packcache.config.errors import ConfigError, shown
-from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.config.guidance import GUIDANCE_KEY, MAX_GUIDANCE, GuidanceConfig
+from vllm_packcache.config.server import CONFIG_FLAG, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import MAX_FRAMES
 from vllm_packcache.core.plan import Role
 from vllm_packcache.families import lumos
@@ -47,7 +48,10 @@ MOST_TEMPERATURE = 100.0
 """Above it what is drawn is as good as random."""
 
 OPTION_OF_FIELD = {"seed": "seed", "guidance": "guidance_scale", "steps": "num_inference_steps"}
-"""How a masked model's options are called by clients."""
+"""How a masked model's options are called by clients; of a causal one's ``guidance`` alone."""
+
+NEGATIVE = "negative_prompt_ids"
+"""Option of a guided request: the condition of its second stream."""
 
 SESSION_OPTIONS = ("session_tokens", "forget_frames", "forget_from")
 """Of turns of a session, which a video is not."""
@@ -66,9 +70,9 @@ class Asked:
         picture: that it begins with, of any size.
         clip: file of a video that it begins with.
         seed: of all that is random.
-        guidance: how much the prompt counts, of models that are guided.
+        guidance: how much the prompt counts, where videos are guided.
         steps: passes of a frame, of models that make frames in passes.
-        negative_prompt: what is not to be seen.
+        negative_prompt: what is not to be seen, where causal videos are guided.
         temperature: of tokens that are drawn one by one.
         top_p: of the same.
         top_k: of the same.
@@ -369,22 +373,23 @@ def no_ids(asked: Asked) -> None:
         raise ValueError("prompt_ids is for servers that read no text: leave it out, and give prompt")
 
 
-def told(asked: Asked, role: Role, own: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def told(
+    asked: Asked, role: Role, own: Sequence[str] = (), guidance: GuidanceConfig | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a client wants frames to be made.
 
     Args:
         asked: by the client.
         role: how the model makes them.
         own: options that the processor sets itself.
+        guidance: of causal videos, as the server's configuration has it; None: it guides none.
 
     Returns:
-        Options of the request, and of ``SamplingParams``.
+        Options of the request, which `guided` completes for a causal model, and of ``SamplingParams``.
 
     Raises:
         ValueError: the model has no such option, a number is impossible, or two contradict each other.
     """
-    if asked.negative_prompt:
-        raise ValueError("negative_prompt must be left out: no model that is served here has it")
     for name in asked.options:
         if name in own:
             raise ValueError(f"{REQUEST_PREFIX}{name} must be left out: this server's video tokenizer sets it")
@@ -392,13 +397,85 @@ def told(asked: Asked, role: Role, own: Sequence[str] = ()) -> tuple[dict[str, A
             raise ValueError(f"{REQUEST_PREFIX}{name} must be left out: it is for sessions, which are no videos")
     if asked.seed is not None and not 0 <= asked.seed <= MOST_SEED:
         raise ValueError(f"seed must lie between 0 and 2^63 - 1, not {shown(asked.seed)}")
-    return (_masked(asked), {}) if role == "canvas" else ({**asked.options}, _causal(asked))
+    if role == "canvas":
+        return _masked(asked), {}
+    return {**asked.options, **_scale(asked, guidance)}, _causal(asked)
+
+
+def guided(
+    asked: Asked,
+    options: Mapping[str, Any],
+    guidance: GuidanceConfig | None,
+    condition: Callable[[str], Sequence[int]] | None,
+) -> dict[str, Any]:
+    """Options of a causal video, with those of its second stream where it has one.
+
+    That stream's condition is the first one's with the negative prompt in place of the prompt. Where there is none its
+    text is empty, which is what classifier-free guidance means, unless the server has ids for it.
+
+    Args:
+        asked: by the client.
+        options: of the request by `told`, and of a video that is extended what it had.
+        guidance: of the server; None: it guides no videos.
+        condition: ids of the condition with another text in place of the prompt; None: there is no text.
+
+    Raises:
+        ValueError: a negative prompt cannot be used, or nothing is guided by it.
+    """
+    if guidance is None:
+        return {**options}
+    scale = options.get("guidance", guidance.scale)
+    if asked.negative_prompt:
+        if condition is None:
+            raise ValueError(
+                f"negative_prompt must be left out: the prompt is token ids, so give {REQUEST_PREFIX}{NEGATIVE}"
+            )
+        if NEGATIVE in asked.options:
+            raise ValueError(f"negative_prompt and {REQUEST_PREFIX}{NEGATIVE} are the same: leave one out")
+        if scale == 1 and asked.guidance is None and "guidance" not in asked.options:
+            raise ValueError("negative_prompt is for guided videos: give guidance_scale too")
+        return {**options, "guidance": scale, NEGATIVE: [*condition(asked.negative_prompt)]}
+    if scale == 1:
+        return {**options}
+    if NEGATIVE in options or guidance.negative_prompt_ids is not None or condition is None:
+        return {**options, "guidance": scale}
+    empty = [*condition("")]
+    if not empty:
+        raise ValueError("negative_prompt is needed: without a text the prompt of this model has no tokens")
+    return {**options, "guidance": scale, NEGATIVE: empty}
+
+
+def unguided(options: Mapping[str, Any], guidance: GuidanceConfig | None) -> dict[str, Any]:
+    """The same video in one stream: where its frames are is known before the condition of the second one."""
+    return {**options, "guidance": 1} if guidance else {**options}
+
+
+def _scale(asked: Asked, guidance: GuidanceConfig | None) -> dict[str, float]:
+    """What a client says of guidance of a causal video."""
+    scale, remedy = asked.guidance, f"{GUIDANCE_KEY}: true in {CONFIG_FLAG} lets it"
+    if guidance is None and asked.negative_prompt:
+        raise ValueError(f"negative_prompt must be left out: this server guides no videos; {remedy}")
+    # Without guidance all videos are as with a scale of 1.
+    if scale is None or (guidance is None and scale == 1):
+        return {}
+    if guidance is None:
+        raise ValueError(f"guidance_scale must be left out: this server guides no videos; {remedy}")
+    if not 0 < scale <= MAX_GUIDANCE:
+        raise ValueError(f"guidance_scale must be above 0 and at most {MAX_GUIDANCE:g}, not {shown(scale)}")
+    _same("guidance", scale, asked.options)
+    return {"guidance": scale}
+
+
+def _same(name: str, value: float, options: Mapping[str, Any]) -> None:
+    if options.get(name, value) != value:
+        raise ValueError(
+            f"{OPTION_OF_FIELD[name]} and {REQUEST_PREFIX}{name} must not contradict each other: leave one out"
+        )
 
 
 def _causal(asked: Asked) -> dict[str, Any]:
-    for name in ("guidance", "steps"):
-        if getattr(asked, name) is not None:
-            raise ValueError(f"{OPTION_OF_FIELD[name]} must be left out: this model makes one token after the other")
+    if asked.steps is not None:
+        raise ValueError("num_inference_steps must be left out: this model makes one token after the other")
     if asked.temperature is not None and not 0 <= asked.temperature <= MOST_TEMPERATURE:
         raise ValueError(
             f"temperature must lie between 0 and {MOST_TEMPERATURE:g}, not {shown(asked.temperature)}: 0 always takes "
@@ -413,6 +490,8 @@ def _causal(asked: Asked) -> dict[str, Any]:
 
 
 def _masked(asked: Asked) -> dict[str, Any]:
+    if asked.negative_prompt:
+        raise ValueError("negative_prompt must be left out: this model is guided by its prompt against no text at all")
     for name in ("temperature", "top_p", "top_k"):
         if getattr(asked, name) is not None:
             raise ValueError(
@@ -421,10 +500,7 @@ def _masked(asked: Asked) -> dict[str, Any]:
             )
     fields = {name: getattr(asked, name) for name in OPTION_OF_FIELD if getattr(asked, name) is not None}
     for name, value in fields.items():
-        if asked.options.get(name, value) != value:
-            raise ValueError(
-                f"{OPTION_OF_FIELD[name]} and {REQUEST_PREFIX}{name} must not contradict each other: leave one out"
-            )
+        _same(name, value, asked.options)
     try:
         lumos.MaskedOptions(**fields)
     except ValueError as error:
@@ -474,14 +550,25 @@ def seed_range() -> dict[str, float]:
     return {"default": 0, "least": 0, "most": 2**53 - 1, "step": 1}
 
 
-def ranges(role: Role) -> dict[str, dict[str, float]]:
-    """Options of a page for a model that makes frames in one of two ways, with the published defaults."""
-    if role == "causal":
-        return {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}, "seed": seed_range()}
-    return masked_ranges(lumos.MaskedOptions())
+def ranges(role: Role, guidance: GuidanceConfig | None = None, *, text: bool = True) -> dict[str, dict[str, Any]]:
+    """Options of a page for a model that makes frames in one of two ways, with the published defaults.
+
+    Args:
+        role: how it makes them.
+        guidance: of causal videos, as the server's configuration has it; None: it guides none.
+        text: whether prompts are text.
+    """
+    if role == "canvas":
+        return masked_ranges(lumos.MaskedOptions())
+    options: dict[str, dict[str, Any]] = {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}}
+    if guidance is not None:
+        scale = guidance.scale
+        options["guidance_scale"] = {"default": scale, "least": min(1, scale), "most": max(30, scale)}
+        options["negative_prompt" if text else f"{REQUEST_PREFIX}{NEGATIVE}"] = {"default": ""}
+    return {**options, "seed": seed_range()}
 
 
-def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, float]]:
+def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, Any]]:
     """Options of a page for a model that makes frames in passes.
 
     Args:
