@@ -253,6 +253,14 @@ def explain(
         int | None,
         typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
+    negative_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a guided video of a model that makes one token after the other: tokens of the second stream's "
+            "condition. Both streams are shown, as those of models that make whole frames always are.",
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     sequence: Annotated[
         Path | None,
@@ -276,6 +284,7 @@ def explain(
             policy,
             frames=frames,
             condition_tokens=condition_tokens,
+            negative_tokens=negative_tokens,
             block_size=block_size,
             sequence=sequence,
         )
