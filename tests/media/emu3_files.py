@@ -162,7 +162,7 @@ def published_names(said: dict[str, Any]) -> set[str]:
 
 def write_text_tokenizer(folder: Path) -> Path:
     """Write a ``tokenizer.json`` of bytes, with Emu3's ids of digits, of the star and of special tokens."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet() - set("0123456789*"))
+    characters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set("0123456789*"))
     vocabulary = {"*": 9, **{str(digit): 15 + digit for digit in range(10)}}
     vocabulary |= {character: number for number, character in enumerate(characters, 300)}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **SPECIALS}, merges=[]))

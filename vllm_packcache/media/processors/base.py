@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,39 @@ BUNDLED = {
 IDS = "ids"
 """Says in words that there is no tokenizer."""
 
-COSMOS_FILES = ("tokenizer.json", "encoder.jit", "decoder.jit")
+TEXT_FILE = "tokenizer.json"
+"""The text tokenizer in a folder with those of a model."""
+
+COSMOS_FILES = (TEXT_FILE, "encoder.jit", "decoder.jit")
 """What a folder with the tokenizers of a Lumos-1 has."""
+
+EMU3_FILES = (TEXT_FILE, "config.json", "*.safetensors")
+"""What a folder with those of an Emu3 or of UniVLA's world model has: all but the text is of the vision tokenizer."""
+
+
+class Folder(NamedTuple):
+    """A kind of folders that an operator may name.
+
+    Args:
+        files: patterns of what is in it; those after the first tell it from the others.
+        role: how the models make frames that it is for.
+        processor: ``module:class``.
+    """
+
+    files: tuple[str, ...]
+    role: Role
+    processor: str
+
+
+FOLDERS = (
+    Folder(COSMOS_FILES, "canvas", "vllm_packcache.media.processors.lumos:LumosProcessor"),
+    Folder(EMU3_FILES, "causal", "vllm_packcache.media.processors.emu3:Emu3Processor"),
+)
 
 MOST_SEED = 2**63 - 1
 """Largest seed: both PyTorch's generators and the noise of masked models take it."""
+
+MOST_FRAMES_PER_SECOND = 240
 
 MOST_TEMPERATURE = 100.0
 """Above it what is drawn is as good as random."""
@@ -230,8 +258,8 @@ def processor_of(
 
     Args:
         name: of a bundled one; ``module:object``, where the object is a `VideoProcessor`, or makes pictures of ids (see
-            `vllm_packcache.media.processors.pictures`), and a class is called without arguments; a folder with
-            `COSMOS_FILES`; `IDS` or None: there is no tokenizer, and clients send and get ids.
+            `vllm_packcache.media.processors.pictures`), and a class is called without arguments; a folder of one
+            of `FOLDERS`; `IDS` or None: there is no tokenizer, and clients send and get ids.
         role: how the server's model makes frames.
         server: its configuration.
         max_model_len: most tokens of a sequence; None: not known.
@@ -260,16 +288,15 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
         _check_role(bundled.role, role)
         return cast(VideoProcessor, bundled(server, max_model_len))
     if Path(name).is_dir():
-        if missing := [file for file in COSMOS_FILES if not (Path(name) / file).is_file()]:
-            raise ValueError(f"the folder must have {', '.join(COSMOS_FILES)}, and has no {' and no '.join(missing)}")
-        from vllm_packcache.media.processors.lumos import LumosProcessor
-
-        _check_role(LumosProcessor.role, role)
-        return LumosProcessor(Path(name), server, max_model_len)
+        folder = _folder(Path(name), role)
+        # Before anything of it is read.
+        _check_role(folder.role, role)
+        return cast(VideoProcessor, resolve_name(folder.processor)(Path(name), server, max_model_len))
     if ":" not in name:
         raise ValueError(
-            f"it must be {', '.join(BUNDLED)}, module:object, a folder with {', '.join(COSMOS_FILES)}, or {IDS} for "
-            "token ids alone: give one of them"
+            f"it must be {', '.join(BUNDLED)}, module:object, a folder with "
+            f"{' or with '.join(', '.join(folder.files) for folder in FOLDERS)}, or {IDS} for token ids alone: give "
+            "one of them"
         )
     named = load(name)
     if all(callable(getattr(named, method, None)) for method in ("prepare", "extend", "decoder", "about")):
@@ -278,6 +305,27 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
 
     _check_role(PicturesProcessor.role, role)
     return PicturesProcessor(name, named, plain, max_model_len)
+
+
+def _folder(path: Path, role: Role) -> Folder:
+    """Of which kind a folder is: of the served model's, unless it has files of another one only."""
+    kinds = sorted(FOLDERS, key=lambda folder: folder.role != role)
+    return next((kind for kind in kinds if len(missing_files(path, kind.files[1:])) < len(kind.files) - 1), kinds[0])
+
+
+def missing_files(path: Path, files: Sequence[str]) -> list[str]:
+    """Patterns of which a folder has no file."""
+    return [file for file in files if not any(found.is_file() for found in path.glob(file))]
+
+
+def check_files(path: Path, files: Sequence[str]) -> None:
+    """Check that a folder has all files of its kind.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if missing := missing_files(path, files):
+        raise ValueError(f"the folder must have {', '.join(files)}, and has no {' and no '.join(missing)}")
 
 
 def _check_role(own: Role | None, role: Role) -> None:
@@ -356,6 +404,18 @@ def check_fps(asked: Asked, fps: int, why: str) -> None:
     """
     if asked.fps not in (None, fps):
         raise ValueError(f"fps must be {fps}, not {shown(asked.fps)}: {why}")
+
+
+def rate_asked(asked: Asked, default: int) -> int:
+    """Pictures a second of a video that may have any rate.
+
+    Raises:
+        ValueError: it is none that is shown.
+    """
+    fps = default if asked.fps is None else asked.fps
+    if not 1 <= fps <= MOST_FRAMES_PER_SECOND:
+        raise ValueError(f"fps must lie between 1 and {MOST_FRAMES_PER_SECOND}, not {shown(fps)}")
+    return fps
 
 
 def shown_size(width: int, height: int) -> str:

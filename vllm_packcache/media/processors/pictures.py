@@ -7,7 +7,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from vllm_packcache.config.errors import shown
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.plan import Role
@@ -21,8 +20,6 @@ FRAMES = 16
 
 FRAMES_PER_SECOND = 8
 """Where neither the client nor the operator's object says."""
-
-MOST_FRAMES_PER_SECOND = 240
 
 
 class Pictures(Protocol):
@@ -108,9 +105,7 @@ class PicturesProcessor:
         """See `VideoProcessor.prepare`."""
         own, sampling = base.told(asked, "causal", ("frames",), self._server.guidance)
         base.check_size(asked, self._size, "this server's video tokenizer has one size")
-        fps = self._fps if asked.fps is None else asked.fps
-        if not 1 <= fps <= MOST_FRAMES_PER_SECOND:
-            raise ValueError(f"fps must lie between 1 and {MOST_FRAMES_PER_SECOND}, not {shown(fps)}")
+        fps = base.rate_asked(asked, self._fps)
         pictures = base.pictures_asked(asked, fps, FRAMES)
         ids = self._ids(asked)
         layout = layout_of(self._server, {**base.unguided(own, self._server.guidance), "frames": 1}, ids)
