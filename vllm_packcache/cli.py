@@ -107,8 +107,8 @@ def generate(
     url: Annotated[
         str | None,
         typer.Option(
-            help="Address of a server that runs, such as http://127.0.0.1:8000, instead: one of a Lumos-1 with "
-            "--video-store and --video-tokenizer."
+            help="Address of a server that runs, such as http://127.0.0.1:8000, instead: one with --video-store and "
+            "--video-tokenizer, of a Lumos-1 or of a model that makes one token after the other."
         ),
     ] = None,
     api_key: Annotated[
@@ -129,35 +129,43 @@ def generate(
         typer.Option(help="A video to continue. 1 + 4 k of its frames are used, up to 3 at its start are not."),
     ] = None,
     frames: Annotated[
-        int, typer.Option(help="Frames of the whole video, with what is given of it: whole seconds at --fps.")
-    ] = 48,
-    fps: Annotated[int, typer.Option(help="Frames a second.")] = 8,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 672,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 384,
-    seed: Annotated[int, typer.Option(help="Of the noise: the same seed makes the same video.")] = 0,
-    steps: Annotated[int, typer.Option(help="Passes for each latent frame.")] = 50,
-    guidance: Annotated[float, typer.Option(help="How much the prompt counts; 1: no guidance, half the work.")] = 15,
+        int | None,
+        typer.Option(help="Frames of the whole video, with what is given; of Lumos-1 whole seconds at --fps, 48."),
+    ] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second; of Lumos-1 8.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; of Lumos-1 a multiple of 32, 672.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; of Lumos-1 a multiple of 32, 384.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same video; of Lumos-1 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Passes for each latent frame, of Lumos-1 alone: 50.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How much the prompt counts; 1: no guidance, half the work; of Lumos-1 15.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="What is not to be seen, of guided models that make one token after the other."),
+    ] = None,
 ) -> None:
-    """Have Lumos-1 make a video of a sentence, of a picture and a sentence, or go on with a video."""
-    with one_sentence("generate"):
-        from vllm_packcache.families.lumos import MaskedOptions
-        from vllm_packcache.serving.generate import Asked, generate
+    """Have a model make a video of a sentence, of a picture and a sentence, or go on with a video.
 
-        try:
-            options = MaskedOptions(seed=seed, steps=steps, guidance=guidance)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from None
-        asked = Asked(
+    Options that are left out are Lumos-1's published ones, or what the server at --url has for its model.
+    """
+    with one_sentence("generate"):
+        from vllm_packcache.serving.generate import Wanted, generate
+
+        wanted = Wanted(
             prompt=prompt,
             width=width,
             height=height,
             frames=frames,
             rate=fps,
-            options=options,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            negative=negative_prompt,
             image=image,
             video=video,
         )
-        generate(asked, out, model=model, tokenizer=tokenizer, url=url, config=config, api_key=api_key)
+        generate(wanted, out, model=model, tokenizer=tokenizer, url=url, config=config, api_key=api_key)
 
 
 @app.command()
@@ -253,6 +261,14 @@ def explain(
         int | None,
         typer.Option(min=0, help="Tokens before the first frame; by default a short text and the conditioning image."),
     ] = None,
+    negative_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a guided video of a model that makes one token after the other: tokens of the second stream's "
+            "condition. Both streams are shown, as those of models that make whole frames always are.",
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV-cache block.")] = 16,
     sequence: Annotated[
         Path | None,
@@ -276,6 +292,7 @@ def explain(
             policy,
             frames=frames,
             condition_tokens=condition_tokens,
+            negative_tokens=negative_tokens,
             block_size=block_size,
             sequence=sequence,
         )

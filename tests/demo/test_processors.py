@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,10 @@ def demo() -> VideoProcessor:
 @pytest.fixture(scope="module")
 def masked() -> VideoProcessor:
     return processor_of("demo_masked", role="canvas", server=MASKED_SERVER, max_model_len=8192)
+
+
+def refused(sentence: str) -> pytest.RaisesExc[ValueError]:
+    return pytest.raises(ValueError, match=re.escape(sentence))
 
 
 def photo(seed: int = 0) -> np.ndarray:
@@ -203,6 +208,34 @@ def test_a_page_shows_what_is_there(demo: VideoProcessor, masked: VideoProcessor
         most = processor.about()["most_frames"]
         made = processor.prepare(replace(example(processor), frames=most))
         assert made.pictures == most
+
+
+@pytest.mark.parametrize("negative", [None, "a blue square"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_guided_video_leads_away_from_the_same_picture(
+    negative: str | None, scale: float, tokenizer: VideoTokenizer
+) -> None:
+    """Given or by default of the server, and when it goes on, with what it has or with more."""
+    said = {"scale": scale} if scale != 1 else True
+    server = ServerConfig.parse("packcache", {"layout": "demo", "guidance": said})
+    processor = processor_of("demo", role="causal", server=server, max_model_len=8192)
+    asked = Asked(prompt=PROMPT, picture=photo(), guidance=None if scale != 1 else 3.0, negative_prompt=negative)
+    long, part = (processor.prepare(replace(asked, frames=frames)) for frames in (6, 3))
+    condition = tuple(tokenizer.build_prompt(negative or "", photo()))
+    assert plan(server, long).guidance == 3
+    assert [stream.condition for stream in plan(server, long).streams] == [(), condition]
+    ids = some_frames(tokenizer, 2)
+    extended = processor.extend(kept(part, ids), Asked(prompt="", frames=3))
+    assert plan(server, extended).streams == plan(server, long).streams
+    assert plan(server, extended).guidance == 3
+    other = processor.extend(kept(part, ids), Asked(prompt="", frames=3, negative_prompt="night"))
+    assert plan(server, other).streams[1].condition == tuple(tokenizer.build_prompt("night", photo()))
+    plain = processor.prepare(replace(asked, guidance=1.0, negative_prompt=None, frames=3))
+    assert len(plan(server, plain).streams) == 1
+    with refused("negative_prompt is for guided videos: give guidance_scale too"):
+        processor.extend(kept(plain, ids), Asked(prompt="", frames=3, negative_prompt="night"))
+    guided = processor.extend(kept(plain, ids), Asked(prompt="", frames=3, guidance=2.0))
+    assert plan(server, guided).streams[1].condition == tuple(tokenizer.build_prompt("", photo()))
 
 
 def test_the_example_is_a_file(demo: VideoProcessor, masked: VideoProcessor) -> None:

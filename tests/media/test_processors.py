@@ -249,7 +249,7 @@ def test_what_nobody_serves(name: str, changed: dict[str, Any], sentence: str, f
 @pytest.mark.parametrize(
     ("changed", "causal_only", "sentence"),
     [
-        ({"guidance": 3.0}, False, "guidance_scale must be left out: this model makes one token after the other"),
+        ({"guidance": 3.0}, False, "guidance_scale must be left out: this server guides no videos; guidance: true in"),
         ({"steps": 3}, False, "num_inference_steps must be left out"),
         ({"temperature": 0.5}, True, "temperature must be left out: this model makes frames in passes"),
         ({"top_p": 0.5}, True, "top_p must be left out"),
@@ -410,6 +410,169 @@ def test_ids_of_masked_models_go_on_as_one_long_video(images: int) -> None:
     assert request.streams == whole.streams
     assert request.options == whole.options
     assert (request.first_frame, request.frames) == (2, 3)
+
+
+# Guidance of causal models
+
+
+def guiding(**own: Any) -> ServerConfig:
+    layout = {"grid": [2, 3], "frame_start_tokens": 1, "row_end_tokens": 1, "condition_image_tokens": 6}
+    return ServerConfig.parse("packcache", {"layout": layout, "window": 3, "guidance": own or True})
+
+
+PICTURE = np.arange(6, dtype=np.uint8).reshape(2, 3).repeat(2, 0).repeat(2, 1)[..., None].repeat(3, -1)
+"""As `Reader` reads it, the ids from 0 to 5."""
+IMAGE = [0, 1, 2, 3, 4, 5]
+READER = Asked(prompt="ab", picture=PICTURE, frames=4)
+IDS = Asked(prompt="", ids=(1, 2, 3), frames=2)
+
+
+def reader(**own: Any) -> tuple[ServerConfig, VideoProcessor]:
+    server = guiding(**own)
+    return server, processor_of("operators_own:Reader", role="causal", server=server, max_model_len=8192)
+
+
+def ids_alone(**own: Any) -> tuple[ServerConfig, VideoProcessor]:
+    server = guiding(**own)
+    return server, processor_of("ids", role="causal", server=server, max_model_len=8192)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "expected"),
+    [
+        ({}, READER, None),
+        ({}, replace(READER, guidance=1.0), None),
+        ({}, replace(READER, guidance=1.0, negative_prompt="rain"), None),
+        # Without a text of its own the second stream has the picture alone.
+        ({}, replace(READER, guidance=3.0), (3.0, IMAGE)),
+        ({}, replace(READER, options={"guidance": 3.0}), (3.0, IMAGE)),
+        ({}, replace(READER, guidance=3.0, negative_prompt="no"), (3.0, [*b"no", *IMAGE])),
+        ({}, replace(READER, guidance=3.0, negative_prompt="no", picture=None), (3.0, [*b"no"])),
+        ({}, replace(READER, guidance=3.0, options={"negative_prompt_ids": [7, 8]}), (3.0, [7, 8])),
+        ({"scale": 2.5}, READER, (2.5, IMAGE)),
+        ({"scale": 2.5}, replace(READER, negative_prompt="no"), (2.5, [*b"no", *IMAGE])),
+        ({"scale": 2.5}, replace(READER, guidance=1.0), None),
+        ({"scale": 2.5, "negative_prompt_ids": [9]}, READER, (2.5, [9])),
+        ({"scale": 2.5, "negative_prompt_ids": [9]}, replace(READER, negative_prompt="no"), (2.5, [*b"no", *IMAGE])),
+        ({}, replace(READER, picture=None, ids=(1, 2), options={"guidance": 2, "negative_prompt_ids": [3]}), (2, [3])),
+    ],
+)
+def test_the_second_stream_has_another_text_and_the_same_picture(
+    own: dict[str, Any], asked: Asked, expected: tuple[float, list[int]] | None
+) -> None:
+    server, processor = reader(**own)
+    prepared = processor.prepare(asked)
+    streams = plan(server, prepared).streams
+    assert plan(server, prepared).guidance == (expected[0] if expected else asked.guidance or 1)
+    assert [list(stream.condition) for stream in streams[1:]] == ([expected[1]] if expected else [])
+
+
+def test_frames_behind_the_condition_are_behind_the_second_one_too() -> None:
+    server = ServerConfig.parse("packcache", {"layout": {"grid": [2, 3]}, "guidance": True})
+    processor = processor_of("operators_own:Reader", role="causal", server=server)
+    asked = replace(READER, guidance=3.0, negative_prompt="none", options={"condition_tokens": 2})
+    prepared = processor.prepare(asked)
+    assert prepared.prompt_ids == [*b"ab", *IMAGE]
+    assert plan(server, prepared).streams[1].ids(prepared.prompt_ids, 0, 99) == [*b"none", *IMAGE]
+
+
+@pytest.mark.parametrize("scale", [0.5, 7.0])
+def test_ids_are_guided_by_ids(scale: float) -> None:
+    server, processor = ids_alone()
+    asked = replace(IDS, guidance=scale, options={"negative_prompt_ids": [9, 9]})
+    made = plan(server, processor.prepare(asked))
+    assert (made.guidance, made.streams[1].condition) == (scale, (9, 9))
+    server, processor = ids_alone(scale=scale, negative_prompt_ids=[4, 4, 4, 4])
+    made = plan(server, processor.prepare(IDS))
+    assert (made.guidance, made.streams[1].condition) == (scale, (4, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "own", "asked", "sentence"),
+    [
+        (reader, {}, {"guidance": 0.0}, "guidance_scale must be above 0 and at most 1000, not 0.0"),
+        (reader, {}, {"guidance": 1000.5}, "guidance_scale must be above 0 and at most 1000, not 1000.5"),
+        (reader, {}, {"guidance": float("nan")}, "guidance_scale must be above 0 and at most 1000, not nan"),
+        (reader, {}, {"guidance": 2.0, "options": {"guidance": 3.0}}, "guidance_scale and packcache_guidance must not"),
+        (reader, {}, {"negative_prompt": "no"}, "negative_prompt is for guided videos: give guidance_scale too"),
+        (
+            reader,
+            {"scale": 2.0},
+            {"negative_prompt": "no", "options": {"negative_prompt_ids": [1]}},
+            "negative_prompt and packcache_negative_prompt_ids are the same: leave one out",
+        ),
+        (
+            reader,
+            {},
+            {"guidance": 2.0, "picture": None},
+            "negative_prompt is needed: without a text the prompt of this",
+        ),
+        (ids_alone, {}, {"guidance": 2.0}, "packcache_negative_prompt_ids is needed"),
+        (ids_alone, {}, {"guidance": 2.0, "negative_prompt": "no"}, "so give packcache_negative_prompt_ids"),
+        (
+            ids_alone,
+            {},
+            {"options": {"negative_prompt_ids": [1]}},
+            "packcache_negative_prompt_ids is for guided videos",
+        ),
+    ],
+)
+def test_what_cannot_be_guided(make: Any, own: dict[str, Any], asked: dict[str, Any], sentence: str) -> None:
+    _, processor = make(**own)
+    with refused(sentence):
+        processor.prepare(replace(READER if make is reader else IDS, **asked))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_scale_of_one_is_no_guidance_on_any_server(name: str, folder: Path) -> None:
+    prepared = processors(folder)[name].prepare(replace(least(name), guidance=1.0))
+    assert prepared.options == processors(folder)[name].prepare(least(name)).options
+
+
+@pytest.mark.parametrize("make", [reader, ids_alone])
+def test_a_guided_video_goes_on_guided(make: Any) -> None:
+    server, processor = make()
+    asked = replace(READER, guidance=3.0, negative_prompt="no", fps=1)
+    if make is ids_alone:
+        asked = replace(IDS, guidance=3.0, options={"negative_prompt_ids": [9] * 8})
+    long, part = (processor.prepare(replace(asked, frames=frames)) for frames in (8, 4))
+    ids = np.arange(8 * FRAME).reshape(8, FRAME) % 200
+    extended = processor.extend(kept(part, ids[: part.made]), Asked(prompt="", frames=4))
+    assert plan(server, extended).streams == plan(server, long).streams
+    assert plan(server, extended).guidance == 3
+    other = processor.extend(kept(part, ids[: part.made]), Asked(prompt="", frames=4, guidance=2.0))
+    assert plan(server, other).streams == plan(server, long).streams
+    assert plan(server, other).guidance == 2
+    one = processor.extend(kept(part, ids[: part.made]), Asked(prompt="", frames=4, guidance=1.0))
+    assert plan(server, one).streams == plan(server, long).streams[:1]
+    plain = processor.prepare(replace(asked, guidance=None, negative_prompt=None, options={}))
+    with refused("packcache_negative_prompt_ids is needed"):
+        processor.extend(kept(plain, ids[: plain.made]), Asked(prompt="", frames=4, guidance=2.0))
+    with refused("negative_prompt must be left out"):
+        processor.extend(kept(part, ids[: part.made]), Asked(prompt="", frames=4, negative_prompt="rain"))
+
+
+def test_a_video_of_a_server_that_guides_by_itself_goes_on_so() -> None:
+    server, processor = ids_alone(scale=2.0, negative_prompt_ids=[4])
+    part, long = (processor.prepare(replace(IDS, frames=frames)) for frames in (2, 5))
+    ids = np.arange(2 * FRAME).reshape(2, FRAME)
+    extended = processor.extend(kept(part, ids), Asked(prompt="", frames=3))
+    assert plan(server, extended).streams == plan(server, long).streams
+    assert plan(server, extended).guidance == 2
+
+
+def test_a_page_offers_guidance_where_there_is_any(folder: Path) -> None:
+    for name, processor in processors(folder).items():
+        options = processor.about()["options"]
+        assert ("guidance_scale" in options) == (name not in CAUSAL)
+        assert "negative_prompt" not in options
+    options = reader(scale=0.5)[1].about()["options"]
+    assert options["guidance_scale"] == {"default": 0.5, "least": 0.5, "most": 30}
+    assert options["negative_prompt"] == {"default": ""}
+    options = ids_alone()[1].about()["options"]
+    assert options["guidance_scale"]["default"] == 1
+    assert "packcache_negative_prompt_ids" in options
+    assert "negative_prompt" not in options
 
 
 # Pictures that an operator names

@@ -35,6 +35,8 @@ from vllm_packcache.cli import app
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.config.videos import VideosConfig
+from vllm_packcache.demo.processor import ASSETS
+from vllm_packcache.demo.tokenizer import VideoTokenizer
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media import growing
 from vllm_packcache.media.text_tokenizer import TextTokenizer
@@ -48,6 +50,7 @@ from vllm_packcache.videos.routes import _JOBS, add_routes
 INPUTS = Path(__file__).parents[1] / "media" / "inputs"
 WIDTH, HEIGHT = 64, 32
 GRID = (4, 8)
+EXAMPLE = ASSETS / "example.png"
 PROMPT = "a red [bus], très vite"
 SIZE = ("--width", str(WIDTH), "--height", str(HEIGHT))
 CLOSE = 12
@@ -108,6 +111,9 @@ class Engine:
             self.let_go.set()
 
 
+SERVED = ServerConfig.parse("packcache", {"layout": {"grid": [48, 84]}}, family=LUMOS)
+
+
 class Server(Engine):
     """A server of videos without a model.
 
@@ -129,9 +135,8 @@ class Server(Engine):
         self.keys: list[str | None] = []
 
     @contextmanager
-    def running(self, store: Path, tokenizer: Path) -> Iterator[Server]:
+    def running(self, store: Path, tokenizer: Path | str, config: ServerConfig = SERVED) -> Iterator[Server]:
         videos = VideosConfig(store=str(store), tokenizer=str(tokenizer), heartbeat_seconds=0.2)
-        config = ServerConfig.parse("packcache", {"layout": {"grid": [48, 84]}}, family=LUMOS)
 
         @asynccontextmanager
         async def lifespan(own: FastAPI) -> AsyncIterator[None]:
@@ -171,6 +176,74 @@ def server(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatc
     monkeypatch.setattr(room, "JobMetrics", Mock())
     with Server().running(tmp_path_factory.mktemp("store"), tokenizer) as running:
         yield running
+
+
+class CausalServer(Server):
+    """Makes frames of the bundled causal model."""
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        self.prompt, self.options, self.params = list(prompt["prompt_token_ids"]), params.extra_args, params
+        for frame in range(self.options["packcache_frames"]):
+            ids = [5, *((np.arange(256) * (frame + 1)) % 60 + 62).tolist()]
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=None)])
+
+
+@pytest.fixture(params=[True, None], ids=["guiding", "not guiding"])
+def causal(request: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(room, "JobMetrics", Mock())
+    config = ServerConfig.parse("packcache", {"layout": "demo", "guidance": request.param})
+    with CausalServer().running(tmp_path_factory.mktemp("store"), "demo", config) as running:
+        yield running
+
+
+def ask_causal(server: Server, out: Path, *arguments: str) -> Any:
+    given = ["--prompt", "a red circle", "--out", str(out), "--url", server.url, "--image", str(EXAMPLE), *arguments]
+    return CliRunner().invoke(app, ["generate", *given])
+
+
+def test_a_causal_model_is_asked_for_what_is_said_alone(causal: CausalServer, tmp_path: Path) -> None:
+    result = ask_causal(causal, tmp_path / "video.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert causal.options == {"packcache_grid": [16, 16], "packcache_frames": 19}
+    assert read_mp4(tmp_path / "video.mp4").shape == (20, 64, 64, 3)
+    said = result.stdout.splitlines()[-2:]
+    assert said[0] == f"wrote {tmp_path / 'video.mp4'}, 20 frames at 4 a second"
+    assert re.match(r"took \d+\.\d s: 19 frames \d", said[1])
+    how = ["--frames", "5", "--fps", "4", "--width", "64", "--height", "64", "--seed", "7"]
+    result = ask_causal(causal, tmp_path / "video.gif", *how)
+    assert result.exit_code == 0, result.stderr
+    assert (causal.options["packcache_frames"], causal.params.seed) == (4, 7)
+
+
+def test_a_causal_model_is_guided_where_the_server_guides(causal: CausalServer, tmp_path: Path) -> None:
+    result = ask_causal(causal, tmp_path / "video.mp4", "--guidance", "3.5", "--negative-prompt", "night")
+    if causal.jobs.config.guidance is None:
+        assert result.exit_code == 2
+        assert "negative_prompt must be left out: this server guides no videos" in result.stderr
+        return
+    assert result.exit_code == 0, result.stderr
+    assert causal.options["packcache_guidance"] == 3.5
+    negative = VideoTokenizer().build_prompt("night", np.asarray(Image.open(EXAMPLE).convert("RGB")))
+    assert causal.options["packcache_negative_prompt_ids"] == negative
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "5"], "--steps is of models that make frames in passes, as this server's does not: leave it out"),
+        (["--width", "64"], "--width and --height: give both, or leave both to the server"),
+        (["--width", "32", "--height", "64"], "size must be 64x64, not 32x64"),
+        (["--image", "no.png"], "--image no.png cannot be read: No such file or directory"),
+        (["--image", str(INPUTS / "t.gif")], "a server takes this for a video"),
+        (["--guidance", "-1"], "guidance_scale must be"),
+    ],
+)
+def test_what_a_causal_model_has_not(arguments: list[str], sentence: str, causal: CausalServer, tmp_path: Path) -> None:
+    result = ask_causal(causal, tmp_path / "video.mp4", *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def call(out: Path, *arguments: str, to: str | tuple[str, ...] = "http://server:1") -> Any:
@@ -398,15 +471,15 @@ class Answers:
         self.asked: list[tuple[str, str]] = []
         self.seen: list[str | None] = []
         self.events: list[Callable[[], httpx.Response]] = []
-        self.list: Callable[[], httpx.Response] = lambda: httpx.Response(200, json={})
-        self.create: Callable[[], httpx.Response] = lambda: httpx.Response(200, json={"id": "video_1"})
+        self.about = answer({"tokenizer": {"options": {"num_inference_steps": {}}}})
+        self.create = answer({"id": "video_1", "frames": 48, "fps": 8})
         self.content: Callable[[], httpx.Response] = lambda: httpx.Response(200, content=b"the video")
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.method, request.url.path))
         match request.method, request.url.path:
-            case "GET", "/v1/videos":
-                return self.list()
+            case "GET", "/v1/playground":
+                return self.about()
             case "POST", "/v1/videos":
                 return self.create()
             case "GET", "/v1/videos/video_1/events":
@@ -415,6 +488,10 @@ class Answers:
             case "GET", "/v1/videos/video_1/content":
                 return self.content()
         raise AssertionError(self.asked[-1])
+
+
+def answer(json: Any) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(200, json=json)
 
 
 @pytest.fixture
@@ -504,10 +581,11 @@ NONE = "the server at http://server:1 makes no videos: start it with --video-sto
 @pytest.mark.parametrize(
     ("which", "answer", "sentence"),
     [
-        ("list", lambda: httpx.Response(404, json={"detail": "Not Found"}), NONE),
-        ("list", said(501, "this server makes no videos"), NONE),
-        ("list", lambda: httpx.Response(502), "the server refused the request: 502"),
-        ("list", lost, "the server at http://server:1 does not answer: nobody there"),
+        ("about", lambda: httpx.Response(404, json={"detail": "Not Found"}), NONE),
+        ("about", said(501, "this server makes no videos"), NONE),
+        ("about", lambda: httpx.Response(502), "the server refused the request: 502"),
+        ("about", lost, "the server at http://server:1 does not answer: nobody there"),
+        ("about", answer({"object": "list"}), NONE),
         ("create", said(429, "20 videos wait"), "the server refused the request: 20 videos wait"),
         ("create", lambda: httpx.Response(413, text="too\nlarge"), "the server refused the request: too large"),
         ("create", lost, "the server at http://server:1 does not answer: nobody there"),
@@ -594,7 +672,7 @@ def test_two_runs_do_not_share_a_file(answers: Answers, tmp_path: Path) -> None:
     (second,) = seen
     assert second.exit_code == 2
     assert second.stderr.startswith(f"vllm-packcache: {out} cannot be written: another run is going to write it")
-    assert answers.asked == [("GET", "/v1/videos"), ("POST", "/v1/videos")], "the second asked for nothing"
+    assert answers.asked == [("GET", "/v1/playground"), ("POST", "/v1/videos")], "the second asked for nothing"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -638,6 +716,7 @@ def test_no_server(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps must be 1 or more and at most 1000, not 0"),
         (["--seed", "-1"], "--seed must lie between"),
         (["--guidance", "nan"], "--guidance must lie between -1000 and 1000, not nan"),
+        (["--negative-prompt", "rain"], "--negative-prompt is of models that make one token after the other"),
         (["--out", "video.avi"], "--out ends with .mp4 or .gif, not 'video.avi'"),
         (["--image", "no.png", "--video", "no.mp4"], "leave one out"),
         (["--image", "no.png"], "--image no.png cannot be read: No such file or directory"),
@@ -659,7 +738,7 @@ def test_mistakes_get_a_sentence(arguments: list[str], sentence: str, answers: A
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert not answers.asked
+    assert ("POST", "/v1/videos") not in answers.asked
 
 
 def test_a_file_that_no_server_takes(answers: Answers, tmp_path: Path) -> None:
@@ -668,7 +747,7 @@ def test_a_file_that_no_server_takes(answers: Answers, tmp_path: Path) -> None:
     result = call(tmp_path / "video.mp4", "--video", str(tmp_path / "long.mp4"))
     assert result.exit_code == 2
     assert "long.mp4 has 67,108,864 bytes, and a server takes 66,060,288: give less of it" in result.stderr
-    assert not answers.asked
+    assert ("POST", "/v1/videos") not in answers.asked
 
 
 @pytest.mark.parametrize(
@@ -688,7 +767,7 @@ def test_videos_that_cannot_be_continued(
     result = call(tmp_path / "video.mp4", "--video", str(old), *arguments)
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
-    assert not answers.asked
+    assert ("POST", "/v1/videos") not in answers.asked
 
 
 def test_a_picture_alone_is_no_video(answers: Answers, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from tests.serving.conftest import PAPERS, generate, prompt, run, sampling, sche
 from tests.serving.test_graphs import Replaying
 from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.media.processors.base import Asked, Kept
+from vllm_packcache.media.processors.ids import IdsProcessor
 from vllm_packcache.reference.guided import GuidedVideo
 
 pytestmark = needs_v2
@@ -219,6 +222,38 @@ def test_samples_share_the_condition(guiding: Any, reference: CarefulReference) 
             use_tqdm=False,
         )
         assert output.num_cached_tokens == 96
+
+
+@pytest.mark.parametrize("case", [SHORTER, LONGER])
+def test_a_video_that_goes_on_equals_a_longer_one(case: Case, guiding: Any, reference: CarefulReference) -> None:
+    """As ``/v1/videos`` asks for it: the second condition goes on with the first one."""
+    layout = {"tokens_per_frame": case.frame}
+    server = ServerConfig.parse("packcache", {**PAPERS, "layout": layout, "guidance": True})
+    processor = IdsProcessor(server)
+    options = {"condition_tokens": case.condition, "negative_prompt_ids": case.negative_ids}
+    ids = case.ids[: case.condition + 2 * case.frame]
+    asked = Asked(prompt="", ids=tuple(ids), frames=2, guidance=case.scale, options=options)
+    llm, prepared, tokens = guiding(config={**PAPERS, "layout": layout}), processor.prepare(asked), []
+    for added in (3, 1, 0):
+        made = prepared.made * case.frame
+        (own,) = run(llm, [prepared.prompt_ids], [sampling(made, **prepared.options)])
+        assert prepared.prompt_ids == ids + tokens
+        tokens += own
+        frames = np.array(own).reshape(-1, case.frame)
+        kept = Kept(
+            prompt_ids=prepared.prompt_ids,
+            frame_ids=frames,
+            given=prepared.given,
+            size=prepared.size,
+            fps=prepared.fps,
+            pictures=prepared.pictures,
+            options=prepared.options,
+        )
+        if added:
+            prepared = processor.extend(kept, Asked(prompt="", frames=added))
+    long = replace(case, given=2 * case.frame, make=len(tokens))
+    assert len(tokens) == 6 * case.frame
+    check(reference, long, tokens, long.video("packcache", PAPERS))
 
 
 def test_guidance_of_one_is_none(guiding: Any, engine: Any) -> None:

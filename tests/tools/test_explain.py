@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.guidance import GuidanceConfig
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping, presets
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
@@ -282,6 +284,59 @@ def test_passes_of_a_masked_frame_are_counted() -> None:
     assert f"51 x ({conditional:,} + {unconditional:,}) = {full:,}: {100 * read / full:.0f} %." in output
 
 
+@pytest.mark.parametrize("negative", [1, 20, 288, 400])
+@pytest.mark.parametrize("policy", names())
+def test_both_streams_of_a_guided_video_read_what_the_reference_sees(policy: str, negative: int) -> None:
+    """As a server has them: no picture where there is no room for it."""
+    source = json.dumps(PAPERS if policy == "packcache" else {"layout": "demo"})
+    explanation = explain(source, policy, frames=7, negative_tokens=negative, block_size=32)
+    assert list(explanation.streams) == ["conditional stream", "unconditional stream"]
+    guiding = dataclasses.replace(ServerConfig.parse(policy, source), guidance=GuidanceConfig())
+    made = guiding.request({"packcache_guidance": 3, "packcache_negative_prompt_ids": [5] * negative}, 288)
+    assert made is not None
+    for shown, stream in zip(explanation.streams.values(), made.streams, strict=True):
+        assert (shown.retention.layout, shown.positions) == (stream.plan.layout, stream.plan.positions)
+        if not stream.plan.policy.reads_tokens:
+            for view in shown.views():
+                assert view.tokens.live == frame_visibility(stream.plan, 32, view.tokens.frame).sum()
+
+
+@pytest.mark.parametrize("negative", [20, 300])
+def test_a_second_stream_reads_its_own_ids(negative: int, tmp_path: Path) -> None:
+    source = json.dumps({"layout": "demo", "selection": "changed", "history_frames": 1.25, "window": 5})
+    layout = VideoLayout(ServerConfig.parse("packcache", source).layout.frame_layout(), 288)  # type: ignore[union-attr]
+    path = written(tmp_path / "video.json", layout, 8)
+    ids = json.loads(path.read_text())["token_ids"]
+    stream = explain(source, "packcache", sequence=path, negative_tokens=negative).streams["unconditional stream"]
+    own = [*[0] * max(0, negative - 288), *ids[max(0, 288 - negative) :]]
+    plan = Plan(stream.retention.layout, stream.retention.policy, stream.positions)
+    assert stream.retention.layout.condition_tokens == negative
+    for view in stream.views():
+        assert view.tokens.live == frame_visibility(plan, 16, view.tokens.frame, own).sum()
+
+
+def test_blocks_and_keys_of_both_streams_are_summed() -> None:
+    output = " ".join(run(TINY, *TINY_OPTIONS, "--negative-tokens", "16", columns=200).split())
+    # Of the shorter one as in `TINY_TEXT`; the other has a block more of condition.
+    assert "Unconditional stream condition 16 tokens, 6 frames of 16 tokens, 14 blocks of 8" in output
+    assert (
+        "At the end of frame 5 attention reads 56 + 64 = 120 keys in 7 + 8 = 15 blocks; with the full cache "
+        "104 + 112 = 216 keys: 56 %."
+    ) in output
+
+
+def test_a_configuration_that_guides_by_itself_shows_both_streams() -> None:
+    guidance = {"scale": 2, "negative_prompt_ids": [3] * 24}
+    source = json.dumps({**json.loads(TINY), "guidance": guidance})
+    streams = explain(source, "packcache", frames=6, condition_tokens=8, block_size=8).streams
+    assert [own.retention.layout.condition_tokens for own in streams.values()] == [8, 24]
+    other = explain(source, "packcache", frames=6, condition_tokens=8, negative_tokens=5, block_size=8).streams
+    assert [own.retention.layout.condition_tokens for own in other.values()] == [8, 5]
+    for said in (True, {"scale": 2}, {"negative_prompt_ids": [3]}):
+        source = json.dumps({**json.loads(TINY), "guidance": said})
+        assert len(explain(source, "packcache", frames=6, condition_tokens=8).streams) == 1
+
+
 @pytest.mark.parametrize("changed", [{"axis_scale": [4, 8, 4]}, {"frame_start_tokens": 2, "condition_image_tokens": 0}])
 def test_a_layout_of_another_model_has_one_stream(changed: dict[str, Any]) -> None:
     layout = load_mapping("lumos1_256p")["layout"]
@@ -411,6 +466,10 @@ def test_a_short_condition_has_no_image() -> None:
         ("demo", {"condition_tokens": -1}, "condition_tokens"),
         ("lumos1_256p", {"condition_tokens": 4}, "condition tokens must be 5 or more"),
         ("lumos1_256p", {"condition_tokens": 1832}, "condition tokens must be 1833 or more"),
+        ("lumos1_256p", {"negative_tokens": 5}, "--negative-tokens is for models that make one token after the other"),
+        ("demo", {"negative_tokens": 0}, "--negative-tokens must lie between 1 and 1,048,576, not 0"),
+        ("demo", {"negative_tokens": 2**21}, "--negative-tokens must lie between 1 and 1,048,576, not 2097152"),
+        ("demo", {"negative_tokens": 3, "condition_tokens": 0}, "needs a condition, and this video has none"),
     ],
 )
 def test_impossible_numbers_are_named(source: str, options: dict[str, int], words: str) -> None:

@@ -31,8 +31,9 @@ def row(name: str) -> Callable[[Callable[[openai.OpenAI], Any]], Callable[[opena
 @row("POST /v1/videos")
 def create(client: openai.OpenAI) -> Any:
     options = {
-        "num_frames": 5, "seed": 3, "guidance_scale": 2.5, "packcache_grid": [2, 3], "packcache_window": 4,
-        "packcache_exact": True, "packcache_deep": {"a": {"b": 1.5}}, "packcache_policy": "full",
+        "num_frames": 5, "seed": 3, "guidance_scale": 2.5, "negative_prompt": "rain",
+        "packcache_grid": [2, 3], "packcache_window": 4, "packcache_exact": True,
+        "packcache_deep": {"a": {"b": 1.5}}, "packcache_policy": "full",
     }  # fmt: skip
     video = client.videos.create(
         prompt="a cat",

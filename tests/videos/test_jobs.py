@@ -100,11 +100,15 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_OWN_LOOKS", 0.0)
 
 
-def run(folder: Path, play: Callable[[Jobs, Engine], Coroutine[Any, Any, Any]], **limits: Any) -> Any:
+def run(
+    folder: Path, play: Callable[[Jobs, Engine], Coroutine[Any, Any, Any]], guidance: Any = None, **limits: Any
+) -> Any:
     async def main() -> Any:
         engine = Engine()
         videos = VideosConfig(store=str(folder), tokenizer="demo", **limits)
-        config = dataclasses.replace(ServerConfig.parse("packcache", {"layout": "demo"}), videos=videos)
+        config = dataclasses.replace(
+            ServerConfig.parse("packcache", {"layout": "demo", "guidance": guidance}), videos=videos
+        )
         jobs = Jobs(engine, config, "m")  # type: ignore[arg-type]
         await jobs.start()
         try:
@@ -373,6 +377,66 @@ def test_a_remix_is_the_same_of_another_prompt(tmp_path: Path) -> None:
         for make in (jobs.remix(first.id, "a dog"), jobs.extend(first.id, body)):
             with pytest.raises(Refusal, match="made by 'm', and another is served here"):
                 await make
+
+    run(tmp_path, play)
+
+
+@pytest.mark.parametrize("negative", [None, "night"])
+def test_a_guided_video_stays_guided(tmp_path: Path, negative: str | None) -> None:
+    """Both streams are seen, the job says what guides it, and so it is when it goes on or is made of another prompt."""
+
+    async def play(jobs: Jobs, engine: Engine) -> None:
+        first = await jobs.create(BODY.model_copy(update={"guidance_scale": 3.0, "negative_prompt": negative}))
+        frames = [event.data for event in await events(jobs, first.id) if event.kind == "frame"]
+        streams = frames[-1]["streams"]
+        assert streams.keys() == {"conditional", "unconditional"}
+        assert {own["full_tokens"] for own in streams.values()} == {CONDITION_TOKENS + MADE * FRAME_TOKENS}
+        assert frames[-1]["full_tokens"] == 2 * (CONDITION_TOKENS + MADE * FRAME_TOKENS)
+        longer = await jobs.extend(first.id, VideoBody(num_frames=2))
+        other = await jobs.remix(first.id, "a blue square moves left")
+        said = {"policy": "packcache", "guidance": 3.0, **({"negative_prompt": negative} if negative else {})}
+        for job in (first, longer, other):
+            await events(jobs, job.id)
+            assert job.request["options"] == said
+        (prompt, params), (_, more), (remixed, again) = (engine.asked[job.id] for job in (first, longer, other))
+        condition = params.extra_args["packcache_negative_prompt_ids"]
+        # The same picture behind another text.
+        assert (condition[32:], condition[:32] != prompt[:32]) == (prompt[32:], True)
+        assert prompt != remixed
+        for own in (params, more, again):
+            assert own.extra_args["packcache_guidance"] == 3
+            assert own.extra_args["packcache_negative_prompt_ids"] == condition
+        # Whoever does not want it any more says so.
+        plain = await jobs.extend(first.id, VideoBody(num_frames=2, guidance_scale=1.0))
+        assert plain.request["options"] == {"policy": "packcache"}
+        assert "streams" not in (await events(jobs, plain.id))[-2].data
+        with pytest.raises(Refusal, match="negative_prompt is for guided videos: give guidance_scale too"):
+            await jobs.create(BODY.model_copy(update={"negative_prompt": "night"}))
+
+    run(tmp_path, play, guidance=True)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0, 1.0])
+def test_a_server_that_guides_by_itself(tmp_path: Path, scale: float | None) -> None:
+    async def play(jobs: Jobs, engine: Engine) -> None:
+        assert jobs.about()["tokenizer"]["options"]["guidance_scale"]["default"] == 4
+        job = await jobs.create(BODY.model_copy(update={"guidance_scale": scale}))
+        await events(jobs, job.id)
+        used = 4 if scale is None else scale
+        assert job.request["options"].get("guidance", 1) == used
+        assert engine.asked[job.id][1].extra_args["packcache_guidance"] == used
+
+    run(tmp_path, play, guidance={"scale": 4})
+
+
+def test_a_server_that_guides_no_videos_says_so(tmp_path: Path) -> None:
+    async def play(jobs: Jobs, engine: Engine) -> None:
+        assert "guidance_scale" not in jobs.about()["tokenizer"]["options"]
+        for changed in ({"guidance_scale": 3.0}, {"negative_prompt": "night"}):
+            sentence = f"{next(iter(changed))} must be left out: this server guides no videos"
+            with pytest.raises(Refusal, match=sentence) as refused:
+                await jobs.create(BODY.model_copy(update=changed))
+            assert refused.value.status == 400
 
     run(tmp_path, play)
 

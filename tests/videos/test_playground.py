@@ -243,6 +243,32 @@ def test_options_that_were_changed_are_sent(page: Any, fake: Fake) -> None:
 
 
 @in_a_browser
+@pytest.mark.parametrize(
+    ("field", "label", "text"),
+    [
+        ("negative_prompt", "Negative prompt", "night"),
+        ("packcache_negative_prompt_ids", "Negative prompt ids", "[1, 2, 3]"),
+    ],
+)
+def test_guidance_is_offered_where_there_is_any(browser: Any, field: str, label: str, text: str) -> None:
+    """As `vllm_packcache.media.processors.base.ranges` tells a page of it."""
+    options = {"guidance_scale": {"default": 2.25, "least": 1, "most": 30}, field: {"default": ""}}
+    fake = Fake(tokenizer={"options": options})
+    with serving(fake) as address, opened(browser, address) as page:
+        page.get_by_text("More", exact=True).click()
+        expect(page.get_by_label("Guidance scale")).to_have_value("2.25")
+        click(page, "Make", "#form")
+        state(page).to_contain_text("20 frames in")
+        page.get_by_label("Guidance scale").fill("3.5")
+        page.get_by_label(label, exact=True).fill(text)
+        click(page, "Make", "#form")
+        expect(page.locator("#list li")).to_have_count(2)
+    first, second = fake.asked
+    assert not {"guidance_scale", field} & set(first)
+    assert second.items() >= {"guidance_scale": "3.5", field: text}.items()
+
+
+@in_a_browser
 def test_what_cannot_be_asked_for_is_said_beside_the_form(page: Any, fake: Fake) -> None:
     message = page.locator("#form-message")
     page.get_by_role("textbox", name="Prompt").fill(" ")

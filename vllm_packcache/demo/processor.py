@@ -54,7 +54,9 @@ class DemoProcessor:
 
     def __init__(self, server: ServerConfig | None = None, max_model_len: int | None = None) -> None:
         if server is not None:
-            check_frames(server, self._options(1), CONDITION_TOKENS, FRAME_TOKENS, "demo")
+            options = base.unguided(self._options(1), server.guidance)
+            check_frames(server, options, CONDITION_TOKENS, FRAME_TOKENS, "demo")
+        self._guidance = None if server is None else server.guidance
         self._most = max_model_len
         self._tokenizer = VideoTokenizer()
 
@@ -72,13 +74,13 @@ class DemoProcessor:
             "most_frames": most,
             "picture": "required",
             "clip": False,
-            "options": base.ranges("causal"),
+            "options": base.ranges("causal", self._guidance),
             "examples": [self._example],
         }
 
     def prepare(self, asked: Asked) -> Prepared:
         """See `VideoProcessor.prepare`."""
-        own, sampling = base.told(asked, "causal", OWN_OPTIONS)
+        own, sampling = base.told(asked, "causal", OWN_OPTIONS, self._guidance)
         base.no_ids(asked)
         check_picture(asked)
         if asked.picture is None:
@@ -88,8 +90,9 @@ class DemoProcessor:
             raise ValueError(f"num_frames must be 2 or more, not {pictures}: the given picture is the first one")
         base.check_length(CONDITION_TOKENS + (pictures - 1) * FRAME_TOKENS, self._most, SHORTER)
         picture = self._tokenizer.encode_image(asked.picture)
+        own = base.guided(asked, own, self._guidance, lambda text: self._condition(text, picture))
         return Prepared(
-            prompt_ids=self._tokenizer.build_prompt_from_ids(readable(asked.prompt), picture),
+            prompt_ids=self._condition(asked.prompt, picture),
             options={**own, **self._options(pictures - 1)},
             sampling=sampling,
             tokens_per_frame=FRAME_TOKENS,
@@ -102,7 +105,7 @@ class DemoProcessor:
 
     def extend(self, kept: Kept, asked: Asked) -> Prepared:
         """See `VideoProcessor.extend`."""
-        own, sampling = base.told(asked, "causal", OWN_OPTIONS)
+        own, sampling = base.told(asked, "causal", OWN_OPTIONS, self._guidance)
         base.no_ids(asked)
         base.nothing_given(asked)
         check_picture(asked)
@@ -110,12 +113,14 @@ class DemoProcessor:
         history = [*kept.prompt_ids[CONDITION_TOKENS:], *kept.frame_ids.ravel().tolist()]
         base.check_length(CONDITION_TOKENS + len(history) + added * FRAME_TOKENS, self._most, SHORTER)
         picture = np.array(kept.prompt_ids[CONDITION_TOKENS - GRID * GRID : CONDITION_TOKENS])
-        text = readable(asked.prompt)
-        condition = self._tokenizer.build_prompt_from_ids(text, picture) if text else kept.prompt_ids[:CONDITION_TOKENS]
+        own = base.guided(asked, {**kept.options, **own}, self._guidance, lambda text: self._condition(text, picture))
+        condition = kept.prompt_ids[:CONDITION_TOKENS]
+        if readable(asked.prompt):
+            condition = self._condition(asked.prompt, picture)
         decoder = _Decoder(self._tokenizer, kept.given)
         return Prepared(
             prompt_ids=[*condition, *history],
-            options={**kept.options, **own, **self._options(added), "condition_tokens": CONDITION_TOKENS},
+            options={**own, **self._options(added), "condition_tokens": CONDITION_TOKENS},
             sampling=sampling,
             tokens_per_frame=FRAME_TOKENS,
             made=added,
@@ -128,6 +133,10 @@ class DemoProcessor:
     def decoder(self, prepared: Prepared) -> _Decoder:
         """See `VideoProcessor.decoder`."""
         return _Decoder(self._tokenizer, prepared.given)
+
+    def _condition(self, text: str, picture: Int64) -> list[int]:
+        """A sentence and a picture, token ids [16, 16], as the model reads them."""
+        return self._tokenizer.build_prompt_from_ids(readable(text), picture)
 
     @staticmethod
     def _options(frames: int) -> dict[str, Any]:

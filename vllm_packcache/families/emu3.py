@@ -23,11 +23,30 @@ from vllm_packcache.core.plan import REQUEST_PREFIX, VideoRequest
 from vllm_packcache.families.base import Prompt, Server
 from vllm_packcache.families.decoder import Decoder
 
+SPECIAL_BEGIN = 151_643
+"""The first id that is no text: those of special tokens follow, then visual ones."""
+
+ROW_END = 151_846
+FRAME_END = 151_847
+BEGIN = 151_849
 IMAGE_TOKEN = 151_851
 IMAGE_BEGIN = 151_852
+IMAGE_END = 151_853
+VISUAL_BEGIN = 151_854
 
-CHARACTERS = {**{15 + digit: str(digit) for digit in range(10)}, 9: "*"}
+STAR = 9
+DIGITS = tuple(range(15, 25))
+CHARACTERS = {**{token: str(digit) for digit, token in enumerate(DIGITS)}, STAR: "*"}
 """Of the ids that a size is made of."""
+
+TEMPERATURE, TOP_K = 1.0, 2048
+"""Of Emu3's published sampling, and of UniVLA's with vLLM."""
+
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+"""That Emu3's published guidance leads away from."""
 
 LONGEST_HEAD = 16
 """Tokens from where a head begins at the earliest to its end: three numbers of four digits, and what separates them."""
@@ -72,6 +91,23 @@ class Emu3(Decoder):
         if stated_size(condition) is None:
             return None
         return (condition[0], *condition[max(1, list(condition).index(IMAGE_BEGIN)) :])
+
+
+def is_text(id: int) -> bool:
+    """Whether an id may stand in the text of a prompt."""
+    return 0 <= id < SPECIAL_BEGIN
+
+
+def head(grid: tuple[int, int], frames: int | None = None) -> list[int]:
+    """What a picture begins with.
+
+    Args:
+        grid: rows and columns, that it states.
+        frames: that it states before them, as UniVLA's do; None: as Emu3's, none.
+    """
+    numbers = "*".join(str(number) for number in ((*grid,) if frames is None else (frames, *grid)))
+    size = [STAR if character == "*" else DIGITS[int(character)] for character in numbers]
+    return [IMAGE_BEGIN, *size, IMAGE_TOKEN]
 
 
 def stated_size(prompt: Sequence[int]) -> tuple[int, int] | None:

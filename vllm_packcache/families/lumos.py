@@ -422,6 +422,11 @@ def given_frames(prompt_ids: Sequence[int], layout: VideoLayout) -> int:
     return frames
 
 
+def is_text(id: int) -> bool:
+    """Whether an id may stand in the text of a prompt."""
+    return 0 <= id < VISUAL_BEGIN and id not in STRUCTURE
+
+
 def check_text(prompt_ids: Sequence[int]) -> None:
     """Check what stands before the first picture: ids of structure stand where `text_prompt` puts them.
 
@@ -440,7 +445,7 @@ def check_text(prompt_ids: Sequence[int]) -> None:
             f"before the prompt's video begin ({VIDEO_BEGIN}) stand the begin of the sequence ({BOS}), the text and a "
             f"separator ({SEPARATOR})"
         )
-    for wrong in (id for id in ids[1 : begin - 1] if id in STRUCTURE or id >= VISUAL_BEGIN or id < 0):
+    for wrong in (id for id in ids[1 : begin - 1] if not is_text(id)):
         raise ValueError(f"the text of the prompt holds {wrong}, which is no text to this model: leave it out")
     for number in ids[begin + 1 : begin + VIDEO_START_TOKENS]:
         if not NUMBER_ZERO <= number < MASK:

@@ -98,6 +98,13 @@ def middle(width: int | Fraction, height: int, wide: int, high: int) -> tuple[Fr
     return min(Fraction(width), Fraction(height * wide, high)), min(Fraction(height), width * Fraction(high, wide))
 
 
+def used(size: tuple[int, int], asked: tuple[int, int]) -> str:
+    """What of a picture of a size, width and height, `fit` takes for another one, in words."""
+    across, down = (round(side) for side in middle(*size, *asked))
+    part = "all" if (across, down) == size else f"the middle {across} x {down}"
+    return f"{part} of {size[0]} x {size[1]} pixels, as {asked[0]} x {asked[1]}"
+
+
 def fit(picture: Pixels, width: int, height: int, aspect: Fraction = Fraction(1)) -> Pixels:
     """A picture, resized to cover ``width`` x ``height`` pixels, of which the middle is cut out.
 

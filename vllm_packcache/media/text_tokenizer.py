@@ -1,7 +1,8 @@
-"""Text as a masked model reads it."""
+"""Text as a model reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -14,13 +15,14 @@ class TextTokenizer:
 
     Args:
         path: a folder with ``tokenizer.json``, or such a file.
+        is_text: whether an id may stand in a text of the model: `lumos.is_text`, or another family's.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is no tokenizer.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_text: Callable[[int], bool] = lumos.is_text) -> None:
         file = path if path.suffix == ".json" else path / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: the text needs a Hugging Face tokenizer")
@@ -29,16 +31,16 @@ class TextTokenizer:
         # The library raises nothing narrower.
         except Exception as error:
             raise ValueError(f"{file} is no Hugging Face tokenizer: {error}") from None
-        self._file = file
+        self._file, self._is_text = file, is_text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, such as `lumos.question`, without the begin of the sequence: `lumos.text_prompt` puts it.
+        """Ids of a text, without the begin of the sequence: who puts a prompt together puts it.
 
         Raises:
             ValueError: they cannot stand before a video.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        for wrong in (id for id in ids if id >= lumos.VISUAL_BEGIN or id in lumos.STRUCTURE):
+        for wrong in (id for id in ids if not self._is_text(id)):
             raise ValueError(
                 f"{self._file} makes {wrong} of {self._tokenizer.id_to_token(wrong)!r}, no id of text for this model: "
                 "leave it out, or give the model's own tokenizer"

@@ -1,12 +1,16 @@
-"""Video as a masked model sees it: discrete codes, a grid of them for every latent frame.
+"""Video as a model sees it: discrete codes, a grid of them for every latent frame.
 
-A latent frame stands for `lumos.FRAMES_PER_LATENT` frames of the video, the first for one: 1 + 4 k frames are 1 + k
-latent frames.
+For Lumos-1 a latent frame stands for `lumos.FRAMES_PER_LATENT` frames of the video, the first for one: 1 + 4 k frames
+are 1 + k latent frames.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +21,8 @@ from torch import Tensor
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import FRAMES_PER_LATENT, PIXELS_PER_TOKEN
 from vllm_packcache.media.pictures import Pixels
+
+logger = logging.getLogger("vllm.packcache")
 
 Codes = npt.NDArray[np.int64]
 
@@ -31,10 +37,10 @@ class VideoTokenizer(Protocol):
         """Codes of a video.
 
         Args:
-            pixels: uint8, [T, H, W, 3], where T is 1 + 4 k.
+            pixels: uint8, [T, H, W, 3], where T is 1 + 4 k, or any where each frame is one by itself.
 
         Returns:
-            int64, [t, rows, columns], where t is 1 + k.
+            int64, [t, rows, columns], where t is 1 + k, or T.
 
         Raises:
             ValueError: there is no such video, or it cannot be encoded.
@@ -121,6 +127,39 @@ class CosmosTokenizer:
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{file} fails with an input of shape {list(given.shape)}: {reason}") from None
+
+
+class OneAtATime:
+    """A video tokenizer for several threads: two that run at once need twice the memory, which the model has.
+
+    Args:
+        tokenizer: that does the work.
+    """
+
+    def __init__(self, tokenizer: VideoTokenizer) -> None:
+        self._tokenizer, self._turn = tokenizer, Lock()
+
+    def encode(self, pixels: Pixels) -> Codes:
+        """See `VideoTokenizer.encode`."""
+        with self._turn, _for_clients():
+            return self._tokenizer.encode(pixels)
+
+    def decode(self, codes: Codes) -> Pixels:
+        """See `VideoTokenizer.decode`."""
+        with self._turn, _for_clients():
+            return self._tokenizer.decode(codes)
+
+
+@contextmanager
+def _for_clients() -> Iterator[None]:
+    """Tell the log why a tokenizer fails, and the client that it does: the reason names files of the server."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        logger.warning("--video-tokenizer: %s", " ".join(str(error).split()))
+        raise ValueError(
+            "the server's video tokenizer failed, and its log says why: ask for a smaller size, or try again later"
+        ) from None
 
 
 def _load(file: Path, device: str) -> torch.jit.ScriptModule:

@@ -1,7 +1,8 @@
-"""A sentence, and a picture or a video, become a video of Lumos-1: a client of ``/v1/videos``.
+"""A sentence, and a picture or a video, become a video: a client of ``/v1/videos``.
 
-The server writes the prompt, makes the frames and decodes them. What can be checked is checked here, before a server is
-started; the frames that are made are counted, and the finished file is fetched.
+The server writes the prompt, makes the frames and decodes them. What can be checked of a video of Lumos-1 is checked
+here, before a server is started or sent anything; of other models the server checks it. The frames that are made are
+counted, and the finished file is fetched.
 """
 
 from __future__ import annotations
@@ -44,10 +45,19 @@ KEY_VARIABLE = "VLLM_API_KEY"
 FLAGS = Names("--width and --height", "--frames", "--fps")
 """What the options of a video are called on the command line."""
 
+WIDTH, HEIGHT, FRAMES, RATE = 672, 384, 48, 8
+"""Of a Lumos-1's video, where nobody says."""
+
 LARGEST_FILE = LARGEST_BODY - 2**20
 """Bytes of a picture or a video: a request has other fields."""
 
 PATH = "/v1/videos"
+
+ABOUT = "/v1/playground"
+"""Where a server says what it can be asked for."""
+
+STEPS = "num_inference_steps"
+"""Its option by which a server's model makes frames in passes: of those that serve videos, a Lumos-1."""
 
 _QUICK = 60.0
 """Seconds for an answer that needs no work."""
@@ -63,8 +73,128 @@ _WAITS = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What somebody says of a video; None: nothing.
+
+    Args:
+        prompt: what is to be seen.
+        width: of a frame, in pixels.
+        height: of a frame.
+        frames: of the whole video, with what is given of it.
+        rate: frames a second.
+        seed: of all that is random.
+        steps: passes of a frame.
+        guidance: how much the prompt counts.
+        negative: what is not to be seen.
+        image: picture that it begins with.
+        video: video that it begins with.
+
+    Raises:
+        ConfigError: both a picture and a video are given, or one half of a size.
+    """
+
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    rate: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.image and self.video:
+            raise ConfigError("--image and --video: a video begins with one of them; leave one out")
+
+    def masked(self) -> Asked:
+        """The same of a Lumos-1, which the published options complete.
+
+        Raises:
+            ConfigError: it makes no such video.
+        """
+        if self.negative:
+            raise ConfigError("--negative-prompt is of models that make one token after the other: leave it out")
+        said: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
+        try:
+            options = MaskedOptions(**{name: value for name, value in said.items() if value is not None})
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+        return Asked(
+            prompt=self.prompt,
+            width=WIDTH if self.width is None else self.width,
+            height=HEIGHT if self.height is None else self.height,
+            frames=FRAMES if self.frames is None else self.frames,
+            rate=RATE if self.rate is None else self.rate,
+            options=options,
+            image=self.image,
+            video=self.video,
+        )
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Of a request to a server of a causal model, which checks and completes them.
+
+        Raises:
+            ConfigError: half of a size is said, or what such models have not.
+        """
+        if self.steps is not None:
+            raise ConfigError(
+                "--steps is of models that make frames in passes, as this server's does not: leave it out"
+            )
+        if (self.width is None) != (self.height is None):
+            raise ConfigError("--width and --height: give both, or leave both to the server")
+        fields = {
+            "prompt": _text(self.prompt),
+            "width": self.width,
+            "height": self.height,
+            "num_frames": self.frames,
+            "fps": self.rate,
+            "seed": self.seed,
+            "guidance_scale": self.guidance,
+            "negative_prompt": None if self.negative is None else _text(self.negative),
+        }
+        return {name: str(value) for name, value in fields.items() if value is not None}
+
+    def reference(self) -> bytes | None:
+        """The file that it begins with; None: there is none.
+
+        Raises:
+            ConfigError: it is too large, or no picture.
+            OSError: it cannot be read.
+        """
+        if (path := self.image or self.video) is None:
+            return None
+        flag = "--image" if self.image else "--video"
+        data = _file(path, flag)
+        if self.image:
+            try:
+                _check_picture(data)
+            except ValueError as error:
+                raise ConfigError(f"{flag} {path}: {error}") from None
+        return data
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is sent.
+
+    Args:
+        fields: of a request, without what the video begins with.
+        reference: that, as a file.
+        unit: what frames of an event are.
+    """
+
+    fields: Mapping[str, str]
+    reference: bytes | None
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The video that is asked for.
+    """A video of a Lumos-1 that is asked for.
 
     Args:
         prompt: what is to be seen.
@@ -77,7 +207,7 @@ class Asked:
         video: video that it begins with.
 
     Raises:
-        ConfigError: a prompt cannot state this, or both a picture and a video are given.
+        ConfigError: a prompt cannot state this.
     """
 
     prompt: str
@@ -94,8 +224,6 @@ class Asked:
             self.stated  # noqa: B018
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if self.image and self.video:
-            raise ConfigError("--image and --video: a video begins with one of them; leave one out")
 
     @property
     def stated(self) -> Stated:
@@ -106,13 +234,12 @@ class Asked:
     def fields(self) -> dict[str, str]:
         """Of a request, without what it begins with."""
         return {
-            # What is no text, as half a character is none, is marked.
-            "prompt": self.prompt.encode("utf-8", "replace").decode(),
+            "prompt": _text(self.prompt),
             "size": f"{self.width}x{self.height}",
             "num_frames": str(self.frames),
             "fps": str(self.rate),
             "seed": str(self.options.seed),
-            "num_inference_steps": str(self.options.steps),
+            STEPS: str(self.options.steps),
             "guidance_scale": str(self.options.guidance),
         }
 
@@ -127,27 +254,16 @@ class Asked:
         if path is None:
             return None
         flag = "--image" if self.image else "--video"
-        try:
-            size = path.stat().st_size
-            data = path.read_bytes() if size <= LARGEST_FILE else b""
-        except OSError as error:
-            raise OSError(f"{flag} {path} cannot be read: {error.strerror}") from None
-        if size > LARGEST_FILE:
-            raise ConfigError(f"{flag} {path} has {size:,} bytes, and a server takes {LARGEST_FILE:,}: give less of it")
+        data = _file(path, flag)
         try:
             if self.image:
-                self._check_picture(data)
+                _check_picture(data)
+                self.stated.left(1)
             else:
                 self._check_clip(path, data)
         except ValueError as error:
             raise ConfigError(f"{flag} {path}: {error}") from None
         return data
-
-    def _check_picture(self, data: bytes) -> None:
-        if clip_suffix(data) is not None:
-            raise ValueError("a server takes this for a video: give a PNG, JPEG or WebP file, or give it as --video")
-        read_picture_bytes(data)
-        self.stated.left(1)
 
     def _check_clip(self, path: Path, data: bytes) -> None:
         known = clip_suffix(data) is not None
@@ -157,8 +273,36 @@ class Asked:
         self.stated.used(clip, "it")
 
 
+def _text(text: str) -> str:
+    """A text; what is none in it, as half a character is, is marked."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _file(path: Path, flag: str) -> bytes:
+    """A file that a server takes.
+
+    Raises:
+        ConfigError: it is too large.
+        OSError: it cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= LARGEST_FILE else b""
+    except OSError as error:
+        raise OSError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    if size > LARGEST_FILE:
+        raise ConfigError(f"{flag} {path} has {size:,} bytes, and a server takes {LARGEST_FILE:,}: give less of it")
+    return data
+
+
+def _check_picture(data: bytes) -> None:
+    if clip_suffix(data) is not None:
+        raise ValueError("a server takes this for a video: give a PNG, JPEG or WebP file, or give it as --video")
+    read_picture_bytes(data)
+
+
 def generate(
-    asked: Asked,
+    wanted: Wanted,
     out: Path,
     *,
     model: Path | None = None,
@@ -170,7 +314,7 @@ def generate(
     """Have a video made by a server that runs, or by one of our own, and write it.
 
     Args:
-        asked: the video.
+        wanted: the video.
         out: its file; the log of our server lies beside it.
         model: checkpoint that our server serves.
         tokenizer: folder of both tokenizers, of text and of video, for our server.
@@ -193,8 +337,11 @@ def generate(
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out ends with {' or '.join(SUFFIXES)}, not {out.name[-80:]!r}")
     key = api_key or os.environ.get(KEY_VARIABLE) if url is not None else None
-    arguments = [] if model is None else own_arguments(asked, model, tokenizer, config)
-    reference = asked.reference()
+    ready, arguments = None, []
+    if model is not None:
+        asked = wanted.masked()
+        arguments = own_arguments(asked, model, tokenizer, config)
+        ready = _ready(asked)
     console = Console()
     with claimed(out) as put, terminating_on_sigterm():
         watch = _Watch()
@@ -204,11 +351,21 @@ def generate(
         with running as address, closing(_client(address, key)) as client:
             if model is not None:
                 watch.lap("server")
-            data = _made(client, asked, reference, console, watch)
-        put(as_gif(data, asked.rate) if out.suffix == ".gif" else data)
+            # Before a file is sent to a server that would not read it.
+            options = _about(client, address)
+            if ready is None:
+                ready = _ready(wanted.masked() if STEPS in options else wanted)
+            video, data = _made(client, ready, console, watch)
+        frames, rate = video["frames"], video["fps"]
+        put(as_gif(data, rate) if out.suffix == ".gif" else data)
         watch.lap("writing")
-    console.print(f"wrote [bold]{escape(str(out))}[/], {asked.frames} frames at {asked.rate} a second", soft_wrap=True)
+    console.print(f"wrote [bold]{escape(str(out))}[/], {frames} frames at {rate} a second", soft_wrap=True)
     console.print(f"took {watch}", soft_wrap=True)
+
+
+def _ready(asked: Asked | Wanted) -> _Ready:
+    unit = "latent frames" if isinstance(asked, Asked) else "frames"
+    return _Ready(asked.fields, asked.reference(), unit)
 
 
 # A server of our own
@@ -332,44 +489,59 @@ def _own_server(model: Path, arguments: list[str], log: Path, console: Console) 
 
 
 def _client(address: str, key: str | None) -> httpx.Client:
-    """A client of a server that makes videos.
+    """A client of a server.
 
     Args:
         address: of the server.
         key: that it asks for, if it does.
 
     Raises:
-        ServerError: there is no such server, or it asks for another key.
+        ServerError: this is no address.
     """
     try:
         client = client_of(address, _QUICK)
-        if key:
-            client.headers["Authorization"] = f"Bearer {key}"
-        # Before a file is sent to a server that would not read it.
-        answer = client.get(PATH, params={"limit": 1})
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"the server at {address} does not answer: {error}") from None
-    if answer.status_code == httpx.codes.UNAUTHORIZED:
-        had = "does not take this API key" if key else "asks for an API key"
-        raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
-    if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
-        raise ServerError(f"the server at {address} makes no videos: start it with {STORE_FLAG} and {TOKENIZER_FLAG}")
-    _checked(answer)
+    if key:
+        client.headers["Authorization"] = f"Bearer {key}"
     return client
 
 
-def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: Console, watch: _Watch) -> bytes:
+def _about(client: httpx.Client, address: str) -> Mapping[str, Any]:
+    """What a server can be asked for.
+
+    Raises:
+        ServerError: there is no such server, it makes no videos, or it asks for another key.
+    """
+    try:
+        answer = client.get(ABOUT)
+    except httpx.HTTPError as error:
+        raise ServerError(f"the server at {address} does not answer: {error}") from None
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        had = "does not take this API key" if "Authorization" in client.headers else "asks for an API key"
+        raise ServerError(f"the server at {address} {had}: give its own with --api-key, or in {KEY_VARIABLE}")
+    none = f"the server at {address} makes no videos: start it with {STORE_FLAG} and {TOKENIZER_FLAG}"
+    if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
+        raise ServerError(none)
+    try:
+        options: Mapping[str, Any] = _checked(answer).json()["tokenizer"]["options"]
+    except (ValueError, LookupError, TypeError):
+        raise ServerError(none) from None
+    return options
+
+
+def _made(client: httpx.Client, ready: _Ready, console: Console, watch: _Watch) -> tuple[Mapping[str, Any], bytes]:
     """Have a video made.
 
     Returns:
-        Its file, MP4.
+        What the server says of it, and its file, MP4.
 
     Raises:
         ServerError: the server refuses it, fails it, or is not there any more.
     """
-    parts: dict[str, Any] = {name: (None, value) for name, value in asked.fields.items()}
-    if reference is not None:
-        parts["input_reference"] = ("input_reference", reference, "application/octet-stream")
+    parts: dict[str, Any] = {name: (None, value) for name, value in ready.fields.items()}
+    if ready.reference is not None:
+        parts["input_reference"] = ("input_reference", ready.reference, "application/octet-stream")
     try:
         # What it begins with is encoded before the answer, on a CPU for minutes.
         video = _checked(client.post(PATH, files=parts, timeout=httpx.Timeout(_QUICK, read=None))).json()
@@ -378,7 +550,7 @@ def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: 
                 console.print(escape(note), soft_wrap=True)
             made = 0
             with _progress(console) as progress:
-                task = progress.add_task("latent frames", total=asked.stated.latent_frames)
+                task = progress.add_task(ready.unit, total=None)
 
                 def seen(frame: Mapping[str, Any]) -> None:
                     nonlocal made
@@ -386,12 +558,12 @@ def _made(client: httpx.Client, asked: Asked, reference: bytes | None, console: 
                     done = frame["frame"] + 1
                     progress.update(task, completed=done, total=frame["frames"])
                     if done == frame["frames"]:
-                        watch.lap(f"{made} latent frames")
+                        watch.lap(f"{made} {ready.unit}")
                         progress.update(task, description="decoding")
 
                 _follow(client, video["id"], seen)
             watch.lap("decoding")
-            return _checked(client.get(f"{PATH}/{video['id']}/content")).content
+            return video, _checked(client.get(f"{PATH}/{video['id']}/content")).content
     except httpx.HTTPError as error:
         raise ServerError(f"the server at {client.base_url} does not answer: {_said_of(error)}") from None
 

@@ -1,7 +1,7 @@
 """Pictures and text of what a configuration keeps: which blocks live while each frame is made, and at which positions.
 
 Everything shown is asked of `Retention` and `Positions`, the same objects that scheduler and worker obey. Of a video
-that is made masked (`vllm_packcache.families.lumos`) both streams are shown.
+that is made masked (`vllm_packcache.families.lumos`) both streams are shown, and so are those of a guided causal one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from rich.text import Text
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, shown_path
-from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.guidance import GuidanceConfig
+from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 FRAMES, MOST_FRAMES = 12, 1000
 """Drawn where nobody says how many, and at most."""
 
+MOST_NEGATIVE = 2**20
+"""Tokens of a second stream's condition: more than any model's sequences have."""
+
 TEXT_TOKENS = 32
 """Tokens of text assumed before the conditioning image, where nobody says how many there are."""
 
@@ -50,6 +54,7 @@ class Overview:
 
     Args:
         tokens: live and full tokens of every frame.
+        blocks: how many live while the last one is made.
         retained: `FrameView.retained` of every frame.
         condition_stops: how far into the condition anything lives while each frame is made, in tokens.
         oldest: the largest temporal distance of a live block.
@@ -57,6 +62,7 @@ class Overview:
     """
 
     tokens: list[FrameTokens]
+    blocks: int
     retained: list[Int64]
     condition_stops: list[int]
     oldest: int
@@ -72,8 +78,8 @@ class Explanation:
         retention: the decisions.
         positions: where the model sees what is kept.
         frames: how many frames to show.
-        unconditional: the same video in the other stream of masked generation; None: there is none, frames are made
-            token by token.
+        unconditional: the same video in the other stream; None: there is none, and frames are made token by token.
+        masked: whether frames are made in passes.
         example: whether what is kept depends on what is seen, and that is an example.
     """
 
@@ -82,6 +88,7 @@ class Explanation:
     positions: Positions
     frames: int
     unconditional: Explanation | None = None
+    masked: bool = False
     example: bool = False
 
     @property
@@ -93,12 +100,21 @@ class Explanation:
 
     @property
     def passes_summary(self) -> list[str]:
-        """How a frame is made masked and what that reads, in sentences; none, if it is made token by token."""
+        """How a frame is made in two streams and what that reads, in sentences; none, where there is one."""
         if self.unconditional is None:
             return []
+        last, other = (stream.overview.tokens[-1] for stream in self.streams.values())
+        if not self.masked:
+            live, whole = last.live + other.live, last.full + other.full
+            blocks = [stream.overview.blocks for stream in self.streams.values()]
+            return [
+                "Every token is sampled from the logits of both streams, and fed to both.",
+                f"At the end of frame {last.frame} attention reads {last.live:,} + {other.live:,} = {live:,} keys in "
+                f"{blocks[0]:,} + {blocks[1]:,} = {sum(blocks):,} blocks; with the full cache {last.full:,} + "
+                f"{other.full:,} = {whole:,} keys: {100 * live / whole:.0f} %.",
+            ]
         options = MaskedOptions()
         passes = options.steps + 1
-        last, other = (stream.overview.tokens[-1] for stream in self.streams.values())
         read, full = (passes * (own + others) for own, others in zip(last[1:], other[1:], strict=True))
         return [
             f"A frame is made in {options.steps} + 1 passes of both streams: {options.steps} choose its tokens, the "
@@ -184,7 +200,7 @@ class Explanation:
         tokens = []
         retained = []
         condition_stops = []
-        oldest = 0
+        blocks = oldest = 0
         first_dropping = None
         for view in self.views():
             tokens.append(view.tokens)
@@ -192,10 +208,11 @@ class Explanation:
             condition = np.flatnonzero(view.states == IN_CONDITION)
             condition_stop = int(condition[-1] + 1) * self.retention.block_size if len(condition) else 0
             condition_stops.append(min(condition_stop, self.retention.layout.condition_tokens))
+            blocks = int(np.count_nonzero(view.states >= IN_CONDITION))
             oldest = max(oldest, int(view.states.max()))
             if first_dropping is None and np.any(view.states == DROPPED):
                 first_dropping = view.tokens.frame
-        return Overview(tokens, retained, condition_stops, oldest, first_dropping)
+        return Overview(tokens, blocks, retained, condition_stops, oldest, first_dropping)
 
     def view(self, frame: int) -> FrameView:
         """What lives while ``frame`` is made."""
@@ -212,6 +229,7 @@ def explain(
     *,
     frames: int | None = None,
     condition_tokens: int | None = None,
+    negative_tokens: int | None = None,
     block_size: int = 16,
     sequence: Path | None = None,
 ) -> Explanation:
@@ -223,6 +241,8 @@ def explain(
         frames: frames of the video; by default as many as ``sequence`` has, or `FRAMES`.
         condition_tokens: tokens before frame 0; by default what ``sequence`` says, or a short text and the conditioning
             image.
+        negative_tokens: of the condition of a guided causal video's second stream; by default what the configuration
+            says of videos that it guides; None: there is no second stream.
         block_size: tokens of a KV-cache block.
         sequence: file with the video's token ids, for a policy that reads them, and only for such; by default an
             example, `example_frames`.
@@ -264,25 +284,55 @@ def explain(
             f"condition tokens must be {least} or more, not {condition_tokens}: so many has a prompt of this model "
             "without any words"
         )
+    if negative_tokens is not None:
+        if family.role != "causal" or config.layout.axis_scale is not None:
+            raise ConfigError(
+                "--negative-tokens is for models that make one token after the other, at positions of one axis: leave "
+                "it out"
+            )
+        if not 1 <= negative_tokens <= MOST_NEGATIVE:
+            raise ConfigError(f"--negative-tokens must lie between 1 and {MOST_NEGATIVE:,}, not {negative_tokens}")
+        if condition_tokens == 0:
+            raise ConfigError("--negative-tokens needs a condition, and this video has none: raise --condition-tokens")
     name = "JSON" if source.lstrip().startswith("{") else Path(source).name
     title = f"{name}: {config.name}{seen}"
 
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
-        # A stream is the end of the sequence, with a condition of its own.
-        tokens = None if ids is None else lookup(ids[condition_tokens - layout.condition_tokens :])
+        tokens = None if ids is None else lookup(_behind(ids, condition_tokens, layout.condition_tokens))
         retention = Retention(layout, config.policy, block_size, tokens)
         check_policy(retention, frames)
-        return Explanation(title, retention, positions, frames, unconditional, example)
+        return Explanation(title, retention, positions, frames, unconditional, family.role == "canvas", example)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)
         if example:
             ids = np.concatenate([np.zeros(condition_tokens, dtype=np.int64), example_frames(frame, frames)])
-        others = [explanation(other) for other in family.other_layouts(layout)]
-        return explanation(layout, *others)
+        second = family.other_layouts(layout) or _guided_layout(config, layout, negative_tokens)
+        return explanation(layout, *map(explanation, second))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _guided_layout(config: ServerConfig, layout: VideoLayout, negative_tokens: int | None) -> tuple[VideoLayout, ...]:
+    """A guided video in its second stream, as a server would have it; nothing, where there is none."""
+    guidance = config.guidance
+    options: dict[str, Any] = {"condition_image_tokens": layout.condition_image_tokens}
+    if negative_tokens is not None:
+        options |= {"guidance": 2, "negative_prompt_ids": [0] * negative_tokens}
+    elif guidance is None or guidance.scale == 1 or guidance.negative_prompt_ids is None:
+        return ()
+    guiding = dataclasses.replace(config, guidance=guidance or GuidanceConfig())
+    said = {f"{REQUEST_PREFIX}{name}": value for name, value in options.items()}
+    made = guiding.request(said, layout.condition_tokens)
+    assert made is not None
+    return tuple(stream.plan.layout for stream in made.streams[1:])
+
+
+def _behind(ids: Int64, condition_tokens: int, own: int) -> Int64:
+    """Ids of a stream whose condition has ``own`` tokens: it ends as the video's does, with the same picture."""
+    missing = max(0, own - condition_tokens)
+    return np.concatenate([np.zeros(missing, dtype=np.int64), ids[max(0, condition_tokens - own) :]])
 
 
 def _ids(path: Path, condition_tokens: int | None, usual: int) -> tuple[Int64, int]:
@@ -538,7 +588,7 @@ _OUTLINED_FRAMES = 64
 def draw(explanation: Explanation, path: Path) -> None:
     """Write a PNG or SVG, a row a frame: live blocks, positions of their frames, live tokens beside the full cache.
 
-    Of masked generation both streams are drawn, one below the other.
+    Both streams of a video that has two are drawn, one below the other.
 
     Raises:
         OSError: the file cannot be written.

@@ -26,7 +26,7 @@ from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.policies import Full as KeepsAll
-from vllm_packcache.media.processors.base import Asked, Prepared, VideoProcessor, processor_of
+from vllm_packcache.media.processors.base import NEGATIVE, Asked, Prepared, VideoProcessor, processor_of
 from vllm_packcache.videos.files import INPUT
 from vllm_packcache.videos.living import Living
 from vllm_packcache.videos.making import Making, kept
@@ -315,7 +315,7 @@ class Jobs:
             "seconds": f"{prepared.frames / prepared.fps:g}",
             "fps": prepared.fps,
             "frames": prepared.frames,
-            "options": {"policy": self._policy_of(made), **body.options},
+            "options": {"policy": self._policy_of(made), **_guidance_of(made, body, extended), **body.options},
             "notes": list(prepared.notes),
             "remixed_from": None if remixed is None else remixed.id,
             "extended_from": None if extended is None else extended.id,
@@ -562,6 +562,16 @@ def _why(error: Exception) -> tuple[str, str]:
     if isinstance(error, ValueError):
         return "invalid_frame", said
     return "server_error", f"{type(error).__name__}: {said}"
+
+
+def _guidance_of(made: VideoRequest, body: VideoBody, extended: Job | None) -> dict[str, Any]:
+    """What guides a causal video, for who looks at it: not only what its own request says."""
+    if made.guidance == 1:
+        return {}
+    negative = body.negative_prompt
+    if not negative and extended is not None and NEGATIVE not in body.options:
+        negative = extended.request["options"].get("negative_prompt")
+    return {"guidance": made.guidance, **({"negative_prompt": negative} if negative else {})}
 
 
 def _again(body: VideoBody, wanted: Asked) -> dict[str, Any] | None:

@@ -7,17 +7,18 @@ videos needs of it. Each is one file. What is common to them is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_packcache.config.errors import ConfigError, shown
-from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.config.guidance import GUIDANCE_KEY, MAX_GUIDANCE, GuidanceConfig
+from vllm_packcache.config.server import CONFIG_FLAG, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import MAX_FRAMES
 from vllm_packcache.core.plan import Role
 from vllm_packcache.families import lumos
@@ -37,17 +38,48 @@ BUNDLED = {
 IDS = "ids"
 """Says in words that there is no tokenizer."""
 
-COSMOS_FILES = ("tokenizer.json", "encoder.jit", "decoder.jit")
+TEXT_FILE = "tokenizer.json"
+"""The text tokenizer in a folder with those of a model."""
+
+COSMOS_FILES = (TEXT_FILE, "encoder.jit", "decoder.jit")
 """What a folder with the tokenizers of a Lumos-1 has."""
+
+EMU3_FILES = (TEXT_FILE, "config.json", "*.safetensors")
+"""What a folder with those of an Emu3 or of UniVLA's world model has: all but the text is of the vision tokenizer."""
+
+
+class Folder(NamedTuple):
+    """A kind of folders that an operator may name.
+
+    Args:
+        files: patterns of what is in it; those after the first tell it from the others.
+        role: how the models make frames that it is for.
+        processor: ``module:class``.
+    """
+
+    files: tuple[str, ...]
+    role: Role
+    processor: str
+
+
+FOLDERS = (
+    Folder(COSMOS_FILES, "canvas", "vllm_packcache.media.processors.lumos:LumosProcessor"),
+    Folder(EMU3_FILES, "causal", "vllm_packcache.media.processors.emu3:Emu3Processor"),
+)
 
 MOST_SEED = 2**63 - 1
 """Largest seed: both PyTorch's generators and the noise of masked models take it."""
+
+MOST_FRAMES_PER_SECOND = 240
 
 MOST_TEMPERATURE = 100.0
 """Above it what is drawn is as good as random."""
 
 OPTION_OF_FIELD = {"seed": "seed", "guidance": "guidance_scale", "steps": "num_inference_steps"}
-"""How a masked model's options are called by clients."""
+"""How a masked model's options are called by clients; of a causal one's ``guidance`` alone."""
+
+NEGATIVE = "negative_prompt_ids"
+"""Option of a guided request: the condition of its second stream."""
 
 SESSION_OPTIONS = ("session_tokens", "forget_frames", "forget_from")
 """Of turns of a session, which a video is not."""
@@ -66,9 +98,9 @@ class Asked:
         picture: that it begins with, of any size.
         clip: file of a video that it begins with.
         seed: of all that is random.
-        guidance: how much the prompt counts, of models that are guided.
+        guidance: how much the prompt counts, where videos are guided.
         steps: passes of a frame, of models that make frames in passes.
-        negative_prompt: what is not to be seen.
+        negative_prompt: what is not to be seen, where causal videos are guided.
         temperature: of tokens that are drawn one by one.
         top_p: of the same.
         top_k: of the same.
@@ -226,8 +258,8 @@ def processor_of(
 
     Args:
         name: of a bundled one; ``module:object``, where the object is a `VideoProcessor`, or makes pictures of ids (see
-            `vllm_packcache.media.processors.pictures`), and a class is called without arguments; a folder with
-            `COSMOS_FILES`; `IDS` or None: there is no tokenizer, and clients send and get ids.
+            `vllm_packcache.media.processors.pictures`), and a class is called without arguments; a folder of one
+            of `FOLDERS`; `IDS` or None: there is no tokenizer, and clients send and get ids.
         role: how the server's model makes frames.
         server: its configuration.
         max_model_len: most tokens of a sequence; None: not known.
@@ -256,16 +288,15 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
         _check_role(bundled.role, role)
         return cast(VideoProcessor, bundled(server, max_model_len))
     if Path(name).is_dir():
-        if missing := [file for file in COSMOS_FILES if not (Path(name) / file).is_file()]:
-            raise ValueError(f"the folder must have {', '.join(COSMOS_FILES)}, and has no {' and no '.join(missing)}")
-        from vllm_packcache.media.processors.lumos import LumosProcessor
-
-        _check_role(LumosProcessor.role, role)
-        return LumosProcessor(Path(name), server, max_model_len)
+        folder = _folder(Path(name), role)
+        # Before anything of it is read.
+        _check_role(folder.role, role)
+        return cast(VideoProcessor, resolve_name(folder.processor)(Path(name), server, max_model_len))
     if ":" not in name:
         raise ValueError(
-            f"it must be {', '.join(BUNDLED)}, module:object, a folder with {', '.join(COSMOS_FILES)}, or {IDS} for "
-            "token ids alone: give one of them"
+            f"it must be {', '.join(BUNDLED)}, module:object, a folder with "
+            f"{' or with '.join(', '.join(folder.files) for folder in FOLDERS)}, or {IDS} for token ids alone: give "
+            "one of them"
         )
     named = load(name)
     if all(callable(getattr(named, method, None)) for method in ("prepare", "extend", "decoder", "about")):
@@ -274,6 +305,27 @@ def _found(name: str | None, role: Role, server: ServerConfig | None, max_model_
 
     _check_role(PicturesProcessor.role, role)
     return PicturesProcessor(name, named, plain, max_model_len)
+
+
+def _folder(path: Path, role: Role) -> Folder:
+    """Of which kind a folder is: of the served model's, unless it has files of another one only."""
+    kinds = sorted(FOLDERS, key=lambda folder: folder.role != role)
+    return next((kind for kind in kinds if len(missing_files(path, kind.files[1:])) < len(kind.files) - 1), kinds[0])
+
+
+def missing_files(path: Path, files: Sequence[str]) -> list[str]:
+    """Patterns of which a folder has no file."""
+    return [file for file in files if not any(found.is_file() for found in path.glob(file))]
+
+
+def check_files(path: Path, files: Sequence[str]) -> None:
+    """Check that a folder has all files of its kind.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if missing := missing_files(path, files):
+        raise ValueError(f"the folder must have {', '.join(files)}, and has no {' and no '.join(missing)}")
 
 
 def _check_role(own: Role | None, role: Role) -> None:
@@ -354,6 +406,18 @@ def check_fps(asked: Asked, fps: int, why: str) -> None:
         raise ValueError(f"fps must be {fps}, not {shown(asked.fps)}: {why}")
 
 
+def rate_asked(asked: Asked, default: int) -> int:
+    """Pictures a second of a video that may have any rate.
+
+    Raises:
+        ValueError: it is none that is shown.
+    """
+    fps = default if asked.fps is None else asked.fps
+    if not 1 <= fps <= MOST_FRAMES_PER_SECOND:
+        raise ValueError(f"fps must lie between 1 and {MOST_FRAMES_PER_SECOND}, not {shown(fps)}")
+    return fps
+
+
 def shown_size(width: int, height: int) -> str:
     """A size that a client has given, in a message."""
     return f"{shown(width)}x{shown(height)}"
@@ -369,22 +433,23 @@ def no_ids(asked: Asked) -> None:
         raise ValueError("prompt_ids is for servers that read no text: leave it out, and give prompt")
 
 
-def told(asked: Asked, role: Role, own: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def told(
+    asked: Asked, role: Role, own: Sequence[str] = (), guidance: GuidanceConfig | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a client wants frames to be made.
 
     Args:
         asked: by the client.
         role: how the model makes them.
         own: options that the processor sets itself.
+        guidance: of causal videos, as the server's configuration has it; None: it guides none.
 
     Returns:
-        Options of the request, and of ``SamplingParams``.
+        Options of the request, which `guided` completes for a causal model, and of ``SamplingParams``.
 
     Raises:
         ValueError: the model has no such option, a number is impossible, or two contradict each other.
     """
-    if asked.negative_prompt:
-        raise ValueError("negative_prompt must be left out: no model that is served here has it")
     for name in asked.options:
         if name in own:
             raise ValueError(f"{REQUEST_PREFIX}{name} must be left out: this server's video tokenizer sets it")
@@ -392,13 +457,85 @@ def told(asked: Asked, role: Role, own: Sequence[str] = ()) -> tuple[dict[str, A
             raise ValueError(f"{REQUEST_PREFIX}{name} must be left out: it is for sessions, which are no videos")
     if asked.seed is not None and not 0 <= asked.seed <= MOST_SEED:
         raise ValueError(f"seed must lie between 0 and 2^63 - 1, not {shown(asked.seed)}")
-    return (_masked(asked), {}) if role == "canvas" else ({**asked.options}, _causal(asked))
+    if role == "canvas":
+        return _masked(asked), {}
+    return {**asked.options, **_scale(asked, guidance)}, _causal(asked)
+
+
+def guided(
+    asked: Asked,
+    options: Mapping[str, Any],
+    guidance: GuidanceConfig | None,
+    condition: Callable[[str], Sequence[int]] | None,
+) -> dict[str, Any]:
+    """Options of a causal video, with those of its second stream where it has one.
+
+    That stream's condition is the first one's with the negative prompt in place of the prompt. Where there is none its
+    text is empty, which is what classifier-free guidance means, unless the server has ids for it.
+
+    Args:
+        asked: by the client.
+        options: of the request by `told`, and of a video that is extended what it had.
+        guidance: of the server; None: it guides no videos.
+        condition: ids of the condition with another text in place of the prompt; None: there is no text.
+
+    Raises:
+        ValueError: a negative prompt cannot be used, or nothing is guided by it.
+    """
+    if guidance is None:
+        return {**options}
+    scale = options.get("guidance", guidance.scale)
+    if asked.negative_prompt:
+        if condition is None:
+            raise ValueError(
+                f"negative_prompt must be left out: the prompt is token ids, so give {REQUEST_PREFIX}{NEGATIVE}"
+            )
+        if NEGATIVE in asked.options:
+            raise ValueError(f"negative_prompt and {REQUEST_PREFIX}{NEGATIVE} are the same: leave one out")
+        if scale == 1 and asked.guidance is None and "guidance" not in asked.options:
+            raise ValueError("negative_prompt is for guided videos: give guidance_scale too")
+        return {**options, "guidance": scale, NEGATIVE: [*condition(asked.negative_prompt)]}
+    if scale == 1:
+        return {**options}
+    if NEGATIVE in options or guidance.negative_prompt_ids is not None or condition is None:
+        return {**options, "guidance": scale}
+    empty = [*condition("")]
+    if not empty:
+        raise ValueError("negative_prompt is needed: without a text the prompt of this model has no tokens")
+    return {**options, "guidance": scale, NEGATIVE: empty}
+
+
+def unguided(options: Mapping[str, Any], guidance: GuidanceConfig | None) -> dict[str, Any]:
+    """The same video in one stream: where its frames are is known before the condition of the second one."""
+    return {**options, "guidance": 1} if guidance else {**options}
+
+
+def _scale(asked: Asked, guidance: GuidanceConfig | None) -> dict[str, float]:
+    """What a client says of guidance of a causal video."""
+    scale, remedy = asked.guidance, f"{GUIDANCE_KEY}: true in {CONFIG_FLAG} lets it"
+    if guidance is None and asked.negative_prompt:
+        raise ValueError(f"negative_prompt must be left out: this server guides no videos; {remedy}")
+    # Without guidance all videos are as with a scale of 1.
+    if scale is None or (guidance is None and scale == 1):
+        return {}
+    if guidance is None:
+        raise ValueError(f"guidance_scale must be left out: this server guides no videos; {remedy}")
+    if not 0 < scale <= MAX_GUIDANCE:
+        raise ValueError(f"guidance_scale must be above 0 and at most {MAX_GUIDANCE:g}, not {shown(scale)}")
+    _same("guidance", scale, asked.options)
+    return {"guidance": scale}
+
+
+def _same(name: str, value: float, options: Mapping[str, Any]) -> None:
+    if options.get(name, value) != value:
+        raise ValueError(
+            f"{OPTION_OF_FIELD[name]} and {REQUEST_PREFIX}{name} must not contradict each other: leave one out"
+        )
 
 
 def _causal(asked: Asked) -> dict[str, Any]:
-    for name in ("guidance", "steps"):
-        if getattr(asked, name) is not None:
-            raise ValueError(f"{OPTION_OF_FIELD[name]} must be left out: this model makes one token after the other")
+    if asked.steps is not None:
+        raise ValueError("num_inference_steps must be left out: this model makes one token after the other")
     if asked.temperature is not None and not 0 <= asked.temperature <= MOST_TEMPERATURE:
         raise ValueError(
             f"temperature must lie between 0 and {MOST_TEMPERATURE:g}, not {shown(asked.temperature)}: 0 always takes "
@@ -413,6 +550,8 @@ def _causal(asked: Asked) -> dict[str, Any]:
 
 
 def _masked(asked: Asked) -> dict[str, Any]:
+    if asked.negative_prompt:
+        raise ValueError("negative_prompt must be left out: this model is guided by its prompt against no text at all")
     for name in ("temperature", "top_p", "top_k"):
         if getattr(asked, name) is not None:
             raise ValueError(
@@ -421,10 +560,7 @@ def _masked(asked: Asked) -> dict[str, Any]:
             )
     fields = {name: getattr(asked, name) for name in OPTION_OF_FIELD if getattr(asked, name) is not None}
     for name, value in fields.items():
-        if asked.options.get(name, value) != value:
-            raise ValueError(
-                f"{OPTION_OF_FIELD[name]} and {REQUEST_PREFIX}{name} must not contradict each other: leave one out"
-            )
+        _same(name, value, asked.options)
     try:
         lumos.MaskedOptions(**fields)
     except ValueError as error:
@@ -474,14 +610,25 @@ def seed_range() -> dict[str, float]:
     return {"default": 0, "least": 0, "most": 2**53 - 1, "step": 1}
 
 
-def ranges(role: Role) -> dict[str, dict[str, float]]:
-    """Options of a page for a model that makes frames in one of two ways, with the published defaults."""
-    if role == "causal":
-        return {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}, "seed": seed_range()}
-    return masked_ranges(lumos.MaskedOptions())
+def ranges(role: Role, guidance: GuidanceConfig | None = None, *, text: bool = True) -> dict[str, dict[str, Any]]:
+    """Options of a page for a model that makes frames in one of two ways, with the published defaults.
+
+    Args:
+        role: how it makes them.
+        guidance: of causal videos, as the server's configuration has it; None: it guides none.
+        text: whether prompts are text.
+    """
+    if role == "canvas":
+        return masked_ranges(lumos.MaskedOptions())
+    options: dict[str, dict[str, Any]] = {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}}
+    if guidance is not None:
+        scale = guidance.scale
+        options["guidance_scale"] = {"default": scale, "least": min(1, scale), "most": max(30, scale)}
+        options["negative_prompt" if text else f"{REQUEST_PREFIX}{NEGATIVE}"] = {"default": ""}
+    return {**options, "seed": seed_range()}
 
 
-def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, float]]:
+def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, Any]]:
     """Options of a page for a model that makes frames in passes.
 
     Args:

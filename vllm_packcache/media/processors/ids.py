@@ -54,15 +54,16 @@ class IdsProcessor:
             "most_frames": most,
             "picture": "none",
             "clip": False,
-            "options": base.ranges(self._server.family.role),
+            "options": base.ranges(self._server.family.role, self._server.guidance, text=False),
             "examples": [],
         }
 
     def prepare(self, asked: Asked) -> Prepared:
         """See `VideoProcessor.prepare`."""
-        own, sampling = base.told(asked, self._server.family.role)
+        own, sampling = base.told(asked, self._server.family.role, guidance=self._server.guidance)
         _no_pictures(asked)
         ids = checked_ids(asked)
+        own = base.guided(asked, own, self._server.guidance, None)
         frames = own.pop("frames", asked.frames)
         if asked.frames not in (None, frames):
             raise ValueError(f"num_frames and {REQUEST_PREFIX}frames must not contradict each other: leave one out")
@@ -70,10 +71,12 @@ class IdsProcessor:
 
     def extend(self, kept: Kept, asked: Asked) -> Prepared:
         """See `VideoProcessor.extend`."""
-        own, sampling = base.told(asked, self._server.family.role, ("frames", *CONDITION_OPTIONS))
+        taken = ("frames", *CONDITION_OPTIONS)
+        own, sampling = base.told(asked, self._server.family.role, taken, self._server.guidance)
         base.no_ids(asked)
         _no_pictures(asked)
         ids, options = continued(self._server, kept, own)
+        options = base.guided(asked, options, self._server.guidance, None)
         return self._prepared(ids, options, sampling, asked.frames)
 
     def decoder(self, prepared: Prepared) -> _Decoder:
@@ -173,7 +176,7 @@ def continued(server: ServerConfig, kept: Kept, own: Mapping[str, Any]) -> tuple
         kept: the video.
         own: options that the request gives itself.
     """
-    layout = layout_of(server, kept.options, kept.prompt_ids)
+    layout = layout_of(server, base.unguided(kept.options, server.guidance), kept.prompt_ids)
     # What a client gave for frames was for those that are there.
     options = {name: value for name, value in kept.options.items() if name != "given_ids"}
     condition = {"condition_tokens": layout.condition_tokens}

@@ -6,12 +6,9 @@ the first latent frame, the frames of a video to continue follow it. The server 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -21,14 +18,12 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.plan import Role
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import FRAMES_PER_LATENT, PIXELS_PER_TOKEN
-from vllm_packcache.media.pictures import Pixels, fit, middle
+from vllm_packcache.media.pictures import Pixels, fit, used
 from vllm_packcache.media.processors import base
 from vllm_packcache.media.processors.base import Asked, Kept, Prepared
 from vllm_packcache.media.text_tokenizer import TextTokenizer
-from vllm_packcache.media.video_tokenizer import Codes, CosmosTokenizer, VideoTokenizer
+from vllm_packcache.media.video_tokenizer import Codes, CosmosTokenizer, OneAtATime, VideoTokenizer
 from vllm_packcache.media.videos import Clip, read_video
-
-logger = logging.getLogger("vllm.packcache")
 
 SIZES = ((448, 256), (672, 384), (768, 480))
 """Width and height of the published sizes; of the second the model's videos are shown."""
@@ -162,9 +157,7 @@ class Stated:
 
     def cut(self, width: int, height: int) -> str:
         """What of a picture of this size is used, in words."""
-        across, down = (round(side) for side in middle(width, height, self.width, self.height))
-        part = "all" if (across, down) == (width, height) else f"the middle {across} x {down}"
-        return f"{part} of {width} x {height} pixels, as {self.width} x {self.height}"
+        return used((width, height), (self.width, self.height))
 
 
 class LumosProcessor:
@@ -184,8 +177,9 @@ class LumosProcessor:
     role: Role | None = "canvas"
 
     def __init__(self, folder: Path, server: ServerConfig | None = None, max_model_len: int | None = None) -> None:
+        base.check_files(folder, base.COSMOS_FILES)
         self._text = TextTokenizer(folder)
-        self._video: VideoTokenizer = _OneAtATime(CosmosTokenizer(folder))
+        self._video: VideoTokenizer = OneAtATime(CosmosTokenizer(folder))
         self._most = max_model_len
         self._most_tokens: int | None = None
         self._size = SIZES[1]
@@ -405,39 +399,6 @@ class _Runs(Sequence[Pixels]):
             return [self[number] for number in self._numbers[place]]
         number = self._numbers[place]
         return self._decoder.run(number, number + 1, PREVIEW_RUN - 1)
-
-
-class _OneAtATime:
-    """A video tokenizer for several threads: two that run at once need twice the memory, which the model has.
-
-    Args:
-        tokenizer: that does the work.
-    """
-
-    def __init__(self, tokenizer: VideoTokenizer) -> None:
-        self._tokenizer, self._turn = tokenizer, Lock()
-
-    def encode(self, pixels: Pixels) -> Codes:
-        """See `VideoTokenizer.encode`."""
-        with self._turn, _for_clients():
-            return self._tokenizer.encode(pixels)
-
-    def decode(self, codes: Codes) -> Pixels:
-        """See `VideoTokenizer.decode`."""
-        with self._turn, _for_clients():
-            return self._tokenizer.decode(codes)
-
-
-@contextmanager
-def _for_clients() -> Iterator[None]:
-    """Tell the log why a tokenizer fails, and the client that it does: the reason names files of the server."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        logger.warning("--video-tokenizer: %s", " ".join(str(error).split()))
-        raise ValueError(
-            "the server's video tokenizer failed, and its log says why: ask for a smaller size, or try again later"
-        ) from None
 
 
 def latent_frames(pictures: int) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from vllm_packcache.config.errors import shown
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.plan import Role
@@ -21,8 +20,6 @@ FRAMES = 16
 
 FRAMES_PER_SECOND = 8
 """Where neither the client nor the operator's object says."""
-
-MOST_FRAMES_PER_SECOND = 240
 
 
 class Pictures(Protocol):
@@ -100,31 +97,33 @@ class PicturesProcessor:
             "most_frames": most,
             "picture": "none" if self._prompt is None else "optional",
             "clip": False,
-            "options": base.ranges("causal"),
+            "options": base.ranges("causal", self._server.guidance, text=self._prompt is not None),
             "examples": [],
         }
 
     def prepare(self, asked: Asked) -> Prepared:
         """See `VideoProcessor.prepare`."""
-        own, sampling = base.told(asked, "causal", ("frames",))
+        own, sampling = base.told(asked, "causal", ("frames",), self._server.guidance)
         base.check_size(asked, self._size, "this server's video tokenizer has one size")
-        fps = self._fps if asked.fps is None else asked.fps
-        if not 1 <= fps <= MOST_FRAMES_PER_SECOND:
-            raise ValueError(f"fps must lie between 1 and {MOST_FRAMES_PER_SECOND}, not {shown(fps)}")
+        fps = base.rate_asked(asked, self._fps)
         pictures = base.pictures_asked(asked, fps, FRAMES)
         ids = self._ids(asked)
-        layout = layout_of(self._server, {**own, "frames": 1}, ids)
+        layout = layout_of(self._server, {**base.unguided(own, self._server.guidance), "frames": 1}, ids)
+        own = self._guided(asked, own, len(ids) - layout.condition_tokens)
         return self._prepared(ids, own, sampling, self._given(layout, ids), pictures, fps)
 
     def extend(self, kept: Kept, asked: Asked) -> Prepared:
-        """See `VideoProcessor.extend`. The condition stays as it is: another prompt is not read."""
-        own, sampling = base.told(asked, "causal", ("frames", *CONDITION_OPTIONS))
+        """See `VideoProcessor.extend`. Conditions stay as they are: another prompt is not read."""
+        own, sampling = base.told(asked, "causal", ("frames", *CONDITION_OPTIONS), self._server.guidance)
         base.no_ids(asked)
+        if asked.negative_prompt:
+            raise ValueError("negative_prompt must be left out: a video goes on with the one that it began with")
         base.nothing_given(asked)
         base.check_size(asked, kept.size, "an extension has the size of its video")
         base.check_fps(asked, kept.fps, "an extension has the rate of its video")
         added = base.pictures_asked(asked, kept.fps)
         ids, options = continued(self._server, kept, own)
+        options = base.guided(asked, options, self._server.guidance, None)
         frame = layout_of(self._server, options, ids).frame
         given = np.stack([*kept.given, *(visual_ids(frame, own_ids) for own_ids in kept.frame_ids)])
         return self._prepared(ids, options, sampling, given, kept.pictures + added, kept.fps)
@@ -142,8 +141,24 @@ class PicturesProcessor:
             if asked.picture is not None:
                 raise ValueError("input_reference must be left out: the prompt is token ids, which hold any picture")
             return checked_ids(asked)
+        return self._read(asked, asked.prompt)
+
+    def _read(self, asked: Asked, text: str) -> list[int]:
+        """A text with the picture that the client gives, if it gives one, as the operator's object reads them."""
+        assert self._prompt is not None
         picture = None if asked.picture is None else fit(asked.picture, *self._size)
-        return [int(own) for own in self._prompt(asked.prompt, picture)]
+        return [int(own) for own in self._prompt(text, picture)]
+
+    def _guided(self, asked: Asked, own: Mapping[str, Any], behind: int) -> dict[str, Any]:
+        """Options with those of the second stream, where ``behind`` tokens of a prompt are none of its condition."""
+        if asked.ids is not None or self._prompt is None:
+            return base.guided(asked, own, self._server.guidance, None)
+
+        def condition(text: str) -> list[int]:
+            ids = self._read(asked, text)
+            return ids[: len(ids) - behind]
+
+        return base.guided(asked, own, self._server.guidance, condition)
 
     def _given(self, layout: VideoLayout, ids: list[int]) -> Int64:
         """Visual ids of the pictures that a prompt holds, [g, rows, columns]."""

@@ -48,7 +48,7 @@ export class Card {
     return ENDED.has(this.status);
   }
 
-  // Of the frames that are known by their blocks; of guided masked videos those of one stream.
+  // Of the frames that are known by their blocks; of guided videos those of one stream.
   get rows() {
     return this.frames.filter((frame) => frame.blocks).map((frame) => this.streamed(frame));
   }

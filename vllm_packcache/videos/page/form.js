@@ -28,6 +28,8 @@ const HINTS = {
   kept_frames: "How many frames it keeps then",
   seed: "The same seed makes the same video",
   guidance_scale: "How closely the prompt is followed",
+  negative_prompt: "What is not to be seen in a guided video",
+  negative_prompt_ids: "Token ids in place of the prompt's that guidance leads away from, such as [1, 2, 3]",
   num_inference_steps: "In how many steps a frame is made",
   temperature: "0: always the likeliest token",
 };
@@ -315,7 +317,10 @@ export async function openForm(told, whenMade, failed) {
   at("policy").dataset.field = "packcache_policy";
   showPolicy();
   showLength();
-  const more = Object.entries(tokenizer.options ?? {}).map(([name, spec]) => control("", name, spec));
+  const more = Object.entries(tokenizer.options ?? {}).map(([field, spec]) => {
+    const name = field.replace(/^packcache_/, "");
+    return control(field.slice(0, field.length - name.length), name, spec);
+  });
   at("options").replaceChildren(...more);
   at("more").hidden = more.length === 0;
   const examples = tokenizer.examples ?? [];

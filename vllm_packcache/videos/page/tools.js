@@ -38,6 +38,7 @@ export function answered(dialog) {
 // What a video was made with, in a line: the policy, and what differs from its defaults.
 export function memoryOf(video) {
   const { policy, ...options } = video.options ?? {};
-  const differing = Object.entries(options).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+  const short = (value) => (Array.isArray(value) && value.length > 8 ? `of ${value.length}` : value);
+  const differing = Object.entries(options).map(([name, value]) => `${name.replaceAll("_", " ")} ${short(value)}`);
   return { policy: policy ?? null, options: differing.join(", ") };
 }
