@@ -18,8 +18,9 @@ from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.positions import Positions, slide_angles
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.keys import rotation
-from vllm_packcache.worker.keys.layout import CachedKeys, cpu_key_order
+from vllm_packcache.worker.keys.layout import cpu_key_order
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary, rotary_of, rotate
+from vllm_packcache.worker.keys.stored import CachedKeys
 
 HEAD = 64
 ROPES: dict[str, dict[str, Any]] = {
