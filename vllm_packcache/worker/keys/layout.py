@@ -71,6 +71,16 @@ def row_major_keys(layer: Attention) -> CachedKeys:
     return CachedKeys.in_rows(memory, PerTokenHead(_PER_TOKEN_HEAD[layer.kv_cache_dtype], scales))
 
 
+def settle_scales(layer: Attention) -> None:
+    """Have vLLM set the scales of an allocated cache to 1 now, where it has any, and not when the layer is first run.
+
+    Streams share the memory of their layers: a second stream's first run would wipe out the scales of the first one's.
+    """
+    settle = getattr(layer.impl, "_ensure_scale_caches", None)
+    if settle is not None and layer.kv_cache_dtype in _PER_TOKEN_HEAD:
+        settle(layer.kv_cache)
+
+
 def _bytes_or_more(layer: Attention) -> Stored:
     dtype = _BYTES.get(layer.kv_cache_dtype)
     return AsTheyAre() if dtype is None else Bytes(dtype)
