@@ -29,6 +29,7 @@ ON_BOTH = frozenset(
         "tensor_parallel",
         "frame_ids",
         "sessions",
+        "quantised",
     )
 )
 """Files whose tests are run on both runners, relative to this folder."""

@@ -89,6 +89,20 @@ SUPPORT = (
         ("serving/test_masked_tokens.py", "serving/test_masked_http.py"),
     ),
     Support(
+        INSTALLED,
+        "V1, V2",
+        "CPU_ATTN",
+        "keys of 8-bit floats, re-based: tokens against a loop that rounds as the cache does; V2 also masked models",
+        ("serving/test_quantised.py", "serving/test_masked_tokens.py::test_floats_of_eight_bits"),
+    ),
+    Support(
+        INSTALLED,
+        "V2",
+        "TRITON_ATTN",
+        "keys of 8-bit integers, re-based: the same, Triton interpreted",
+        ("serving/test_quantised.py", "serving/test_masked_tokens.py::test_integers_of_eight_bits"),
+    ),
+    Support(
         NEXT,
         "V1",
         "CPU_ATTN",

@@ -280,6 +280,7 @@ def _attention_error(make: MakeAttention, plan: KernelPlan, step: str, device: t
 def _rotation_error(shape: Geometry, interleaved: bool, device: torch.device) -> float:
     """Largest error as a part of what rounding to the dtype, and arithmetic in float32 before it, may come to."""
     from vllm_packcache.worker.keys.kernel import RotationKernel
+    from vllm_packcache.worker.keys.stored import CachedKeys
 
     pairs = shape.head_size // 2
     angles = np.random.default_rng(SEED).uniform(-100, 100, (2, pairs))
@@ -294,7 +295,9 @@ def _rotation_error(shape: Geometry, interleaved: bool, device: torch.device) ->
         cos, sin = (torch.from_numpy(table[:, None]).to(device) for table in (np.cos(turn), np.sin(turn)))
         turned = torch.stack([left * cos - right * sin, right * cos + left * sin], -1 if interleaved else -2)
         expected.append(torch.cat([turned.flatten(-2), cache[..., shape.head_size :].double()], -1))
-    RotationKernel(cache[..., : shape.head_size] for cache in caches).rotate(blocks, kinds, angles, interleaved)
+    RotationKernel(CachedKeys.in_rows(cache[..., : shape.head_size]) for cache in caches).rotate(
+        blocks, kinds, angles, interleaved
+    )
     rounding = torch.finfo(shape.dtype).eps
     return max(
         ((cache.double() - exact).abs() / (rounding * exact.abs() + 2e-6)).max().item()
@@ -482,6 +485,7 @@ def _time_gathered(plan: KernelPlan, lengths: Mapping[str, int], query: Tensor, 
 def _time_rotation(plan: KernelPlan, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Time the slide before the last frame, beside a copy of as many bytes as it turns."""
     from vllm_packcache.worker.keys.kernel import RotationKernel
+    from vllm_packcache.worker.keys.stored import CachedKeys
 
     shape = plan.geometry
     logical = plan.retention(PACKCACHE).sliding_blocks(plan.frames - 1)
@@ -489,7 +493,7 @@ def _time_rotation(plan: KernelPlan, device: torch.device, clock: Clock) -> dict
     angles = _angles(plan)
     kinds = torch.zeros(len(blocks), shape.block_size, dtype=torch.int64)
     caches = _make_caches(plan.blocks, shape, device)
-    kernel = RotationKernel(cache[..., : shape.head_size] for cache in caches)
+    kernel = RotationKernel(CachedKeys.in_rows(cache[..., : shape.head_size]) for cache in caches)
     turned = len(caches) * len(blocks) * shape.bytes_of(shape.block_size) // 2
     source, target = torch.zeros(2, turned, dtype=torch.int8, device=device)
     works = {

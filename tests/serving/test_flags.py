@@ -205,7 +205,7 @@ def engine_config(arguments: argparse.Namespace) -> Any:
         ((*POLICY, "--kv-cache-policy-config", '{"window": 0}'), "kv_cache_policy_config: window must be 1 or more"),
         (("--kv-cache-policy-config", '{"window": 3}'), "kv_cache_policy_config is given without kv_cache_policy"),
         (("--additional-config", '{"kv_cache_policy": "nope"}'), "kv_cache_policy: unknown policy 'nope'"),
-        ((*POLICY, "--kv-cache-dtype", "fp8"), "--kv-cache-policy-config: positions: rebase rotates cached keys"),
+        ((*POLICY, "--kv-cache-dtype", "nvfp4"), "--kv-cache-policy-config: positions: rebase turns cached keys"),
         ((*POLICY, "--kv-cache-policy-config", "lumos1_256p"), "--kv-cache-policy-config: layout: axis_scale is for"),
     ],
 )

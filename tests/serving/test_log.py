@@ -18,8 +18,9 @@ CAUSES = {
     "unknown_option": "unrecognized arguments: --max-model-lenn 3",
     "bad_value": "argument --block-size: invalid int value: 'abc'",
     "policy_option": "kv_cache_policy_config: window must be 1 or more and at most 256, not 0",
-    "policy_check": "--kv-cache-policy-config: positions: rebase rotates cached keys in place, and each turn of a "
-    "quantised key would lose more of it: leave out --kv-cache-dtype fp8, or set positions: absolute",
+    "policy_check": "--kv-cache-policy-config: positions: rebase turns cached keys in place, and what each turn would "
+    "lose of a key of 'nvfp4' is too much or not known: choose auto or 8 bits (fp8, fp8_e4m3, fp8_e5m2, "
+    "int8_per_token_head, fp8_per_token_head) with --kv-cache-dtype, or set positions: absolute",
     "no_model": "HFValidationError: Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
     "'/models/no/such/model'. Use `repo_type` argument if needed.",
     "too_long": "User-specified max_model_len (100000000) is greater than the derived max_model_len "

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from packaging.version import Version
 
 from tests.margins import DRAWING, numbers, refuse_masked_ties
 from tests.runner import needs_v2
 from tests.serving.conftest import schedule_asynchronously
+from tests.serving.rounding import as_the_cpu_writes, int8, to_nearest
 from tests.serving.two_ranks import run_on_two_ranks
 from tests.support import INSTALLED, NEXT
 from vllm_packcache.config.errors import ConfigError
@@ -29,7 +31,7 @@ from vllm_packcache.core.policies import Full
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.hooks.canvas import configure
-from vllm_packcache.reference import LumosReference, generate_masked, make_random_lumos
+from vllm_packcache.reference import LumosReference, QuantisedLumosReference, generate_masked, make_random_lumos
 
 pytestmark = needs_v2
 
@@ -37,6 +39,9 @@ CODES = 64
 BLOCK = 32
 CONFIG: dict[str, Any] = {"layout": {"grid": [4, 6]}, "window": 2, "history_frames": 1, "selection": "spatial"}
 CANVAS = lumos.frame_layout((4, 6)).tokens_per_frame
+
+ROUNDED_DRAWING = 1e-4
+"""As `tests.margins.DRAWING`, where a number of the cache may be rounded to the other side."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +391,31 @@ def test_a_gpu_backend(backend: str, lumos_model: Path, masked_engine: Any) -> N
     assert generate(llm, case) == [published(LumosReference.load(lumos_model), case, plan, 16)]
 
 
+@pytest.mark.parametrize("backend", ["TRITON_ATTN"], indirect=True)
+def test_integers_of_eight_bits(backend: str, lumos_model: Path, masked_engine: Any) -> None:
+    """A scale for every token and head; keys of the window are rounded anew at every slide."""
+    case = Case(1, (2, 3), 3).having(frames=1, steps=1, guidance=2, seed=3, condition_frames=1)
+    llm = masked_engine(variant=backend, block_size=16, kv_cache_dtype="int8_per_token_head")
+    plan = ServerConfig.parse("packcache", CONFIG, family=LUMOS).request(case.extra_args, case.ids)
+    assert generate(llm, case) == [published(rounding(lumos_model, int8, int8), case, plan, 16, ROUNDED_DRAWING)]
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM stores 8 bits on processors with AVX-512 only")
+def test_floats_of_eight_bits(lumos_model: Path, masked_engine: Any) -> None:
+    case = IMAGE_TO_VIDEO
+    llm = masked_engine(kv_cache_dtype="fp8_e4m3")
+    dtype = torch.float8_e4m3fn
+    model = rounding(lumos_model, as_the_cpu_writes(dtype, "fp8_e4m3"), to_nearest(dtype))
+    assert generate(llm, case) == [
+        published(model, case, plan_of(case, repr(("packcache", CONFIG))), BLOCK, ROUNDED_DRAWING)
+    ]
+
+
+def rounding(folder: Path, written: Any, turned: Any) -> LumosReference:
+    model = LumosReference.load(folder)
+    return QuantisedLumosReference(model.config, model._weights, written, turned)
+
+
 def test_an_aborted_request_leaves_nothing_behind(masked_engine: Any, oracle: Any) -> None:
     llm = masked_engine()
     engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
@@ -486,7 +516,7 @@ def test_more_requests_than_there_is_room_for_are_said(start: Callable[..., Any]
         ({"layout": {"tokens_per_frame": 32}}, {}, "give grid"),
         ({"layout": {"grid": [4, 6], "frame_start_tokens": 1}}, {}, "frame_start_tokens: 3"),
         ({"layout": {"grid": [4, 6], "axis_scale": [1, 1, 1]}}, {}, r"axis_scale of this model is \[4, 8, 8\]"),
-        ({"layout": {"grid": [4, 6]}, "positions": "rebase"}, {"kv_cache_dtype": "fp8"}, "rotates cached keys"),
+        ({"layout": {"grid": [4, 6]}, "positions": "rebase"}, {"kv_cache_dtype": "nvfp4"}, "turns cached keys"),
     ],
     ids=str,
 )

@@ -168,7 +168,11 @@ def test_what_the_operator_vouches_for_is_the_limit(start: Callable[..., Any], m
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
-        ("llama", {"kv_cache_dtype": "fp8"}, "leave out --kv-cache-dtype fp8, or set positions: absolute"),
+        (
+            "llama",
+            {"kv_cache_dtype": "int4_per_token_head"},
+            "each turn would lose of a key of 'int4_per_token_head' is",
+        ),
         ("longrope", {}, r"has RoPE of type 'dynamic' \(known are default, linear, llama3, yarn\): set positions"),
         ("unrotated-layers", {}, "has layers without RoPE: set positions: absolute"),
         ("normed-after-rope", {}, "normalises keys after rotating them: set positions: absolute"),
@@ -178,7 +182,7 @@ def test_keys_that_cannot_be_rotated(
     start: Callable[..., Any], model: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(
-        ConfigError, match=f"--kv-cache-policy-config: positions: rebase rotates cached keys.* {reason}"
+        ConfigError, match=f"--kv-cache-policy-config: positions: rebase (rotates|turns) cached keys.* {reason}"
     ):
         start(model, **options)
     start(model, additional=policy(positions="absolute"), **options)

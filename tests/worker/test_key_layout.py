@@ -10,7 +10,8 @@ import torch
 from vllm import _custom_ops as ops
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.worker.keys.layout import CachedKeys, cached_keys, cpu_keys, layout_of, row_major_keys
+from vllm_packcache.worker.keys.layout import cached_keys, cpu_keys, layout_of, row_major_keys
+from vllm_packcache.worker.keys.stored import CachedKeys
 
 BLOCKS, HEADS = 5, 3
 
@@ -19,9 +20,8 @@ def layer(kv_cache: torch.Tensor, backend: str = "CPU_ATTN", **attributes: Any) 
     """As much of an attention layer as is read."""
     return SimpleNamespace(
         kv_cache=kv_cache,
-        head_size=kv_cache.shape[-1] // 2,
         attn_backend=SimpleNamespace(get_name=lambda: backend),
-        **attributes,
+        **{"head_size": kv_cache.shape[-1] // 2, "kv_cache_dtype": "auto", "dtype": kv_cache.dtype, **attributes},
     )
 
 
@@ -73,7 +73,36 @@ def test_an_unknown_backend_is_refused() -> None:
         layout_of("ROCM_ATTN")
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.int8], ids=str)
-def test_a_quantised_cache_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ConfigError, match="cannot rotate keys stored as"):
-        cached_keys(layer(torch.zeros(1, 1, 32, 64, dtype=dtype), isa="vec"))
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM stores 8 bits on processors with AVX-512 only")
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cpu_backend_in_eight_bits(name: str, isa: str, dtype: torch.dtype) -> None:
+    """Numbers that the format has are found where the kernel put them, and turned by nothing they stay."""
+    block_size, head_size = 32, 64
+    kv_cache = torch.zeros(BLOCKS, HEADS, block_size, 2 * head_size, dtype=torch.uint8)
+    slots = torch.randperm(BLOCKS * block_size)[: 3 * block_size]
+    key, value = (torch.randint(-3, 4, (2, len(slots), HEADS, head_size)) / 4).to(dtype)
+    key_cache, value_cache = kv_cache.view(BLOCKS, HEADS, 2 * block_size, head_size).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa, kv_cache_dtype=name)
+    keys = cached_keys(layer(kv_cache, isa=isa, kv_cache_dtype=name, dtype=dtype))
+    assert torch.equal(read_stored(keys, slots), key.float())
+    before, every = kv_cache.clone(), torch.arange(BLOCKS)
+    keys.stored.write(keys.memory, every, keys.stored.read(keys.memory, every))
+    assert torch.equal(kv_cache, before)
+
+
+def read_stored(keys: CachedKeys, slots: torch.Tensor) -> torch.Tensor:
+    """As `read`, in the numbers that are stood for."""
+    block_size = len(keys.order)
+    numbers = keys.stored.read(keys.memory, torch.arange(len(keys.memory)))
+    return torch.stack([numbers[slot // block_size][:, keys.order[slot % block_size]] for slot in slots.tolist()])
+
+
+@pytest.mark.parametrize("name", ["int4_per_token_head", "turboquant_4bit_nc", "nvfp4", "fp8_inc"])
+def test_fewer_bits_are_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=f"^positions: rebase turns cached keys in place, and what each turn would lose of a key of '{name}' is",
+    ):
+        cached_keys(layer(torch.zeros(1, 1, 32, 64, dtype=torch.uint8), isa="vec", kv_cache_dtype=name))

@@ -18,8 +18,9 @@ from vllm_packcache.core.policies import PackCache
 from vllm_packcache.core.positions import Positions, slide_angles
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.worker.keys import rotation
-from vllm_packcache.worker.keys.layout import CachedKeys, cpu_key_order
+from vllm_packcache.worker.keys.layout import cpu_key_order
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary, rotary_of, rotate
+from vllm_packcache.worker.keys.stored import Bytes, CachedKeys, PerTokenHead
 
 HEAD = 64
 ROPES: dict[str, dict[str, Any]] = {
@@ -216,3 +217,41 @@ def test_an_unknown_embedding_is_refused() -> None:
         embedding = get_rope(HEAD, 1024, rope_parameters=dynamic)
     with pytest.raises(ConfigError, match="does not know the rotary embedding DynamicNTKScalingRotaryEmbedding"):
         rotary_of(Model(embedding))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scaled", "written"),
+    [
+        (torch.int8, True, 0.007),
+        (torch.float8_e4m3fn, True, 0.027),
+        (torch.float8_e4m3fn, False, 0.028),
+        (torch.float8_e5m2, False, 0.055),
+    ],
+    ids=str,
+)
+def test_the_error_of_eight_bits_grows_with_the_root_of_the_turns(
+    dtype: torch.dtype, scaled: bool, written: float
+) -> None:
+    """And not faster, as it would if every turn cut off what the format has no room for."""
+    torch.manual_seed(0)
+    blocks, heads, tokens, channels = 3, 2, 16, 128
+    memory = torch.zeros(blocks, heads, tokens, channels, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
+    stored = PerTokenHead(dtype, torch.ones(blocks, tokens, heads)) if scaled else Bytes(dtype)
+    cache, every = CachedKeys.in_rows(memory, stored), torch.arange(blocks)
+    exact = torch.randn(blocks, heads, tokens, channels)
+    stored.write(memory, every, exact.flatten(2))
+    left, right = exact.double().chunk(2, -1)
+    pairs = np.arange(channels // 2)
+    rotary = Rotary(10_000.0 ** (-pairs / 64), np.zeros_like(pairs), pairs, pairs + 64)
+    angles = -1035 * rotary.frequencies[None]
+    cos, sin = torch.from_numpy(np.cos(angles[0])), torch.from_numpy(np.sin(angles[0]))
+    errors = []
+    for _ in range(13):
+        turned = torch.cat([left, right], -1)
+        read = stored.read(memory, every).view(exact.shape).double()
+        errors.append(float((read - turned).norm() / turned.norm()))
+        left, right = left * cos - right * sin, right * cos + left * sin
+        rotate(cache, every, torch.zeros(blocks, tokens, dtype=torch.int64), angles, rotary)
+    assert errors[0] < written
+    growth = np.array(errors) / errors[0] / np.sqrt(1 + np.arange(13))
+    assert (np.abs(growth - 1) < 0.1).all()

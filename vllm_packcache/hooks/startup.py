@@ -197,12 +197,12 @@ def _check_tables(vllm_config: VllmConfig) -> None:
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
     """Refuse what cached keys cannot be rotated in."""
-    dtype = vllm_config.cache_config.cache_dtype
-    if dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ConfigError(
-            f"{CONFIG_FLAG}: positions: rebase rotates cached keys in place, and each turn of a quantised key would "
-            f"lose more of it: leave out --kv-cache-dtype {dtype}, or set positions: absolute"
-        )
+    from vllm_packcache.worker.keys.layout import check_format
+
+    try:
+        check_format(vllm_config.cache_config.cache_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{CONFIG_FLAG}: {error}") from None
     model = vllm_config.model_config
     text_config = model.hf_text_config
     rope = getattr(text_config, "rope_parameters", None) or {}

@@ -658,6 +658,11 @@ HOOKS: tuple[Hook, ...] = (
         "keys: the kernel that packs them",
     ),
     Hook(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl",
+        "_ensure_scale_caches(self, kv_cache): hs, to_f32_units, _k_scale_cache, fill_",
+        "keys: the scale of a token and head stands behind its numbers, and is 1 at first",
+    ),
+    Hook(
         f"{_ROTARY}.base:RotaryEmbeddingBase",
         "__init__: base, is_neox_style; _compute_inv_freq(self, base)",
         "rotation: what all rotary embeddings have",

@@ -6,6 +6,7 @@ from vllm_packcache.reference.llama import Generation, LlamaReference
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.masked_video import MaskedGeneration, MaskedVideo, generate_masked
 from vllm_packcache.reference.models import make_random_emu3, make_random_llama, make_random_lumos
+from vllm_packcache.reference.quantised import QuantisedLumosReference, QuantisedReference
 from vllm_packcache.reference.visibility import frame_visibility, positions, visibility
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "LumosReference",
     "MaskedGeneration",
     "MaskedVideo",
+    "QuantisedLumosReference",
+    "QuantisedReference",
     "frame_visibility",
     "generate_guided",
     "generate_masked",

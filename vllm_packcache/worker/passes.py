@@ -37,7 +37,7 @@ from vllm_packcache.core.positions import Int64
 from vllm_packcache.core.retention import Decision, Retention
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import CanvasRequest
-from vllm_packcache.worker.keys.layout import cached_keys
+from vllm_packcache.worker.keys.layout import cached_keys, settle_scales
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary
 from vllm_packcache.worker.sampler import Canvas, CanvasSampler
 
@@ -189,6 +189,8 @@ class CanvasModelState(ModelState):
         self._block_size = groups[0].kv_cache_spec.block_size
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [[layers[name] for name in group.layer_names] for group in groups]
+        for layer in chain.from_iterable(self._layers):
+            settle_scales(layer)
         if self._config.positions == "rebase":
             for layer in chain.from_iterable(self._layers):
                 cached_keys(layer)

@@ -9,27 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_packcache.config.errors import ConfigError
-
-
-class CachedKeys(NamedTuple):
-    """The keys of a layer.
-
-    Attributes:
-        memory: a view of the cache, [blocks, heads, a, b]; the a x b numbers of a block and head are the keys of
-            its tokens in some order.
-        order: int64, [tokens of a block, head size]: which of the a x b numbers is channel c of token t.
-    """
-
-    memory: Tensor
-    order: Tensor
+from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.worker.keys.stored import AsTheyAre, Bytes, CachedKeys, PerTokenHead, Stored
 
 
 def layout_of(backend: str) -> Callable[[Attention], CachedKeys]:
@@ -52,49 +39,111 @@ def cached_keys(layer: Attention) -> CachedKeys:
     Raises:
         ConfigError: its backend or what it stores is not known.
     """
-    if not layer.kv_cache.dtype.is_floating_point or layer.kv_cache.element_size() < 2:
-        raise ConfigError(
-            f"positions: rebase cannot rotate keys stored as {layer.kv_cache.dtype} in place: use an unquantised KV "
-            "cache, or set positions: absolute"
-        )
+    check_format(layer.kv_cache_dtype)
     return layout_of(layer.attn_backend.get_name())(layer)
 
 
+def check_format(cache_dtype: str) -> None:
+    """Check that keys of a cache of this type may be turned in place.
+
+    Raises:
+        ConfigError: they may not.
+    """
+    if cache_dtype in ("auto", "float16", "bfloat16", "float32", *_BYTES, *_PER_TOKEN_HEAD):
+        return
+    raise ConfigError(
+        f"positions: rebase turns cached keys in place, and what each turn would lose of a key of {shown(cache_dtype)} "
+        f"is too much or not known: choose auto or 8 bits ({', '.join((*_BYTES, *_PER_TOKEN_HEAD))}) with "
+        "--kv-cache-dtype, or set positions: absolute"
+    )
+
+
 def row_major_keys(layer: Attention) -> CachedKeys:
-    """Key and value of a token side by side: FlashAttention, Triton, FlashInfer, FlexAttention."""
+    """Key and value of a token side by side: FlashAttention, Triton, FlashInfer, FlexAttention.
+
+    With a scale for each token and head, that of the key stands behind its numbers, and that of the value behind those.
+    """
     memory = layer.kv_cache[..., : layer.head_size]
-    tokens, channels = memory.shape[2:]
-    return CachedKeys(memory, torch.arange(tokens * channels, device=memory.device).view(tokens, channels))
+    if layer.kv_cache_dtype not in _PER_TOKEN_HEAD:
+        return CachedKeys.in_rows(memory, _bytes_or_more(layer))
+    behind = layer.kv_cache[..., layer.head_size : layer.head_size + 4]
+    scales = behind.view(torch.float32)[..., 0].transpose(1, 2)
+    return CachedKeys.in_rows(memory, PerTokenHead(_PER_TOKEN_HEAD[layer.kv_cache_dtype], scales))
+
+
+def settle_scales(layer: Attention) -> None:
+    """Have vLLM set the scales of an allocated cache to 1 now, where it has any, and not when the layer is first run.
+
+    Streams share the memory of their layers: a second stream's first run would wipe out the scales of the first one's.
+    """
+    settle = getattr(layer.impl, "_ensure_scale_caches", None)
+    if settle is not None and layer.kv_cache_dtype in _PER_TOKEN_HEAD:
+        settle(layer.kv_cache)
+
+
+def _bytes_or_more(layer: Attention) -> Stored:
+    dtype = _BYTES.get(layer.kv_cache_dtype)
+    return AsTheyAre() if dtype is None else Bytes(dtype)
 
 
 def cpu_keys(layer: Attention) -> CachedKeys:
     """The keys of a block packed in its first half."""
     blocks, heads, block_size, _ = layer.kv_cache.shape
     memory = layer.kv_cache.view(blocks, heads, 2 * block_size, layer.head_size)[:, :, :block_size]
-    return CachedKeys(memory, cpu_key_order(layer.isa, memory.dtype, block_size, layer.head_size))
+    order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, _BYTES.get(layer.kv_cache_dtype))
+    return CachedKeys(memory, order, _bytes_or_more(layer))
 
 
 @cache
-def cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> Tensor:
+def cpu_key_order(
+    isa: str, dtype: torch.dtype, block_size: int, head_size: int, stored_as: torch.dtype | None = None
+) -> Tensor:
     """`CachedKeys.order` of vLLM's CPU kernel, found by letting it store numbered keys.
 
     The packing differs with instruction set and dtype; the kernel that writes the cache is asked, not copied.
+
+    Args:
+        isa: instruction set, as the backend calls it.
+        dtype: of the keys that the model makes.
+        block_size: tokens of a block.
+        head_size: channels of a key.
+        stored_as: the type of 8 bits that the cache has; None: as the model makes them.
     """
     numbers = torch.arange(block_size * head_size)
     found = torch.zeros_like(numbers)
+    name = "auto" if stored_as is None else _name_of(stored_as)
     # Small numbers are exact in every dtype: the index is stored digit by digit.
-    digit_bits = 7
+    digit_bits = 7 if stored_as is None else 2
     for shift in range(0, int(numbers[-1]).bit_length(), digit_bits):
         digit = (numbers >> shift) & ((1 << digit_bits) - 1)
         key = digit.view(block_size, 1, head_size).to(dtype)
-        stored = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
-        keys, values = stored.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(key, key.clone(), keys, values, torch.arange(block_size), isa)
-        found |= keys.flatten().long() << shift
+        cached = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype if stored_as is None else torch.uint8)
+        keys, values = cached.chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key, key.clone(), keys, values, torch.arange(block_size), isa, kv_cache_dtype=name
+        )
+        found |= (keys if stored_as is None else keys.view(stored_as)).flatten().long() << shift
     order = torch.empty_like(found)
     order[found] = numbers
     return order.view(block_size, head_size)
 
+
+def _name_of(stored_as: torch.dtype) -> str:
+    return next(name for name, dtype in _BYTES.items() if dtype == stored_as)
+
+
+_BYTES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""vLLM's names for caches of a byte a number and a scale a layer, and what the byte is."""
+
+_PER_TOKEN_HEAD = {
+    "int8_per_token_head": torch.int8,
+    "fp8_per_token_head": torch.float8_e4m3fn,
+}
+"""The same with a scale for each token and head."""
 
 _LAYOUTS: dict[str, Callable[[Attention], CachedKeys]] = {
     "CPU_ATTN": cpu_keys,

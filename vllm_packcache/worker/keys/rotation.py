@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.core.positions import Float64, Int64, Positions, contiguous_axes, interleaved_axes, slide_angles
 from vllm_packcache.core.retention import Retention
-from vllm_packcache.worker.keys.layout import CachedKeys
+from vllm_packcache.worker.keys.stored import CachedKeys
 
 if TYPE_CHECKING:
     from vllm_packcache.worker.keys.kernel import RotationKernel
@@ -144,7 +144,7 @@ class KeyRotation:
             return None
         from vllm_packcache.worker.keys.kernel import RotationKernel
 
-        return RotationKernel(keys.memory for keys in self.layers)
+        return RotationKernel(self.layers)
 
 
 def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rotary: Rotary) -> None:
@@ -157,7 +157,7 @@ def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rot
         angles: [kinds, pairs of channels].
         rotary: which channels are a pair.
     """
-    memory, order = keys
+    memory, order, stored = keys
     split = kinds.shape[1] // order.shape[0]
     parts = blocks[:, None] * split + torch.arange(split, device=blocks.device)
     blocks = parts.flatten().to(memory.device, non_blocking=True)
@@ -165,11 +165,9 @@ def rotate(keys: CachedKeys, blocks: Tensor, kinds: Tensor, angles: Float64, rot
     turn = _turn(order, angles, rotary)
     at_once = max(1, NUMBERS_AT_ONCE // memory[0].numel())
     for some, kinds_of_some in zip(blocks.split(at_once), kinds.split(at_once), strict=True):
-        stored = memory[some]
-        numbers = stored.flatten(2).float()
+        numbers = stored.read(memory, some)
         straight, crossed = turn.coefficients(kinds_of_some)
-        turned = (numbers * straight).addcmul_(turn.partners(numbers), crossed)
-        memory[some] = turned.view(stored.shape).to(memory.dtype)
+        stored.write(memory, some, (numbers * straight).addcmul_(turn.partners(numbers), crossed))
 
 
 class _Turn(NamedTuple):
