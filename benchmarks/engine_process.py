@@ -282,23 +282,28 @@ class Engine:
 
         Those that are prefilled first decode while the others are.
         """
+        return self.begin_each(prompts, max_tokens, [extra_args] * len(prompts))
+
+    def begin_each(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, extra_args: Sequence[dict[str, Any]]
+    ) -> Burst:
+        """`begin`, with options of its own for each of ``prompts``."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra_args or None,
+        made = (
+            SamplingParams(
+                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=own or None
+            )
+            for own in extra_args
         )
-        return self._begin(prompts, params)
+        return self._begin(prompts, list(made))
 
-    def _begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Burst:
+    def _begin(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Burst:
         self._running, self._sampled = [], {}
-        for prompt in prompts:
+        for prompt, own in zip(prompts, params, strict=True):
             self._requests += 1
             request = str(self._requests)
-            self._running.append(self._engine.add_request(request, {"prompt_token_ids": list(prompt)}, params))
+            self._running.append(self._engine.add_request(request, {"prompt_token_ids": list(prompt)}, own))
             self._sampled[request] = 0
         return self._run(1)
 
@@ -323,15 +328,19 @@ class Engine:
                     return int(line.split()[1])
         return None
 
+    def processor_time(self) -> float:
+        """Processor time of this process so far, all threads together, in seconds."""
+        return time.process_time()
+
     def _run(self, tokens: int) -> Burst:
         burst = Burst([], [], [], [])
         goal = {request: sampled + tokens for request, sampled in self._sampled.items()}
         while any(self._sampled[request] < goal[request] for request in goal):
             if not self._engine.has_unfinished_requests():
                 raise RuntimeError(f"the requests ended before {tokens} more tokens of each: max_tokens is too small")
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu = time.perf_counter(), self.processor_time()
             outputs = self._engine.step()
-            burst.cpu_seconds.append(time.process_time() - cpu)
+            burst.cpu_seconds.append(self.processor_time() - cpu)
             burst.wall_seconds.append(time.perf_counter() - wall)
             burst.used_blocks.append(self._used_blocks())
             for output in outputs:

@@ -143,7 +143,8 @@ class MaskedEngine(Engine):
         from vllm import SamplingParams
 
         self._watch.steps.clear()
-        burst = self._begin(prompts, SamplingParams(detokenize=False, extra_args=extra_args))
+        params = SamplingParams(detokenize=False, extra_args=extra_args)
+        burst = self._begin(prompts, [params] * len(prompts))
         return Made(burst, list(self._watch.steps))
 
     def peak_memory(self) -> int:

@@ -12,9 +12,12 @@ import numpy as np
 
 from benchmarks.decode import benchmark as decode_benchmark
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
-from benchmarks.decode.samples import ratios_of, step_times, summed
+from benchmarks.decode.samples import CLOCKS, ratios_of, step_times, summed
 from benchmarks.decode.samples import summary as summary_of_ratios
 from benchmarks.engine_process import Burst
+from benchmarks.guidance import benchmark as guidance_benchmark
+from benchmarks.guidance.plan import FULL as GUIDANCE_SIZES
+from benchmarks.guidance.plan import GUIDED_FULL, GUIDED_LAST, RATIOS, TWO_LAST
 from benchmarks.quality import benchmark as quality_benchmark
 from benchmarks.quality.generators import Causal, Generator, Masked
 from benchmarks.quality.measures import MEASURES
@@ -189,6 +192,26 @@ def gpu() -> dict[str, Any]:
     }
 
 
+def guidance() -> dict[str, Any]:
+    """One of three rounds, which meets every goal."""
+    seconds = {"plain": 0.004, "able": 0.00402, "guided": 0.0041, GUIDED_FULL: 0.2, GUIDED_LAST: 0.051, TWO_LAST: 0.05}
+    stages = {}
+    for stage, ratios in RATIOS.items():
+        own = {name: [seconds[name] * slow for slow in (1.0, 1.5, 1.25)] for pair in ratios.values() for name in pair}
+        clocks = dict.fromkeys(CLOCKS, own)
+        stages[stage] = clocks | {"ratios": ratios_of(clocks, ratios)}
+    result = {
+        "benchmark": "guidance",
+        **ABOUT,
+        "quick": False,
+        "seconds": 12,
+        "seed": 0,
+        "plan": dataclasses.asdict(GUIDANCE_SIZES),
+        "stages": stages,
+    }
+    return json.loads(json.dumps(result | {"targets": guidance_benchmark.targets(result)}))
+
+
 def videos() -> dict[str, Any]:
     """One of three rounds."""
     ratios = [0.99, 1.01, 1.02]
@@ -230,6 +253,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "long_video.json": read("long_video.json"),
         "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
+        "guidance.json": guidance(),
         "memory.json": read("memory.json"),
         "play.json": read("play.json"),
         "videos.json": videos(),

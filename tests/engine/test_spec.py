@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
-    KVCacheGroupSpec,
     KVCacheSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
@@ -33,7 +32,7 @@ from vllm_packcache.core.policies import Policy, SlidingWindow
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.engine.manager import RetentionManager
-from vllm_packcache.engine.spec import GuidanceSpec, RetentionSpec, add_streams, add_streams_to_built, of_json
+from vllm_packcache.engine.spec import RetentionSpec, of_json
 
 CONFIGS = [
     ServerConfig.parse("packcache", {"history_frames": 3, "layout": {"grid": [4, 6], "row_end_tokens": 1}}),
@@ -230,34 +229,12 @@ def test_no_video_within_the_limit_holds_more(
     assert len(held) + 1 <= needed_blocks(spec, 10**6)
 
 
-def server_with(config: ServerConfig) -> Any:
-    additional = {"kv_cache_policy": config.name, "kv_cache_policy_config": config.as_mapping()}
-    return SimpleNamespace(additional_config=additional, model_config=SimpleNamespace(model="some/model"))
-
-
-@pytest.mark.parametrize("guidance", [True, False])
-def test_second_streams_have_a_group_where_videos_may_be_guided(guidance: bool) -> None:
-    config = ServerConfig.parse("packcache", {"guidance": guidance})
-    groups = [KVCacheGroupSpec(["a", "b"], RetentionSpec.retaining(stock_spec(), config, 2, True))]
-    vllm_config = server_with(config)
-    made = add_streams(lambda vllm_config, specs: groups)(vllm_config, {})
-    assert made == add_streams_to_built(lambda builder, vllm_config, specs: groups)(None, vllm_config, {})
-    assert made[:1] == groups
-    if not guidance:
-        assert len(made) == 1
-        return
-    (second,) = made[1:]
-    assert second.layer_names == []
-    spec = second.kv_cache_spec
-    assert isinstance(spec, GuidanceSpec)
-    assert (spec.stream, spec.tokens_ahead, spec.frame_by_frame, spec.server_config) == (1, 2, True, config)
-    assert spec.page_size_bytes == groups[0].kv_cache_spec.page_size_bytes
-    assert (spec.has_layer_views, spec.prefix_cacheable, spec.uses_slot_mapping) == (False, False, False)
-    assert type(spec) is type(pickle.loads(pickle.dumps(spec)))
-
-
-def test_second_streams_need_layers_of_one_kind() -> None:
-    config = ServerConfig.parse("packcache", {"guidance": True})
-    groups = [KVCacheGroupSpec([name], RetentionSpec.retaining(stock_spec(), config, 0)) for name in "ab"]
-    with pytest.raises(ConfigError, match="guidance is for a model whose layers all have the same cache, and those of"):
-        add_streams(lambda vllm_config, specs: groups)(server_with(config), {})
+@pytest.mark.parametrize("max_model_len", [160, 100_000])
+def test_the_pool_must_hold_both_streams_where_videos_may_be_guided(max_model_len: int) -> None:
+    """A video's bound where it has one, and its length where that is less."""
+    options = {"layout": {"tokens_per_frame": 100, "condition_image_tokens": 30}}
+    one, two = (
+        RetentionSpec.retaining(stock_spec(16), ServerConfig.parse("packcache", {**options, "guidance": guidance}), 2)
+        for guidance in (False, True)
+    )
+    assert needed_blocks(two, max_model_len) == 2 * needed_blocks(one, max_model_len)

@@ -346,6 +346,7 @@ OVERRIDDEN = list(overridden())
 def test_the_overrides_are_found() -> None:
     assert {name for *_, name in OVERRIDDEN} == {
         "add_request",
+        "allocate_new_blocks",
         "build",
         "cache_blocks",
         "customize_spec",

@@ -232,3 +232,15 @@ def test_backends_plan_with_live_lengths(runner: Any, kept: Any, path: str, monk
         before = now
     assert common.seq_lens.tolist() == lengths.tolist()
     assert torch.equal(common.block_table_tensor, table)
+
+
+def test_second_streams_need_layers_of_one_kind() -> None:
+    """One group of a spec of ours: a block is then a place of one size in every layer's cache."""
+    from vllm_packcache.config.errors import ConfigError
+    from vllm_packcache.worker.guidance import check_groups
+
+    ours, theirs = (SimpleNamespace(kv_cache_spec=spec) for spec in (SimpleNamespace(stream=0), SimpleNamespace()))
+    check_groups(SimpleNamespace(kv_cache_groups=[ours]), "some/model")
+    for groups in ([ours, ours], [ours, theirs], [theirs]):
+        with pytest.raises(ConfigError, match=r"guidance is for a model whose layers .* those of some/model differ"):
+            check_groups(SimpleNamespace(kv_cache_groups=groups), "some/model")

@@ -47,6 +47,22 @@ DECISIONS = "_packcache_decisions"
 """Attribute of a step's schedule: decisions by request."""
 
 
+class Written(NamedTuple):
+    """A change of the block table of a request's second stream, where vLLM knows the first one's alone.
+
+    Args:
+        start: logical index of the first block.
+        blocks: ids, from there on.
+    """
+
+    start: int
+    blocks: list[int]
+
+
+SECOND_BLOCKS = "_packcache_second_blocks"
+"""Attribute of a step's schedule: what is `Written`, by request."""
+
+
 class LiveSegment(NamedTuple):
     """The queries ``[start, stop)`` of one frame and the blocks they read.
 

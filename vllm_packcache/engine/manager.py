@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
@@ -27,7 +27,7 @@ from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.plan import Stream, Turn, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.core.retention import DECISIONS, Decision, PolicyError, Retention
+from vllm_packcache.core.retention import DECISIONS, SECOND_BLOCKS, Decision, PolicyError, Retention, Written
 from vllm_packcache.core.session import Forgetting
 from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
@@ -153,7 +153,8 @@ def record_of(request: Request) -> VideoRecord | None:
 class RetentionManager(FullAttentionManager):
     """Full attention's manager, with blocks freed by a policy.
 
-    Requests without a layout are stock requests in every respect.
+    Requests without a layout are stock requests in every respect. Where videos may be guided, what vLLM asks of a
+    guided one is handed on to the manager of its second stream; all others cost no more than a look-up.
     """
 
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
@@ -169,12 +170,17 @@ class RetentionManager(FullAttentionManager):
         self._videos: dict[str, Held | None] = {}
         self._records: dict[str, VideoRecord] = {}
         self.settled: dict[str, int] = {}
-        """Requests that decode, and the token of each up to which a step may go without asking anything."""
+        """Requests that decode, and the token of each up to which a step may go without asking any stream anything."""
         self.failures: dict[str, str] = {}
         """Requests that cannot go on, and why: the scheduler ends them."""
         self.decisions: dict[str, list[Decision]] = {}
         """Of requests whose policy reads tokens: what the workers have not been told yet."""
         self.totals = Totals()
+        self.second: GuidanceManager | None = None
+        self._guided: Container[str] = ()
+        if self._config.guidance and not isinstance(self, LaterStreamManager):
+            self.second = GuidanceManager(self, kv_cache_spec, **kwargs)
+            self._guided = self.second.requests
         self._announce(kv_cache_spec)
 
     def _announce(self, kv_cache_spec: RetentionSpec) -> None:
@@ -205,11 +211,18 @@ class RetentionManager(FullAttentionManager):
 
         The other parameters are vLLM's, and its answer is the one for fewer tokens.
         """
+        beside = 0
+        if request_id in self._guided:
+            assert self.second is not None
+            # It shares no blocks.
+            beside = self.second.get_num_blocks_to_allocate(
+                request_id, num_tokens, (), 0, 0, num_tokens_main_model, apply_admission_cap
+            )
         video = self._videos.get(request_id) if apply_admission_cap else None
         if video is not None and video.most_blocks is not None:
             # Blocks that the policy has freed still have their place in the request's list.
             num_tokens = min(num_tokens, (video.most_blocks + video.dropped_blocks) * self.block_size)
-        return super().get_num_blocks_to_allocate(
+        return beside + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -219,6 +232,13 @@ class RetentionManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Allocate blocks for a request's first ``num_tokens`` tokens, in all its streams; those of this one."""
+        if request_id in self._guided:
+            assert self.second is not None
+            self.second.allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(
         self,
@@ -237,6 +257,9 @@ class RetentionManager(FullAttentionManager):
         video: Any = self._videos.get(name, _UNKNOWN)
         if video is _UNKNOWN:
             video = self.video(request)
+        if name in self._guided:
+            assert self.second is not None
+            self.second.cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
         if video is not None or name in self._records:
             # A canvas holds blocks for tokens that are not counted yet.
             if video and num_tokens <= video.quiet_until and len(self.req_to_blocks[name]) == video.blocks:
@@ -263,6 +286,9 @@ class RetentionManager(FullAttentionManager):
             num_prompt_tokens: unused; part of vLLM's interface.
         """
         del num_prompt_tokens
+        if request_id in self._guided:
+            assert self.second is not None
+            self.second.remove_skipped_blocks(request_id, processed_computed_tokens)
         video = self._videos.get(request_id)
         if video is None or processed_computed_tokens < video.frame_ends:
             return
@@ -285,10 +311,10 @@ class RetentionManager(FullAttentionManager):
             video.record.phase = video.phase
         self.block_pool.free_blocks(reversed(dropped))
 
-    def settle(self, request_id: str) -> None:
-        """A request decodes, and what it reads has been decided: see `settled`."""
-        video = self._videos[request_id]
-        self.settled[request_id] = _FOR_EVER if video is None else video.stream.start + video.decided
+    def settled_until(self, request_id: str) -> int:
+        """The request's token up to which it has been decided what this stream of a request that decodes reads."""
+        video = self._videos.get(request_id)
+        return _FOR_EVER if video is None else video.stream.start + video.decided
 
     def decide(self, request: Request, stop: int) -> None:
         """Ask the policy what the tokens before ``stop`` read, before a worker does: there it would not fail alone.
@@ -471,7 +497,11 @@ class RetentionManager(FullAttentionManager):
         record = self._records.pop(request_id, None)
         if record is not None:
             record.let_go(self.kv_cache_group_id)
-        return super().pop_blocks_for_free(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        if request_id in self._guided:
+            assert self.second is not None
+            blocks += self.second.pop_blocks_for_free(request_id)
+        return blocks
 
     def take_totals(self) -> Totals:
         """What has happened since this was last called."""
@@ -514,6 +544,8 @@ class RetentionManager(FullAttentionManager):
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
         record.phase = held.phase
+        if self.second is not None and len(made.streams) > 1:
+            self.second.begin(request)
         return held
 
     def request(self, request: Request) -> VideoRequest | None:
@@ -549,6 +581,65 @@ class LaterStreamManager(RetentionManager):
         return super().allocate_new_blocks(
             request_id, self.own_tokens(request_id, num_tokens), self.own_tokens(request_id, num_tokens_main_model)
         )
+
+
+class GuidanceManager(LaterStreamManager):
+    """Of second streams of guided requests to a causal model: the same layers, in blocks of their own.
+
+    vLLM does not know of it. Blocks are of one pool, and a block is a place in every layer's cache: rows of second
+    streams go through the layers with the blocks that this manager holds. What vLLM asks, the first stream's manager
+    hands on; requests that are not guided are unknown here. The workers are told its blocks as they are told decisions.
+
+    Args:
+        first: the first stream's manager.
+        kv_cache_spec: that one's.
+        kwargs: the other arguments of that one.
+    """
+
+    def __init__(self, first: RetentionManager, kv_cache_spec: RetentionSpec, **kwargs: Any) -> None:
+        # Blocks are known by hashes of the request's tokens, which are those of its first stream.
+        super().__init__(kv_cache_spec, enable_caching=False, **kwargs)
+        self.stream = 1
+        # Accounts of a request's blocks are by group.
+        self.kv_cache_group_id = first.kv_cache_group_id + 1
+        self._told: dict[str, int] = {}
+
+    @property
+    def requests(self) -> Container[str]:
+        """Names of those that are guided, and hold blocks or are about to."""
+        return self._videos
+
+    def begin(self, request: Request) -> None:
+        """A guided request comes."""
+        self._videos[request.request_id] = self._new_video(request)
+
+    def video(self, request: Request) -> Held | None:
+        """What is known of ``request``; None: it is not guided."""
+        return self._videos.get(request.request_id)
+
+    def resume(self, request: Request) -> None:
+        """See `RetentionManager.resume`."""
+        if request.request_id in self._videos:
+            super().resume(request)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """See `RetentionManager.pop_blocks_for_free`."""
+        self._told.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def take_written(self, output: SchedulerOutput) -> dict[str, Written]:
+        """What a step changes in block tables of second streams; of requests that workers begin anew, all of them."""
+        written: dict[str, Written] = {}
+        anew = {new.req_id for new in output.scheduled_new_reqs}
+        for name in self._videos:
+            if name not in output.num_scheduled_tokens:
+                continue
+            blocks = self.req_to_blocks[name]
+            start = 0 if name in anew else self._told.get(name, 0)
+            if start < len(blocks):
+                written[name] = Written(start, [block.block_id for block in blocks[start:]])
+            self._told[name] = len(blocks)
+        return written
 
 
 def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
@@ -599,10 +690,7 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
         if not managers:
             return 0 if _end_if_misdirected(scheduler, request) else num_new_tokens
         name, stop = request.request_id, num_computed_tokens + num_new_tokens
-        for manager in managers:
-            if stop > manager.settled.get(name, 0):
-                break
-        else:
+        if stop <= managers[0].settled.get(name, 0):
             return num_new_tokens
         # While it decodes there is no more than one token, and nothing to end.
         decodes = request.num_tokens - num_computed_tokens <= 1
@@ -621,8 +709,7 @@ def bound_chunks(reserve_prefill_lookahead: Callable[..., int]) -> Callable[...,
             scheduler.grammar_compile_error_reqs.add(name)
             return 0
         if decodes:
-            for manager in managers:
-                manager.settle(name)
+            managers[0].settled[name] = min(manager.settled_until(name) for manager in managers)
         return num_new_tokens
 
     return wrapper
@@ -672,11 +759,15 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
             scheduler.running.sort(key=_comes_later)
         output = schedule(scheduler, *args, **kwargs)
         told: dict[str, list[Decision]] = {}
-        for manager in retention_managers(scheduler.kv_cache_manager):
+        managers = retention_managers(scheduler.kv_cache_manager)
+        for manager in managers:
             for name in [name for name in manager.decisions if name in output.num_scheduled_tokens]:
                 told.setdefault(name, []).extend(manager.take_decisions(scheduler.requests[name]))
         if told:
             setattr(output, DECISIONS, told)
+        second = managers[0].second if managers else None
+        if second is not None and (written := second.take_written(output)):
+            setattr(output, SECOND_BLOCKS, written)
         return output
 
     return wrapper
@@ -728,7 +819,11 @@ def retention_managers(manager: KVCacheManager) -> tuple[RetentionManager, ...]:
     found: tuple[RetentionManager, ...] | None = getattr(manager, _MANAGERS, None)
     if found is None:
         own = [each for each in manager.coordinator.single_type_managers if isinstance(each, RetentionManager)]
+        own += [each.second for each in own if each.second is not None]
         found = tuple(sorted(own, key=lambda each: each.stream))
+        for later in found[1:]:
+            # Of requests, not of their streams: where one fails, what has been settled is not.
+            later.settled = found[0].settled
         # They are made with it, and it is asked for with every request in every step.
         setattr(manager, _MANAGERS, found)
     return found

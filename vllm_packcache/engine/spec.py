@@ -7,20 +7,17 @@ spec is what carries the server's configuration from one process to the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache, wraps
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.guidance import GUIDANCE_KEY
 from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig, read_config
-from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.config.videos import VideosConfig
 from vllm_packcache.core.retention import Retention
 
@@ -90,9 +87,13 @@ class RetentionSpec(FullAttentionSpec):
         return min(bounds)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes that the longest request holds at most: what the pool must have room for at start."""
+        """Bytes that the longest request holds at most, in both streams where it may be guided.
+
+        It is what the pool must have room for at start.
+        """
         held = self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
-        return min(super().max_memory_usage_bytes(vllm_config), held)
+        most = min(super().max_memory_usage_bytes(vllm_config), held)
+        return 2 * most if self.server_config.guidance else most
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -136,72 +137,6 @@ class SecondStreamSpec(StreamSpec):
 
 STREAM_SPECS = (FirstStreamSpec, SecondStreamSpec)
 """By the number of the stream: as many as a request may have."""
-
-
-class GuidanceSpec(RetentionSpec):
-    """The second stream of guided requests to a causal model: the same layers, in blocks of its own.
-
-    Its group has no layers. Blocks of all groups are of one pool, and a block is a place in every layer's cache: rows
-    of this stream are run with this group's blocks through the layers of the first.
-    """
-
-    stream = 1
-
-    @property
-    def has_layer_views(self) -> bool:
-        """No memory is allocated for it."""
-        return False
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        """Blocks are known by hashes of the request's tokens, which are those of the first stream."""
-        return False
-
-    @property
-    def uses_slot_mapping(self) -> bool:
-        """The runner's mapping is that of the first stream's tokens."""
-        return False
-
-
-def add_streams(get_kv_cache_groups: Callable[..., list[KVCacheGroupSpec]]) -> Callable[..., list[KVCacheGroupSpec]]:
-    """Wrap ``get_kv_cache_groups``: where videos may be guided, there is a group for their second streams."""
-
-    @wraps(get_kv_cache_groups)
-    def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> list[KVCacheGroupSpec]:
-        return _and_second(get_kv_cache_groups(vllm_config, *args, **kwargs), vllm_config)
-
-    return wrapper
-
-
-def add_streams_to_built(
-    get_kv_cache_groups_from_builder: Callable[..., list[KVCacheGroupSpec]],
-) -> Callable[..., list[KVCacheGroupSpec]]:
-    """Wrap ``get_kv_cache_groups_from_builder``, which is asked instead from vLLM 0.33 on."""
-
-    @wraps(get_kv_cache_groups_from_builder)
-    def wrapper(builder: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> list[KVCacheGroupSpec]:
-        groups = get_kv_cache_groups_from_builder(builder, vllm_config, *args, **kwargs)
-        return _and_second(groups, vllm_config)
-
-    return wrapper
-
-
-def _and_second(groups: list[KVCacheGroupSpec], vllm_config: VllmConfig) -> list[KVCacheGroupSpec]:
-    """``groups``, and where videos may be guided one for their second streams.
-
-    Raises:
-        ConfigError: a block is not a place of one size in every layer's cache.
-    """
-    config = read_config(vllm_config)
-    if config is None or not config.guidance:
-        return groups
-    specs = [group.kv_cache_spec for group in groups]
-    if len(specs) != 1 or type(specs[0]) is not RetentionSpec:
-        raise ConfigError(
-            f"{CONFIG_KEY}: {GUIDANCE_KEY} is for a model whose layers all have the same cache, and those of "
-            f"{vllm_config.model_config.model} differ: leave it out"
-        )
-    return [*groups, KVCacheGroupSpec([], GuidanceSpec(**_all_fields_of(specs[0])))]
 
 
 def stream_spec(spec: AttentionSpec, vllm_config: VllmConfig, stream: int) -> AttentionSpec:
@@ -252,10 +187,6 @@ def of_json(text: str) -> ServerConfig:
             "same version for every process and node"
         )
     return config
-
-
-def _all_fields_of(spec: RetentionSpec) -> dict[str, Any]:
-    return {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
 
 
 def fields_of(spec: AttentionSpec) -> dict[str, Any]:

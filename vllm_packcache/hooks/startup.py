@@ -81,12 +81,12 @@ def _register_with_vllm() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from vllm_packcache.engine.manager import LaterStreamManager, RetentionManager
-    from vllm_packcache.engine.spec import STREAM_SPECS, GuidanceSpec, RetentionSpec
+    from vllm_packcache.engine.spec import STREAM_SPECS, RetentionSpec
 
     # The registry skips the built-in specs once anything is registered.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(RetentionSpec, RetentionManager, uniform_type_base_spec=FullAttentionSpec)
-    for spec in (*STREAM_SPECS, GuidanceSpec):
+    for spec in STREAM_SPECS:
         KVCacheSpecRegistry.register(spec, LaterStreamManager if spec.stream > 0 else RetentionManager)
     supported = ModelRegistry.get_supported_archs()
     for architecture, family in families.with_models():

@@ -378,8 +378,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
-        "get_num_blocks_to_allocate: num_tokens, req_to_blocks; cache_blocks; remove_skipped_blocks; "
-        "pop_blocks_for_free",
+        "get_num_blocks_to_allocate: num_tokens, req_to_blocks; allocate_new_blocks; cache_blocks; "
+        "remove_skipped_blocks; pop_blocks_for_free",
         "manager: counts what a request holds, is told the request, frees blocks, and knows when a request ends",
         subclass="vllm_packcache.engine.manager:RetentionManager",
     ),
@@ -943,40 +943,17 @@ HOOKS: tuple[Hook, ...] = (
     ),
     # Guided videos
     Hook(
-        "vllm.v1.core.kv_cache_utils",
-        "get_kv_cache_groups(vllm_config, kv_cache_spec)",
-        "guidance: a KV cache group for second streams",
-        wrapper="vllm_packcache.engine.spec:add_streams",
-        until="0.32",
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "pop_blocks_for_free",
+        "guidance: blocks of second streams, of the same pool, which vLLM does not know of",
+        subclass="vllm_packcache.engine.manager:GuidanceManager",
     ),
     Hook(
-        "vllm.v1.core.kv_cache_planning",
-        "get_kv_cache_groups_from_builder(builder, vllm_config, kv_cache_spec)",
-        "guidance: a KV cache group for second streams, where platforms may group layers",
-        wrapper="vllm_packcache.engine.spec:add_streams_to_built",
-        since="0.33",
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "scheduled_new_reqs, num_scheduled_tokens",
+        "guidance: of which requests the workers are told all blocks of second streams, of which the new ones",
     ),
-    *(
-        Hook(
-            f"vllm.v1.core.{module}",
-            "get_kv_cache_configs: _check_enough_kv_cache_memory, _max_memory_usage_bytes_from_groups; "
-            "get_kv_cache_config_from_groups: group, layer_names",
-            "guidance: a group may have no layers; memory is counted for all groups, and blocks of all are of one pool",
-            since=since,
-            until=until,
-        )
-        for module, since, until in (("kv_cache_utils", "", "0.32"), ("kv_cache_planning", "0.33", ""))
-    ),
-    Hook(
-        "vllm.v1.kv_cache_interface:KVCacheSpec",
-        "has_layer_views, prefix_cacheable, uses_slot_mapping",
-        "guidance: a group without memory, hashes and slots of its own",
-    ),
-    Hook(
-        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator",
-        "verify_and_split_kv_cache_groups: prefix_cacheable; find_longest_cache_hit: attention_groups",
-        "guidance: prefixes are looked up in the group of first streams alone",
-    ),
+    Hook("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id", "guidance: what the workers are told of a block"),
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState",
         "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "

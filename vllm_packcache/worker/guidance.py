@@ -4,7 +4,8 @@ The runner knows the first streams, and runs them as if there were no others. Ro
 same layers in a forward pass of their own, when the runner hands the step's logits to its sampler: what it has put
 together for the first ones has been read by then, from a captured graph or not. They have blocks, positions and an
 account of what lives of their own. Which of their tokens a step computes follows from how many the request has, and
-which ids those have from the request's, which the runner keeps on the device: the host waits for nothing.
+which ids those have from the request's, which the runner keeps on the device: the host waits for nothing. A step
+without guided requests does nothing of this.
 
 The logits of guided rows are changed before anything of the request's own sampling is applied.
 """
@@ -23,10 +24,14 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.guidance import GUIDANCE_KEY
+from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.core.plan import Stream
-from vllm_packcache.core.retention import Decision
+from vllm_packcache.core.retention import Decision, Written
 from vllm_packcache.worker.blocks.kernel import CompactedRows
 from vllm_packcache.worker.runner_v2 import DeviceCompaction, KeptBlocks, retaining_model_state
 from vllm_packcache.worker.step import Kept, Row, position_shifts, publish
@@ -69,12 +74,14 @@ class SecondStream:
     """The second stream of a request in the worker.
 
     Args:
+        slot: of its request.
         stream: what it is.
         kept: what of it lives, and where its tokens are.
         scale: s of the request.
         computed: tokens of which keys and values have been computed, or are in the step being run.
     """
 
+    slot: int
     stream: Stream
     kept: Kept
     scale: float
@@ -140,13 +147,11 @@ class Step:
         vllm: vLLM's own description of it.
         seconds: in batch order.
         scales: s of each.
-        block_table: int32, [at least the batch's requests, blocks]: of their group, in the manager's blocks.
     """
 
     vllm: InputBatch
     seconds: list[Second]
     scales: list[float]
-    block_table: Tensor
 
 
 class GuidedSampler:
@@ -180,6 +185,7 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             self._seconds: dict[str, SecondStream] = {}
             self._step: Step | None = None
             self._second_kept: KeptBlocks
+            self._second_table: StagedWriteTensor
             self._second_compacted: dict[AttentionMetadataBuilder[Any], CompactedRows] = {}
             self._attn_groups: list[list[AttentionGroup]] = []
             self._kv_cache_config: KVCacheConfig
@@ -190,11 +196,12 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
 
         def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
             super().initialize_kv_cache(kv_cache_config, block_tables)
-            streams = [getattr(group.kv_cache_spec, "stream", None) for group in kv_cache_config.kv_cache_groups]
-            if streams != [0, 1]:
-                raise RuntimeError(f"a guided server has a KV cache group for each stream, not for {streams}")
+            check_groups(kv_cache_config, self.model_config.model)
             self._kv_cache_config = kv_cache_config
-            self._second_kept = self._new_kept(kv_cache_config, block_tables, 1)
+            first = block_tables.block_tables[0].gpu
+            # The runner has none for it: its kernels would run for every request, guided or not.
+            self._second_table = StagedWriteTensor(tuple(first.shape), dtype=first.dtype, device=self.device)
+            self._second_kept = self._new_kept(kv_cache_config, block_tables)
             self._second_compacted.clear()
 
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -204,7 +211,7 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
                 return
             stream = made.streams[1]
             kept = Kept.of_stream(stream, self._second_kept.block_size)
-            self._seconds[new_req_data.req_id] = SecondStream(stream, kept, made.guidance)
+            self._seconds[new_req_data.req_id] = SecondStream(req_index, stream, kept, made.guidance)
             self._second_kept.forget(req_index)
 
         def remove_request(self, req_id: str) -> None:
@@ -221,6 +228,11 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
                     self._seconds[name].kept.retention.tell(second)
             super().hear(firsts)
 
+        def hear_blocks(self, told: Mapping[str, Written]) -> None:
+            """Blocks of second streams; all their requests have been added."""
+            for name, (start, blocks) in told.items():
+                self._second_table.stage_write(self._seconds[name].slot, start, blocks)
+
         def preprocess_state(
             self,
             input_batch: InputBatch,
@@ -232,10 +244,9 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             self._step = None
             if not self._seconds:
                 return
+            self._second_table.apply_write()
             found, scales = [], []
-            for index, (name, slot, first) in enumerate(
-                zip(input_batch.req_ids, input_batch.idx_mapping_np.tolist(), self._rows, strict=True)
-            ):
+            for index, (name, first) in enumerate(zip(input_batch.req_ids, self._rows, strict=True)):
                 second = self._seconds.get(name)
                 if second is None:
                     continue
@@ -246,15 +257,15 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
                 retention, positions = second.kept
                 row = Row(retention, start, stop - start, positions)
                 _check_one_frame(row)
-                self._second_kept.enter(slot, row)
+                self._second_kept.enter(second.slot, row)
                 if positions.slides(start):
-                    self._key_rotation().slide(retention, positions, start, block_tables[1][index])
+                    self._key_rotation().slide(retention, positions, start, self._second_table.gpu[second.slot])
                 second.computed = stop
-                found.append(Second(index, slot, second.stream, row))
+                found.append(Second(index, second.slot, second.stream, row))
                 scales.append(second.scale)
             self._second_kept.apply()
             if found:
-                self._step = Step(input_batch, found, scales, block_tables[1])
+                self._step = Step(input_batch, found, scales)
 
         def prepare_attn(
             self,
@@ -315,13 +326,13 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             per_row, per_token = (
                 async_tensor_h2d(numbers, device=self.device)
                 for numbers in (
-                    np.stack([slots_np, places, starts[1:] - 1]),
+                    np.stack([slots_np, starts[1:] - 1]),
                     np.stack([np.repeat(np.arange(len(rows)), counts), *_tokens(parts)]),
                 )
             )
-            slots, table_rows, ends = per_row
+            slots, ends = per_row
             row_of, tokens, sources, own_ids, positions = per_token
-            table, size = step.block_table[table_rows], self._second_kept.block_size
+            table, size = self._second_table.gpu[slots], self._second_kept.block_size
             ids = torch.where(own_ids == _SHARED, self._token_ids[slots[row_of], sources].long(), own_ids)
             mapping = table[row_of, tokens // size].long() * size + tokens % size
             compaction = DeviceCompaction(self._second_kept, slots, slots_np, self._second_compacted, self._max_blocks)
@@ -354,6 +365,20 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
 
     GuidingModelState.__qualname__ = f"Guiding{base.__qualname__}"
     return GuidingModelState
+
+
+def check_groups(kv_cache_config: KVCacheConfig, model: str) -> None:
+    """Refuse a model of whose layers' caches a block is not a place of one size in every one.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    # Only a spec of ours is of a stream.
+    if [getattr(group.kv_cache_spec, "stream", None) for group in kv_cache_config.kv_cache_groups] != [0]:
+        raise ConfigError(
+            f"{CONFIG_KEY}: {GUIDANCE_KEY} is for a model whose layers all have the same cache, and those of {model} "
+            "differ: leave it out"
+        )
 
 
 def _check_one_frame(row: Row) -> None:

@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm_packcache.config.server import config_of
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import VideoRequest
-from vllm_packcache.core.retention import DECISIONS, Decision
+from vllm_packcache.core.retention import DECISIONS, SECOND_BLOCKS, Decision
 from vllm_packcache.worker.blocks.kernel import HEADER, CompactedRows, compact_rows
 from vllm_packcache.worker.keys.layout import cached_keys
 from vllm_packcache.worker.keys.rotation import KeyRotation, rotary_of
@@ -151,6 +151,8 @@ def hear_decisions(update_requests: Callable[..., None]) -> Callable[..., None]:
         update_requests(runner, scheduler_output)
         if told := getattr(scheduler_output, DECISIONS, None):
             runner.model_state.hear(told)
+        if written := getattr(scheduler_output, SECOND_BLOCKS, None):
+            runner.model_state.hear_blocks(written)
 
     return wrapper
 
@@ -179,7 +181,7 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
             group = kv_cache_config.kv_cache_groups[0]
             # However long a video may get, it holds no more than there is.
             self._max_blocks = min(block_tables.block_tables[0].gpu.shape[1], kv_cache_config.num_blocks)
-            self._kept = self._new_kept(kv_cache_config, block_tables, 0)
+            self._kept = self._new_kept(kv_cache_config, block_tables)
             # vLLM may do this twice, the first time to profile: nothing of that may stay alive.
             self._compacted.clear()
             self._rotation: KeyRotation | None = None
@@ -190,9 +192,9 @@ def retaining_model_state(base: type[ModelState]) -> type[ModelState]:
                 for layer in self._layers:
                     cached_keys(layer)
 
-        def _new_kept(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables, group: int) -> KeptBlocks:
-            slots = len(block_tables.block_tables[group].gpu)
-            size = kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
+        def _new_kept(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> KeptBlocks:
+            slots = len(block_tables.block_tables[0].gpu)
+            size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             return KeptBlocks(slots, self._max_blocks, size, self.device)
 
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
