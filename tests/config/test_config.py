@@ -860,11 +860,6 @@ def test_guidance_of_one_is_none():
         ),
         (
             {},
-            {**GUIDED, "packcache_session_tokens": 0, "packcache_condition_tokens": 30},
-            "packcache_guidance is not for a session, which has one stream: leave it out",
-        ),
-        (
-            {},
             {**GUIDED, "packcache_condition_tokens": 0},
             "packcache_guidance needs a condition, and this video has none: raise packcache_condition_tokens",
         ),

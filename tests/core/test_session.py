@@ -117,7 +117,7 @@ def test_what_is_decided_after_forgetting_is_what_would_have_been(data: st.DataO
     long = begun(ids)
     for number in range(frame + 1):
         long.past(number)
-    first, most = forgetting.room(long, frame)
+    first, most = forgetting.room([long], frame)
     assume(most > 0)
     frames = data.draw(st.sampled_from(range(forgetting.step, most + 1, forgetting.step)))
     start = layout.frame_start(first)

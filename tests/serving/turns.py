@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from msgspec.structs import replace
 
 from tests.serving.conftest import sampling
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.retention import Retention
-from vllm_packcache.core.session import Forgetting, Turns
+from vllm_packcache.core.session import Resident, Turns
 
 
 class Played:
@@ -43,16 +41,11 @@ class Played:
         extra = {f"packcache_{name}": value for name, value in self.extra(0, 0).items()}
         made = ServerConfig.parse("packcache", config).video(extra, len(ids))
         assert made is not None
-        grammar = None if made.grammar is None else made.grammar.frame
-        self.plan = made.streams[0].plan
-        self.turns = Turns(self.plan, grammar)
-        self.forgetting = Forgetting(self.plan, llm.llm_engine.vllm_config.cache_config.block_size)
+        self.plan, self.turns = made.streams[0].plan, Turns.of(made)
         self.forgotten, self.counted = 0, list(ids)
         """Frames that the engine has forgotten, and the ids that it counts."""
-        self.retention = Retention(
-            self.plan.layout, self.plan.policy, self.forgetting.block_size,
-            lambda start, stop: np.array(self.counted[start:stop], dtype=np.int64),
-        )  # fmt: skip
+        block_size = llm.llm_engine.vllm_config.cache_config.block_size
+        self.resident = Resident(made.streams, block_size, lambda: self.counted)
         self.internal: str | None = None
         self.made: list[list[int]] = []
 
@@ -68,8 +61,8 @@ class Played:
         _, start, stop = self.turns.next_picture(counted)
         forget = gone = 0
         if self.longest is not None and stop > self.longest:
-            step = self.forgetting.step or 1
-            gone, room = self.forgetting.room(self.retention, self.plan.layout.frame_of(counted - 1))
+            step = self.resident.step or 1
+            gone, room = self.resident.room(self.plan.layout.frame_of(counted - 1))
             forget = min(-(-(stop - self.longest) // (frame * step)) * step, room)
         between = self.turns.given(counted, given)
         carried = [] if self.internal is None else self.ids[-1:]
@@ -97,7 +90,7 @@ class Played:
         if forget:
             at = self.plan.layout.frame_start(gone)
             del self.counted[at : at + forget * frame]
-            self.retention.forget(forget, self.forgetting.blocks(forget, gone))
+            self.resident.forget(forget, gone)
         self.forgotten += forget
         self.made.append([])
         self.wanted = stop - start
@@ -130,5 +123,5 @@ def finish(sessions: Sequence[Played], others: Any = None) -> None:
             if answer.finish_reason is not None:
                 assert answer.finish_reason == "length", answer.finish_reason
                 assert len(own.made[-1]) == own.wanted
-                own.retention.past(own.plan.layout.frame_of(len(own.counted) - 1))
+                own.resident.decide(own.plan.layout.frame_of(len(own.counted) - 1))
                 del open_[own.name]

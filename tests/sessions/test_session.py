@@ -304,3 +304,63 @@ def test_what_a_session_says_itself_is_no_option_of_a_client(name: str) -> None:
             house(Engine()).create(opening(options={name: 1}))
 
     played(work)
+
+
+GUIDED = {"guidance": 3.0, "negative_prompt_ids": list(range(20))}
+
+
+def test_a_guided_session_is_let_in_by_what_both_of_its_streams_hold() -> None:
+    async def work() -> None:
+        # Of the history a frame, and of the frame being made one that begins anywhere: 4 blocks in a stream,
+        # and 5 with a condition of 20 tokens.
+        own = house(Engine(blocks=13), guidance=True)
+        own.create(opening(options=GUIDED))
+        own.create(opening())
+        with pytest.raises(NoRoom):
+            own.create(opening())
+        with pytest.raises(SessionError, match="a session holds 9 blocks of 16 tokens, and the KV cache has 8"):
+            house(Engine(blocks=8), guidance=True).create(opening(options=GUIDED))
+
+    played(work)
+
+
+def test_a_guided_session_says_so_with_every_turn_and_never_outgrows_the_server() -> None:
+    async def work() -> None:
+        engine = Engine(most=140)
+        session = house(engine, guidance=True).create(opening(options=GUIDED))
+        made = await frames(session, 40)
+        assert not any(frame.began_anew for frame in made)
+        assert {params.extra_args["packcache_guidance"] for _, _, params in engine.turns} == {3.0}
+        assert all(params.extra_args["packcache_negative_prompt_ids"] == [*range(20)] for _, _, params in engine.turns)
+        # The second stream's condition is longer by 17 tokens.
+        assert len(session.ids) + 17 <= 140
+        plain = house(Engine(most=140), guidance=True).create(opening())
+        await frames(plain, 40)
+        assert len(plain.ids) < session.resident_tokens + len(session.ids)
+        assert plain.resident_tokens < session.resident_tokens <= 2 * plain.resident_tokens + 17
+        for own in (session, plain):
+            own.end(SessionError(404, "over"))
+
+    played(work)
+
+
+def test_what_guidance_leads_away_from_is_said_once_for_all_turns() -> None:
+    async def work() -> None:
+        engine = Engine()
+        session = house(engine, guidance={"scale": 2.0, "negative_prompt_ids": [7, 8]}).create(opening())
+        await frames(session, 2)
+        assert [params.extra_args["packcache_negative_prompt_ids"] for _, _, params in engine.turns] == [[7, 8], [7, 8]]
+        session.end(SessionError(404, "over"))
+        for options, words in (
+            ({"guidance": 2.0}, r"options\.negative_prompt_ids is needed"),
+            (
+                {**GUIDED, "negative_prompt_ids": [3, 100]},
+                r"options\.negative_prompt_ids must be below 100, .*, not 100",
+            ),
+        ):
+            with pytest.raises(SessionError, match=words):
+                house(Engine(), guidance=True).create(opening(options=options))
+        with pytest.raises(SessionError, match=r"options\.guidance is 3, and this server has no room"):
+            house(Engine()).create(opening(options=GUIDED))
+
+    played(work)

@@ -516,8 +516,10 @@ class ServerConfig:
                 f"{scale} is {guidance:g}, and this server has no room for a second stream: start it on vLLM's Model "
                 f"Runner V2 with {GUIDANCE_KEY}: true in {CONFIG_KEY}, or leave {scale} out"
             )
-        if options.session_tokens is not None:
-            raise ConfigError(f"{scale} is not for a session, which has one stream: leave it out")
+        if layout.condition_tokens == 0:
+            raise ConfigError(
+                f"{scale} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
+            )
         if layout.condition_tokens == 0:
             raise ConfigError(
                 f"{scale} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
@@ -529,7 +531,8 @@ class ServerConfig:
                 return shape.written_out("negative_prompt_ids", self.guidance.negative_prompt_ids)
             except ValueError as error:
                 raise ConfigError(f"{condition} is needed, for the server's is of no such frames: {error}") from None
-        own = negative(layout.condition_tokens)
+        # Of a session's later turns a front end sees what they add, and no condition.
+        own = None if options.session_tokens is not None else negative(layout.condition_tokens)
         if own is None:
             raise ConfigError(
                 f"{condition} is needed: it stands in place of the condition in the stream that {scale} leads away from"

@@ -15,16 +15,17 @@ This module is pure: it knows neither vLLM nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import gcd
 
 import numpy as np
 
 from vllm_packcache.core.grammar import FrameGrammar, IdRange
 from vllm_packcache.core.layout import CONDITION
-from vllm_packcache.core.plan import Plan, VideoRequest
+from vllm_packcache.core.plan import Plan, Stream, VideoRequest
+from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
 
 
@@ -42,9 +43,8 @@ class Turns:
 
     @classmethod
     def of(cls, request: VideoRequest) -> Turns:
-        """Of a session whose turns make what ``request`` does; it has one stream."""
-        (stream,) = request.streams
-        return cls(stream.plan, None if request.grammar is None else request.grammar.frame)
+        """Of a session whose turns make what ``request`` does: its tokens are counted in its first stream."""
+        return cls(request.streams[0].plan, None if request.grammar is None else request.grammar.frame)
 
     @cached_property
     def _chosen(self) -> list[bool]:
@@ -139,8 +139,11 @@ class Turns:
 class Forgetting:
     """How many of its old frames a session may forget, so that nothing of what comes changes.
 
+    Streams of one session have the same frames and keep them by the same rule: `step`, `shortest` and `most` are the
+    same in all of them.
+
     Args:
-        plan: what the session keeps.
+        plan: what a stream of the session keeps.
         block_size: tokens of a KV-cache block.
     """
 
@@ -186,11 +189,11 @@ class Forgetting:
         # The decision about `frame` follows from that about the one before.
         return max(0, (frame - 1 - self._settled - first) // self.step * self.step)
 
-    def room(self, retention: Retention, frame: int) -> tuple[int, int]:
+    def room(self, retentions: Sequence[Retention], frame: int) -> tuple[int, int]:
         """The longest run of frames that may be forgotten before a token of ``frame`` + 1 is made.
 
         Args:
-            retention: what lives.
+            retentions: what lives of each stream.
             frame: is finished or begun.
 
         Returns:
@@ -200,18 +203,25 @@ class Forgetting:
             return 0, self.most(frame)
         if self._settled is None or self.step is None:
             return 0, 0
-        blocks, end = retention.blocks, frame - 1 - self._settled
-        history = retention.past(frame)
-        tags = blocks.tags(history[history >= blocks.condition_blocks.stop])
+        end = frame - 1 - self._settled
+        stay = set[int]().union(*(self._stay(retention, frame, end) for retention in retentions))
         found, first = (0, 0), 0
-        for lives in [*np.unique(tags[tags < end]).tolist(), max(end, 0)]:
-            # Of a frame that lives the first block may hold tokens of the one before, which then stays too.
-            shared = lives < end and blocks.layout.frame_start(lives) % self.block_size > 0
-            room = max(0, lives - first - shared) // self.step * self.step
+        for stays in [*sorted(stay), max(end, 0)]:
+            room = max(0, stays - first) // self.step * self.step
             if room > found[1]:
                 found = first, room
-            first = lives + 1
+            first = stays + 1
         return found
+
+    def _stay(self, retention: Retention, frame: int, end: int) -> Iterator[int]:
+        """Frames before ``end`` that a stream cannot forget while it makes ``frame``."""
+        blocks, history = retention.blocks, retention.past(frame)
+        tags = blocks.tags(history[history >= blocks.condition_blocks.stop])
+        for lives in np.unique(tags[tags < end]).tolist():
+            yield lives
+            # Its first block may hold tokens of the frame before.
+            if lives > 0 and blocks.layout.frame_start(lives) % self.block_size > 0:
+                yield lives - 1
 
     def blocks(self, frames: int, first: int = 0) -> range:
         """Logical blocks that go with ``frames`` frames, a multiple of `step`, from ``first`` on.
@@ -222,3 +232,50 @@ class Forgetting:
         assert tokens % self.block_size == 0, "frames are forgotten in whole blocks"
         begin = -(-self.plan.layout.frame_start(first) // self.block_size)
         return range(begin, begin + tokens // self.block_size)
+
+
+class Resident:
+    """What lives of a session between its turns, in all its streams: as the engine counts it.
+
+    Args:
+        streams: of the session's request.
+        block_size: tokens of a KV-cache block.
+        ids: gives the ids of the session's sequence, without frames that it has forgotten.
+    """
+
+    def __init__(self, streams: Sequence[Stream], block_size: int, ids: Callable[[], Sequence[int]]) -> None:
+        self._streams, self._ids = streams, ids
+        self._forgetting = [Forgetting(stream.plan, block_size) for stream in streams]
+        self._retentions = [
+            Retention(stream.plan.layout, stream.plan.policy, block_size, partial(self._tokens, stream))
+            for stream in streams
+        ]
+
+    def _tokens(self, stream: Stream, start: int, stop: int) -> Int64:
+        return np.array(stream.ids(self._ids(), start, stop), dtype=np.int64)
+
+    @property
+    def step(self) -> int | None:
+        """See `Forgetting.step`."""
+        return self._forgetting[0].step
+
+    def decide(self, frame: int) -> None:
+        """``frame`` is finished; to be called for one frame after the other."""
+        for retention in self._retentions:
+            retention.past(frame)
+
+    def room(self, frame: int) -> tuple[int, int]:
+        """See `Forgetting.room`."""
+        return self._forgetting[0].room(self._retentions, frame)
+
+    def forget(self, frames: int, first: int) -> None:
+        """``frames`` frames, a multiple of `step`, from ``first`` on are not counted any more."""
+        for forgetting, retention in zip(self._forgetting, self._retentions, strict=True):
+            retention.forget(frames, forgetting.blocks(frames, first))
+
+    def live_tokens(self, computed: int) -> int:
+        """Tokens that the KV cache holds of a session of which so many have been computed."""
+        return sum(
+            retention.live_tokens(stream.own_tokens(computed))
+            for stream, retention in zip(self._streams, self._retentions, strict=True)
+        )

@@ -123,7 +123,7 @@ class Held:
     def forget(self, frames: int, gone: range) -> None:
         """Some old frames are not counted any more: see `vllm_packcache.core.session`."""
         self.retention.forget(frames, gone)
-        self.record.forgotten_frames += frames
+        self.decided -= frames * self.retention.layout.tokens_per_frame
         self.enter(self.frame - frames)
         self.blocks -= len(gone)
         # They had been freed.
@@ -340,57 +340,49 @@ class RetentionManager(FullAttentionManager):
                 self.decisions.setdefault(request.request_id, []).append(Decision(self.stream, frame, past))
 
     def resume(self, request: Request) -> None:
-        """Another turn of a session begins, of which the workers know nothing yet but its blocks.
-
-        Raises:
-            PolicyError: the turn contradicts those before it.
-        """
+        """Another turn of a session begins, of which the workers know nothing yet but its blocks."""
         name = request.request_id
-        self.settled.pop(name, None)
-        video, before = self._videos.get(name), getattr(request, _REQUEST, None)
-        if before is None or name in self.failures:
-            return
-        delattr(request, _REQUEST)
-        made = self.request(request)
-        if made is None or made.turn is None or made.streams != before.streams:
-            raise PolicyError("a turn of a session must say of its video what the first one said")
-        if made.turn.forget_frames:
-            self._forget(request, video, made.turn)
         if record := self._records.get(name):
             record.resume(request.num_prompt_tokens)
+        video = self._videos.get(name)
         if video is not None:
             video.quiet_until = 0
             # What is read by the frame that the last turn was in has to be told again.
-            frame = video.retention.layout.frame_of(request.num_computed_tokens)
+            frame = video.retention.layout.frame_of(video.stream.own_tokens(request.num_computed_tokens))
             video.decided = min(video.decided, video.retention.layout.frame_start(frame))
 
-    def _forget(self, request: Request, video: Held | None, turn: Turn) -> None:
-        """Leave old frames of a session out of its sequence, and out of its block table."""
-        frames, first = turn.forget_frames, turn.forget_from
+    def forgettable(self, request: Request, turn: Turn) -> range:
+        """Logical blocks of the frames that a session forgets with ``turn``.
+
+        Raises:
+            PolicyError: they cannot be forgotten.
+        """
+        frames, first, video = turn.forget_frames, turn.forget_from, self._videos.get(request.request_id)
         forgetting = None if video is None else Forgetting(video.stream.plan, self.block_size)
         if video is None or forgetting is None or forgetting.step is None:
             raise PolicyError("a session that keeps everything forgets no frames")
-        layout, blocks = video.retention.layout, self.req_to_blocks[request.request_id]
-        most = forgetting.most(layout.frame_of(request.num_computed_tokens), first)
+        most = forgetting.most(
+            video.retention.layout.frame_of(video.stream.own_tokens(request.num_computed_tokens)), first
+        )
         if frames > most or frames % forgetting.step:
             raise PolicyError(
                 f"{frames} frames cannot be forgotten by now: it must be {most} at most, and a multiple of "
                 f"{forgetting.step}"
             )
         gone = forgetting.blocks(frames, first)
-        if not all(block is self._null_block for block in blocks[gone.start : gone.stop]):
+        if not all(
+            block is self._null_block for block in self.req_to_blocks[request.request_id][gone.start : gone.stop]
+        ):
             raise PolicyError(f"{frames} frames from {first} on cannot be forgotten: blocks of theirs live")
-        del blocks[gone.start : gone.stop]
-        start, tokens = layout.frame_start(first), frames * layout.tokens_per_frame
-        assert request.prompt_token_ids is not None
-        for ids in (request.prompt_token_ids, request._all_token_ids):
-            del ids[start : start + tokens]
-        request.num_prompt_tokens -= tokens
-        request.num_computed_tokens -= tokens
-        # Those of the condition stay. Hashes of frames are never looked up, but there must be one of every block.
-        del request.block_hashes[layout.condition_tokens // self.block_pool.hash_block_size :]
-        request.update_block_hashes()
-        video.decided -= tokens
+        return gone
+
+    def forget(self, request: Request, frames: int, gone: range) -> None:
+        """Leave ``frames`` old frames of a session out of the block table: see `forgettable`."""
+        video = self._videos[request.request_id]
+        assert video is not None, "only what a video keeps is forgotten"
+        del self.req_to_blocks[request.request_id][gone.start : gone.stop]
+        if self.stream == 0:
+            video.record.forgotten_frames += frames
         video.forget(frames, gone)
 
     def take_decisions(self, request: Request) -> list[Decision]:
@@ -723,13 +715,53 @@ def resume_sessions(update_request_as_session: Callable[..., None]) -> Callable[
         update_request_as_session(scheduler, session, update)
         managers = retention_managers(scheduler.kv_cache_manager)
         try:
-            for manager in managers:
-                manager.resume(session)
+            _resume(managers, session)
         # A request may say anything, and none may take others with it.
         except Exception as error:
             managers[0].fail(session.request_id, " ".join(str(error).split()) or repr(error))
 
     return wrapper
+
+
+def _resume(managers: Sequence[RetentionManager], request: Request) -> None:
+    """Another turn of a session begins, in all its streams.
+
+    Raises:
+        PolicyError: the turn contradicts those before it.
+    """
+    name, before = request.request_id, getattr(request, _REQUEST, None)
+    for manager in managers:
+        manager.settled.pop(name, None)
+    if before is None or any(name in manager.failures for manager in managers):
+        return
+    delattr(request, _REQUEST)
+    made = managers[0].request(request)
+    if made is None or made.turn is None or made.streams != before.streams:
+        raise PolicyError("a turn of a session must say of its video what the first one said")
+    if made.turn.forget_frames:
+        _forget(managers[: len(made.streams)], request, made.turn, made.streams[0].plan.layout)
+    for manager in managers:
+        manager.resume(request)
+
+
+def _forget(managers: Sequence[RetentionManager], request: Request, turn: Turn, layout: VideoLayout) -> None:
+    """Leave old frames of a session out of its sequence, and out of the block tables of its streams.
+
+    Raises:
+        PolicyError: they cannot be forgotten, and nothing has been.
+    """
+    gone = [manager.forgettable(request, turn) for manager in managers]
+    start, tokens = layout.frame_start(turn.forget_from), turn.forget_frames * layout.tokens_per_frame
+    assert request.prompt_token_ids is not None
+    for ids in (request.prompt_token_ids, request._all_token_ids):
+        del ids[start : start + tokens]
+    request.num_prompt_tokens -= tokens
+    request.num_computed_tokens -= tokens
+    # Those of the condition stay. Hashes of frames are never looked up, but there must be one of every block.
+    del request.block_hashes[layout.condition_tokens // managers[0].block_pool.hash_block_size :]
+    request.update_block_hashes()
+    for manager, blocks in zip(managers, gone, strict=True):
+        manager.forget(request, turn.forget_frames, blocks)
 
 
 def end_turns(handle_stopped_request: Callable[..., bool]) -> Callable[..., bool]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vllm_packcache.core.layout import CONDITION, Segment
 from vllm_packcache.core.plan import Plan
+from vllm_packcache.families.lumos import LumosConfig
 from vllm_packcache.reference.llama import LlamaConfig, LlamaReference
-from vllm_packcache.reference.lumos import LumosConfig, LumosReference
+from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.visibility import positions
 
 Rounding = Callable[[Tensor], Tensor]

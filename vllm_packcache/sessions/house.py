@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,6 +99,8 @@ class House:
         ids = self._opening(message)
         options = self._options(message, ids)
         made = self._video(options, ids)
+        for stream in made.streams[1:]:
+            self._check_ids(stream.condition, "options.negative_prompt_ids")
         return ids, options, made, self._most_tokens(made, ids)
 
     def _check(self, opening: Opening) -> None:
@@ -187,9 +190,7 @@ class House:
         if message.ids is not None:
             if not message.ids:
                 raise SessionError(400, "ids must have at least one id")
-            vocabulary = self._vllm.model_config.get_vocab_size()
-            if max(message.ids) >= vocabulary:
-                raise SessionError(400, f"ids must be below {vocabulary}, the ids of the model, not {max(message.ids)}")
+            self._check_ids(message.ids, "ids")
             return list(message.ids)
         assert message.picture is not None
         if self.pictures is None or not hasattr(self.pictures, "encode"):
@@ -201,6 +202,11 @@ class House:
         except ValueError as error:
             raise SessionError(400, str(error)) from None
 
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
+        vocabulary = self._vllm.model_config.get_vocab_size()
+        if max(ids) >= vocabulary:
+            raise SessionError(400, f"{where} must be below {vocabulary}, the ids of the model, not {max(ids)}")
+
     def _options(self, message: Create, ids: list[int]) -> dict[str, Any]:
         for name in ("condition_tokens", "session_tokens", "forget_frames", "forget_from", "frames", "given_ids"):
             if name in message.options:
@@ -209,11 +215,24 @@ class House:
         condition = message.condition_tokens
         if condition is None:
             condition = self._usual_condition(options, ids)
-        return {**options, f"{REQUEST_PREFIX}condition_tokens": condition}
+        return self._with_negative({**options, f"{REQUEST_PREFIX}condition_tokens": condition}, ids)
+
+    def _with_negative(self, options: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        """``options`` with the negative prompt: a family's follows from the condition, which no later turn has."""
+        if options[f"{REQUEST_PREFIX}condition_tokens"] > len(ids):
+            return options
+        try:
+            made = self.config.request(options, ids)
+        except ValueError as error:
+            raise _refused(error) from None
+        if made is None or len(made.streams) == 1:
+            return options
+        return {**options, f"{REQUEST_PREFIX}negative_prompt_ids": list(made.streams[1].condition)}
 
     def _usual_condition(self, options: dict[str, Any], ids: list[int]) -> int:
         """All of the opening; where it ends with the picture of a frame that has an end, with that end."""
-        turns = Turns.of(self._video({**options, f"{REQUEST_PREFIX}condition_tokens": len(ids)}, ids))
+        condition = {f"{REQUEST_PREFIX}condition_tokens": len(ids), f"{REQUEST_PREFIX}guidance": 1}
+        turns = Turns.of(self._video({**options, **condition}, ids))
         layout = turns.plan.layout
         image, frame = layout.condition_image_tokens, layout.tokens_per_frame
         rest = frame - 1 - turns.picture[1]
@@ -244,7 +263,7 @@ class House:
                     f"{allowed.last}, not {ids[wrong]}: see layout, and condition_tokens"
                 )
         except ValueError as error:
-            raise SessionError(400, str(error).replace(REQUEST_PREFIX, "options.")) from None
+            raise _refused(error) from None
         return made
 
     def _most_tokens(self, made: VideoRequest, ids: list[int]) -> int:
@@ -257,6 +276,8 @@ class House:
         most = self._vllm.model_config.max_model_len
         if plan.positions.window is None and self.config.position_limit is not None:
             most = min(most, self.config.position_limit)
+        # Tokens are counted in the first stream, and another may have a longer condition.
+        most -= max(0, *(-stream.start for stream in made.streams))
         if plan.policy.begins_anew is not None:
             most = min(most, layout.frame_start(plan.policy.begins_anew[0] + 1))
         shortest = Forgetting(plan, self._block_size).shortest
@@ -271,8 +292,15 @@ class House:
             )
         window = plan.positions.window
         if window is not None and self.config.position_limit is not None:
-            limit = plan.positions.limit(min(most, wanted))
-            limit = max(limit, plan.positions.window_tokens(layout.frame_start(window + 2)))
+            slid = layout.frame_start(window + 2)
+            limits = [
+                (
+                    own.plan.positions.limit(own.own_tokens(min(most, wanted))),
+                    own.plan.positions.window_tokens(own.own_tokens(slid)),
+                )
+                for own in made.streams
+            ]
+            limit = max(chain.from_iterable(limits))
             if limit > self.config.position_limit:
                 raise SessionError(
                     400,
@@ -316,6 +344,11 @@ class House:
         now = time.monotonic()
         left = [self.limits.idle_seconds - (now - own.used) for own in self.all()]
         return max(1, min(_LONGEST_WAIT, math.ceil(min(left, default=1))))
+
+
+def _refused(error: ValueError) -> SessionError:
+    """What is wrong with a request, as clients of sessions call its options."""
+    return SessionError(400, str(error).replace(REQUEST_PREFIX, "options."))
 
 
 def check_names(config: ServerConfig) -> None:

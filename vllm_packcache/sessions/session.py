@@ -17,9 +17,7 @@ import numpy as np
 
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import REQUEST_PREFIX, Plan, Turn, VideoRequest
-from vllm_packcache.core.policies.base import Int64
-from vllm_packcache.core.retention import Retention
-from vllm_packcache.core.session import Forgetting, Turns
+from vllm_packcache.core.session import Resident, Turns
 from vllm_packcache.web.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -136,13 +134,12 @@ class Session:
         self.created = self.used = time.monotonic()
         self.ended: SessionError | None = None
         self._engine = engine
-        self._forgetting = Forgetting(self.plan, block_size)
         self._inputs: asyncio.Queue[StreamingInput | None] | None = None
         self._outputs: AsyncGenerator[RequestOutput, None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._counted = 0
         self._opened = 0
-        self._resident = self._retention()
+        self._resident = self._nothing()
 
     @property
     def plan(self) -> Plan:
@@ -212,9 +209,9 @@ class Session:
             max(1, (self.most_tokens - layout.condition_tokens) // layout.tokens_per_frame // 2),
         )
         if anew is None and stop > self.most_tokens:
-            first, most, step = 0, 0, self._forgetting.step or 1
+            first, most, step = 0, 0, self._resident.step or 1
             if self._outputs is not None:
-                first, most = self._forgetting.room(self._resident, layout.frame_of(length - 1))
+                first, most = self._resident.room(layout.frame_of(length - 1))
             frames = min(-(-(stop - self.most_tokens) // (layout.tokens_per_frame * step)) * step, most)
             if frames * layout.tokens_per_frame >= stop - self.most_tokens:
                 self._drop(frames, first)
@@ -230,14 +227,12 @@ class Session:
         start = layout.frame_start(first)
         del self.ids[start : start + frames * layout.tokens_per_frame]
         self.forgotten, self._gap = self.forgotten + frames, max(first, self._gap - frames)
-        if frames and self._forgetting.step and frames % self._forgetting.step == 0:
-            self._resident.forget(frames, self._forgetting.blocks(frames, first))
+        if frames and self._resident.step and frames % self._resident.step == 0:
+            self._resident.forget(frames, first)
 
-    def _retention(self) -> Retention:
-        return Retention(self.plan.layout, self.plan.policy, self.block_size, self._tokens)
-
-    def _tokens(self, start: int, stop: int) -> Int64:
-        return np.array(self.ids[start:stop], dtype=np.int64)
+    def _nothing(self) -> Resident:
+        """Before the engine has computed anything of it."""
+        return Resident(self.made.streams, self.block_size, lambda: self.ids)
 
     async def _make(self, frame: Frame, number: int, between: list[int], wanted: int, forget: Turn) -> None:
         began, before, error = time.monotonic(), len(self.ids), None
@@ -246,7 +241,7 @@ class Session:
             self.ids += between + frame.ids
             self._counted = len(self.ids) - 1
             # One frame after the other, and of what lives now.
-            self._resident.past(number)
+            self._resident.decide(number)
             frame.visual = self.turns.pictures(self.ids, number)
         except asyncio.CancelledError:
             error = self.ended or SessionError(404, "this session has been deleted")
@@ -308,7 +303,7 @@ class Session:
                 yield turn
 
         self._inputs, self._opened = inputs, self._opened + 1
-        self._resident = self._retention()
+        self._resident = self._nothing()
         # These parameters close the request, as one of text: options of a session are in each turn's own.
         params = self._params(number, 1)
         params.extra_args = None

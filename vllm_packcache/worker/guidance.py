@@ -209,9 +209,12 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             made = self._requested(new_req_data)
             if made is None or len(made.streams) == 1:
                 return
-            stream = made.streams[1]
+            (first, stream), computed = made.streams, new_req_data.num_computed_tokens
+            # What is found in the prefix cache is less than a condition, and of the first stream. More than that is of
+            # a session, whose turn begins.
+            own = stream.own_tokens(computed) if computed >= first.plan.layout.condition_tokens else 0
             kept = Kept.of_stream(stream, self._second_kept.block_size)
-            self._seconds[new_req_data.req_id] = SecondStream(req_index, stream, kept, made.guidance)
+            self._seconds[new_req_data.req_id] = SecondStream(req_index, stream, kept, made.guidance, own)
             self._second_kept.forget(req_index)
 
         def remove_request(self, req_id: str) -> None:
