@@ -39,6 +39,7 @@ ON_V2 = frozenset(
         "benchmarks/test_gpu_kernels.py",
         "serving/test_graphs.py",
         "serving/test_guidance.py",
+        "serving/test_guided_emu3.py",
         "serving/test_guided_sessions.py",
         "serving/test_masked_tokens.py",
         "worker/test_key_layout_triton.py",

@@ -218,3 +218,14 @@ def test_the_oracle_reads_no_other_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"supports model_type = 'Emu3' only, not 'llama'"):
         Emu3Reference.load(tmp_path)
+
+
+def test_what_may_be_sampled_follows_from_the_length_of_a_prompt() -> None:
+    """Who restricts logits is not told the ids from which it follows what guidance leads away from."""
+    server = ServerConfig.parse("packcache", "emu3", family=EMU3)
+    prompt = [BEGIN, 7, 8, *head((2, 3))]
+    said = {"packcache_grid": [2, 3], "packcache_frames": 1}
+    made = server.request(said, prompt)
+    assert made is not None
+    assert len(made.streams) == 2
+    assert server.grammar(said, len(prompt)) == made.grammar

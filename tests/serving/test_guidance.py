@@ -18,6 +18,7 @@ import torch
 from tests.margins import TIE, CarefulReference, Tie
 from tests.runner import needs_v2
 from tests.serving.conftest import PAPERS, generate, prompt, run, sampling, schedule_asynchronously
+from tests.serving.drawing import draw, noise
 from tests.serving.test_graphs import Replaying
 from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.server import ServerConfig
@@ -270,29 +271,81 @@ def test_guidance_of_one_is_none(guiding: Any, engine: Any) -> None:
 
 
 def test_sampling_of_a_request_follows_guidance(guiding: Any, reference: CarefulReference) -> None:
-    """Ids that are allowed, a bias, and penalties are applied to guided logits."""
+    """Ids that are allowed, a bias, a least length, and penalties are applied to guided logits.
+
+    A penalty divides what is above 0 and multiplies what is below: of logits that are combined as they are, and not as
+    logarithms of probabilities, it makes something else.
+    """
     case = replace(FROM_TEXT, make=30)
     params = case.params
     params.allowed_token_ids = list(range(0, 256, 3))
     params.logit_bias = {3: 4.0}
     params.repetition_penalty = 1.3
     params.frequency_penalty = 0.2
+    params.min_tokens, params.stop_token_ids = 20, [3]
     params = params.clone()
     tokens = run(guiding(), [case.ids], [params])[0]
+    assert len(tokens) >= 20
+    assert 3 not in tokens[:-1]
     video, seen = case.video("packcache", PAPERS), list(case.ids)
-    forbidden = torch.tensor([token % 3 != 0 for token in range(256)])
-    for token in tokens:
-        logits = video.logits(reference, seen)[-1].masked_fill(forbidden, float("-inf"))
+    forbidden, combined_before = torch.tensor([token % 3 != 0 for token in range(256)]), []
+
+    def sampled(logits: torch.Tensor) -> tuple[int, float]:
+        """The token, and by how much it is ahead."""
+        logits = logits.masked_fill(forbidden, float("-inf"))
         logits[3] += 4
+        made = torch.tensor(seen[len(case.ids) :], dtype=torch.int64)
+        if len(made) < 20:
+            logits[3] = float("-inf")
         known = torch.tensor(sorted(set(seen)))
         logits[known] = torch.where(logits[known] > 0, logits[known] / 1.3, logits[known] * 1.3)
-        made = torch.tensor(seen[len(case.ids) :], dtype=torch.int64)
         logits -= 0.2 * torch.bincount(made, minlength=256)
         best = logits.topk(2)
-        if best.values[0] - best.values[1] < 10 * TIE:
+        return int(best.indices[0]), float(best.values[0] - best.values[1])
+
+    for token in tokens:
+        expected, ahead = sampled(video.logits(reference, seen)[-1])
+        if ahead < 10 * TIE:
             raise Tie("a token that is penalised")
-        assert token == int(best.indices[0])
+        assert token == expected
+        own, other = (
+            reference.logits(ids, plan, BLOCK)[-1]
+            for ids, plan in ((seen, video.plan), (video.negative(seen), video.negative_plan))
+        )
+        combined_before.append(sampled(other + case.scale * (own - other))[0])
         seen.append(token)
+    assert combined_before != tokens
+
+
+def test_samples_are_drawn_from_guided_logits(
+    guiding: Any, reference: CarefulReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several of one request, each of a seed of its own, and the same seeds make the same: see `tests.serving.drawing`.
+
+    Nor can vLLM's kernel for top-k and top-p be interpreted: here a bias stands for what comes between.
+    """
+    draw(monkeypatch)
+    llm, case = guiding(), replace(SHORTER, make=12, given=2 * 40 + 30)
+    params = case.params
+    params.temperature, params.seed, params.n, params.logit_bias = 1.0, 5, 3, {7: 2.0}
+    video = case.video("packcache", PAPERS)
+
+    def samples() -> list[list[int]]:
+        (output,) = llm.generate([{"prompt_token_ids": case.ids}], params.clone(), use_tqdm=False)
+        return [list(sample.token_ids) for sample in output.outputs]
+
+    made = samples()
+    assert len({tuple(tokens) for tokens in made}) == 3
+    for number, tokens in enumerate(made):
+        ids = [*case.ids, *tokens]
+        logits = video.logits(reference, ids[:-1])[-len(tokens) :]
+        logits[:, 7] += 2
+        for place, (row, token) in enumerate(zip(logits, tokens, strict=True), len(case.ids) - 1):
+            best = (row + noise(5 + number, place, 256)).topk(2)
+            if best.values[0] - best.values[1] < 10 * TIE:
+                raise Tie("a token that is drawn")
+            assert token == int(best.indices[0])
+    assert samples() == made
 
 
 def test_ids_of_frames_are_those_of_the_grammar(guiding: Any, reference: CarefulReference) -> None:

@@ -429,9 +429,18 @@ class ServerConfig:
         Raises:
             ConfigError: an option is wrong; the message names it.
         """
-        # What a second stream begins with changes nothing of the first one's plan.
-        made = self.video(extra_args, num_prompt_tokens, lambda condition_tokens: (0,) * condition_tokens)
+        made = self._first_stream(extra_args, num_prompt_tokens)
         return None if made is None or made.as_stock else made.streams[0].plan
+
+    def grammar(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoGrammar | None:
+        """Which ids the tokens of a request may have; None: any. Arguments and errors are those of `plan`."""
+        made = self._first_stream(extra_args, num_prompt_tokens)
+        return None if made is None else made.grammar
+
+    def _first_stream(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> VideoRequest | None:
+        """A request by its length alone, of which no more than the first stream is as it will be."""
+        # What a second one begins with may follow from the prompt's ids, and changes nothing of the first.
+        return self.video(extra_args, num_prompt_tokens, lambda condition_tokens: (0,) * condition_tokens)
 
     def video(
         self,

@@ -51,8 +51,7 @@ def restrict(logits: Tensor, rows: Iterable[tuple[int, int, VideoGrammar]]) -> T
 
 def grammar_of(config: ServerConfig | None, params: SamplingParams, prompt_tokens: int) -> VideoGrammar | None:
     """The grammar of a request; None: its tokens may have any ids."""
-    made = None if config is None else config.request_of(params, None, prompt_tokens)
-    return None if made is None else made.grammar
+    return None if config is None else config.grammar(params.extra_args, prompt_tokens)
 
 
 class FrameIdsV1(LogitsProcessor):
