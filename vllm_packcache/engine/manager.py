@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
@@ -177,7 +177,7 @@ class RetentionManager(FullAttentionManager):
         """Of requests whose policy reads tokens: what the workers have not been told yet."""
         self.totals = Totals()
         self.second: GuidanceManager | None = None
-        self._guided: Container[str] = ()
+        self._guided: Collection[str] = ()
         if self._config.guidance and not isinstance(self, LaterStreamManager):
             self.second = GuidanceManager(self, kv_cache_spec, **kwargs)
             self._guided = self.second.requests
@@ -597,7 +597,7 @@ class GuidanceManager(LaterStreamManager):
         self._told: dict[str, int] = {}
 
     @property
-    def requests(self) -> Container[str]:
+    def requests(self) -> Collection[str]:
         """Names of those that are guided, and hold blocks or are about to."""
         return self._videos
 
@@ -798,7 +798,7 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
         if told:
             setattr(output, DECISIONS, told)
         second = managers[0].second if managers else None
-        if second is not None and (written := second.take_written(output)):
+        if second is not None and second.requests and (written := second.take_written(output)):
             setattr(output, SECOND_BLOCKS, written)
         return output
 
