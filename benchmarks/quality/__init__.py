@@ -13,7 +13,8 @@ def command(
         Path, typer.Option(help="Folder for results and pictures; a run goes on with what is there.")
     ] = Path("out/bench/quality"),
     videos: Annotated[
-        int | None, typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 8 with --masked.")
+        int | None,
+        typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 50 with --masked or --guidance."),
     ] = None,
     masked: Annotated[
         bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
@@ -22,14 +23,31 @@ def command(
         list[str] | None,
         typer.Option(help="Name of a policy that is compared besides, with its defaults; may be given several times."),
     ] = None,
+    guidance: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Scale of guidance of the causal model, away from the same picture with an empty text. Full cache, "
+            "packcache and changed are compared with it and without; may be given several times."
+        ),
+    ] = None,
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
-    from benchmarks.quality.benchmark import CAUSAL, MASKED
-    from benchmarks.quality.generators import Causal, Masked
+    from benchmarks.quality.benchmark import CAUSAL, GUIDED, MASKED
+    from benchmarks.quality.generators import Causal, Generator, Guided, Masked
     from benchmarks.quality.runs import QualityPlan
+    from vllm_packcache.config.errors import ConfigError
 
-    generator = (Masked if masked else Causal)(policies=tuple(policy or ()))
+    if masked and guidance:
+        raise ConfigError("--guidance is for the causal model, the masked one is always guided: leave --masked out")
+    policies = tuple(policy or ())
+    generator: Generator
+    if guidance:
+        benchmark, generator = GUIDED, Guided(policies, tuple(guidance))
+    elif masked:
+        benchmark, generator = MASKED, Masked(policies=policies)
+    else:
+        benchmark, generator = CAUSAL, Causal(policies)
     # A policy that there is none of is refused here, before anything is made.
     typer.echo(f"comparing {', '.join(variant.name for variant in generator.variants.named)}")
     plan = QualityPlan(generator=generator, videos=videos or 0)
-    (MASKED if masked else CAUSAL).run_in(out, plan=plan)
+    benchmark.run_in(out, plan=plan)

@@ -1,4 +1,4 @@
-"""The quality of videos as a benchmark, for both kinds of generation: what is run, and what is judged of it."""
+"""The quality of videos as a benchmark, for both kinds of generation and guided: what is run, and what is judged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.protocol import Benchmark, Draw, Session, in_formats
 from benchmarks.quality import plot, report
-from benchmarks.quality.generators import Causal, Masked
+from benchmarks.quality.generators import Causal, Guided, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
 from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
@@ -70,7 +70,7 @@ def same(result: Result, plan: QualityPlan, quick: bool) -> bool:
 
 def _drawn(name: str) -> dict[str, Draw]:
     """What both have by a name of their own."""
-    return {f"{stem(name)}.csv": plot.write_csv} | in_formats(plot.PICTURES[name].by_frame, plot.draw_by_frame)
+    return {f"{stem(name)}.csv": plot.write_csv} | in_formats(plot.PICTURES[name].chart, plot.draw_by_frame)
 
 
 def _made(name: str) -> tuple[str, ...]:
@@ -93,6 +93,19 @@ CAUSAL = Benchmark(
     made=_made(Causal.benchmark),
     duration="seconds_of_this_run",
     same=same,
+)
+
+GUIDED = replace(
+    CAUSAL,
+    name=Guided.benchmark,
+    title="Quality of guided videos",
+    required=False,
+    plan=lambda quick: QualityPlan(generator=Guided()),
+    # What guidance is good for is the model's business: no goal is set.
+    judged={},
+    also={f"{stem(Guided.benchmark)}.csv": plot.write_csv}
+    | in_formats(plot.PICTURES[Guided.benchmark].chart, plot.draw_by_scale),
+    made=_made(Guided.benchmark),
 )
 
 MASKED = replace(

@@ -6,7 +6,8 @@ what lives and where is asked of the same pure core. `tests/benchmarks/test_qual
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks.training.llama import KeyValueCache, Llama, LlamaSize, rotary_table, rotate
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention
+from vllm_packcache.reference.guided import combined
 
 Int64 = npt.NDArray[np.int64]
 
@@ -81,6 +83,20 @@ class VideoCache(KeyValueCache):
         return self._first + self.length - len(self._past)
 
 
+class Second(NamedTuple):
+    """The second stream of a guided video.
+
+    Args:
+        cache: an empty cache.
+        prompt: its condition.
+        scale: s.
+    """
+
+    cache: VideoCache
+    prompt: list[int]
+    scale: float
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -88,6 +104,7 @@ def generate(
     prompt: list[int],
     frames: int,
     draft: Callable[[Int64], Int64],
+    second: Second | None = None,
 ) -> Int64:
     """Greedy generation of a video.
 
@@ -101,22 +118,28 @@ def generate(
         prompt: the condition.
         frames: T.
         draft: guess of the next frame, [F], from the frames before it, [n, F]; its first token is not looked at.
+        second: what the video is led away from; None: it is not guided.
 
     Returns:
         Token ids, [T, F].
     """
     made: list[Int64] = []
-    first = int(_best(model, cache, prompt)[-1])
+    caches, prompts = ([cache], [prompt]) if second is None else ([cache, second.cache], [prompt, second.prompt])
+    scale = 1.0 if second is None else second.scale
+    # Conditions may differ in length; their last tokens are followed by the same.
+    first = int(_likeliest([_logits(model, *own)[-1:] for own in zip(caches, prompts, strict=True)], scale)[0])
     window = SMALLEST_WINDOW
     for number in range(frames):
-        cache.begin(number)
+        for own in caches:
+            own.begin(number)
         frame = np.array(draft(np.array(made)), dtype=np.int64)
         frame[0] = first
         right = 0
         while right < len(frame):
-            cache.keep(right)
-            ids = frame[right : right + window]
-            best = _best(model, cache, ids.tolist())
+            for own in caches:
+                own.keep(right)
+            ids = frame[right : right + window].tolist()
+            best = _likeliest([_logits(model, own, ids) for own in caches], scale)
             follow = frame[right + 1 : right + 1 + len(best)]
             wrong = np.flatnonzero(best[: len(follow)] != follow)
             follow[:] = best[: len(follow)]
@@ -128,7 +151,15 @@ def generate(
     return np.array(made)
 
 
-def _best(model: Llama, cache: VideoCache, ids: list[int]) -> Int64:
-    """The most likely token after each of ``ids``, which are computed and cached, [n]."""
+def _logits(model: Llama, cache: VideoCache, ids: list[int]) -> Tensor:
+    """Of the token after each of ``ids``, which are computed and cached, [n, vocabulary]."""
     hidden: Tensor = model.hidden(torch.tensor([ids]), cache)
-    return model.logits(hidden)[0].argmax(-1).numpy()
+    return model.logits(hidden)[0]
+
+
+def _likeliest(streams: Sequence[Tensor], scale: float) -> Int64:
+    """The most likely tokens, [n], of the logits of one stream, or of two that guide, [n, vocabulary] each."""
+    own, *others = streams
+    for other in others:
+        own = combined(own, other, scale)
+    return own.argmax(-1).numpy()

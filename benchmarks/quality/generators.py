@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bundled import CAUSAL, MASKED, identity
-from benchmarks.quality.variants import BLOCK_SIZE, Shape, Variant, Variants, all_variants, policies_only
+from benchmarks.quality.variants import (
+    BLOCK_SIZE,
+    CHANGED,
+    PACKCACHE,
+    Shape,
+    Variant,
+    Variants,
+    all_variants,
+    policies_only,
+    yardsticks,
+)
 from benchmarks.training.live import SPARSELY
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
@@ -72,6 +82,12 @@ class Generator(ABC):
     @abstractmethod
     def variants(self) -> Variants:
         """What is compared."""
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Names of variants whose videos are compared world by world."""
+        names = [variant.name for variant in self.variants.named]
+        return ((who, name) for who in (PACKCACHE, CHANGED) for name in names if name != who)
 
     @property
     @abstractmethod
@@ -137,28 +153,78 @@ class Causal(Generator):
 
     def maker(self, variant: Variant, frames: int) -> Make:
         """Sparsely, else with a decoder that guesses: the true frames, and what it makes does not depend on that."""
-        from benchmarks.quality.decoder import VideoCache, generate
+        from benchmarks.quality.decoder import Second, VideoCache, generate
         from benchmarks.training import sparse_video
         from benchmarks.training.llama import load_pretrained
 
         model, tokenizer, plan = load_pretrained(MODEL_DIR), VideoTokenizer(), variant.plan()
         is_sparse = self.is_sparse(variant, frames)
 
+        def cache() -> VideoCache:
+            return VideoCache(model.size, plan, BLOCK_SIZE, frames)
+
         def make(seed: int) -> Int64:
             world = make_world(seed)
-            cache = VideoCache(model.size, plan, BLOCK_SIZE, frames)
+            prompt, second = world_prompt(tokenizer, world), None
+            if variant.scale != 1:
+                # As long as the first, so that the plan is that of both.
+                without = sparse_video.without_words(tokenizer, np.array(prompt))
+                second = Second(cache(), without.tolist(), variant.scale)
             truth = sequence(tokenizer, true_frames(tokenizer, world, frames)[1:]).reshape(frames, FRAME_TOKENS)
-            return generate(model, cache, world_prompt(tokenizer, world), frames, _draft(truth))
+            return generate(model, cache(), prompt, frames, _draft(truth), second)
 
         def make_all(seeds: range) -> Int64:
             if is_sparse:
                 prompts = np.array([world_prompt(tokenizer, make_world(seed)) for seed in seeds])
-                ids = sparse_video.generate(model, tokenizer, plan, BLOCK_SIZE, prompts, frames)
+                ids = sparse_video.generate(model, tokenizer, plan, BLOCK_SIZE, prompts, frames, variant.scale)
             else:
                 ids = np.stack([make(seed) for seed in seeds])
             return np.stack([tokenizer.frames_from_ids(own.reshape(-1).tolist()) for own in ids])
 
         return make_all
+
+
+@dataclass(frozen=True)
+class Guided(Causal):
+    """The same model, whose videos are led away from those that it makes of the same picture without words.
+
+    Args:
+        scales: of guidance, that every policy is tried with besides none.
+    """
+
+    scales: tuple[float, ...] = (1.25, 1.5, 2, 3)
+
+    benchmark = "quality-guided"
+
+    @property
+    def videos(self) -> int:
+        """Fewer: each policy makes them once for every scale, of two streams."""
+        return 50
+
+    @property
+    def lengths(self) -> int:
+        """The trained length."""
+        return 1
+
+    @property
+    def how(self) -> str:
+        """As those without guidance, and what they are led away from."""
+        return f"{super().how}; guidance leads away from the same picture with an empty text, the likeliest token wins"
+
+    @cached_property
+    def variants(self) -> Variants:
+        """The yardsticks, without guidance and with each scale."""
+        return yardsticks(Shape("demo", CONDITION_TOKENS)).beside(self.policies).guided(self.scales)
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Each guided variant and the same policy without; under each scale the policies and the full cache."""
+        policies = [variant for variant in self.variants.named if variant.scale == 1]
+        for scale in (1, *self.scales):
+            full, *others = (own.guided(scale).name for own in policies)
+            yield from ((who, full) for who in others)
+            if scale != 1:
+                yield from ((own.guided(scale).name, own.name) for own in policies)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks.quality.measures import MEASURES, Measure
-from benchmarks.quality.variants import FULL_CACHE
+from benchmarks.quality.variants import FULL_CACHE, under
 from benchmarks.report.parts import Result
 from benchmarks.report.table import Table
 from vllm_packcache.tools.figures import FORMATS, new_figure, save
@@ -41,19 +41,20 @@ class Pictures(NamedTuple):
     """Names of a benchmark's pictures, without what follows the point.
 
     Args:
-        by_frame: quality over the frames.
+        chart: quality over the frames, or over scales of guidance.
         videos: one world under every variant.
     """
 
-    by_frame: str
+    chart: str
     videos: str
 
 
 PICTURES = {
     "quality": Pictures("by_frame", "videos"),
+    "quality-guided": Pictures("quality_guided", "videos_guided"),
     "quality-masked": Pictures("quality_masked", "videos_masked"),
 }
-"""By benchmark, so that both can lie in one folder."""
+"""By benchmark, so that all can lie in one folder."""
 
 FRONTIER = "frontier"
 """Name of the picture of the frontier, which one benchmark has."""
@@ -161,6 +162,36 @@ def draw_by_frame(result: Result, path: Path) -> None:
         axes.set_title(measure.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"frame (dashed: {result['trained_frames']}, as many as the model was trained on)", fontsize=10)
+    _legend(figure)
+    save(figure, path, quick=result.get("quick", False))
+
+
+def draw_by_scale(result: Result, path: Path) -> None:
+    """Draw quality within the trained length against the scale of guidance, as PNG or SVG by the suffix of ``path``."""
+    figure, span = new_figure(11, 7), result["spans"][0]
+    variants = result["variants"]
+    policies = [name for name, own in variants.items() if "guidance" not in own]
+    scales = [1, *dict.fromkeys(own["guidance"] for own in variants.values() if "guidance" in own)]
+    colours = {name: COLOURS.get(name, f"C{number % 10}") for number, name in enumerate(policies)}
+    for axes, (label, measure) in zip(figure.subplots(2, 3, sharex=True).flat, MEASURES.items(), strict=True):
+        for name in policies:
+            found = {scale: result["scores"][under(name, scale)][label]["spans"][span] for scale in scales}
+            points = {scale: own for scale, own in found.items() if own is not None}
+            axes.errorbar(
+                list(points),
+                [measure.factor * own["mean"] for own in points.values()],
+                [measure.factor * own["ci95"] for own in points.values()],
+                color=colours[name],
+                label=name,
+                marker="o",
+                markersize=4,
+                elinewidth=0.8,
+                capsize=2,
+            )
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.set_title(measure.title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"scale of guidance (1: none), {span}", fontsize=10)
     _legend(figure)
     save(figure, path, quick=result.get("quick", False))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.plot import FRONTIER, PICTURES, cell
-from benchmarks.quality.variants import PACKCACHE, SELECTIONS
+from benchmarks.quality.variants import PACKCACHE, SELECTIONS, under
 from benchmarks.report.markdown import Files, listed
 from benchmarks.report.parts import Goal, Result, Row, notes, provenance, row_of_mean, rows_of_count, verdict
 from benchmarks.report.table import Paragraph, Table
@@ -27,7 +27,7 @@ SELECTED = {SPATIAL: PACKCACHE} | {selection: f"{PACKCACHE}, {selection}" for se
 def goals(result: Result) -> list[Goal]:
     """One for each comparison and span: it is met if every measure meets it."""
     found = []
-    for goal, span in dict.fromkeys((target["goal"], target["span"]) for target in result["targets"]):
+    for goal, span in dict.fromkeys((target["goal"], target["span"]) for target in _targets(result)):
         own = {t["measure"]: t for t in result["targets"] if (t["goal"], t["span"]) == (goal, span)}
         missed = [MEASURES[name].heading.partition(",")[0] for name, target in own.items() if not target["met"]]
         first, measure = own[FIRST], MEASURES[FIRST]
@@ -45,7 +45,7 @@ def goals(result: Result) -> list[Goal]:
 
 def rows(result: Result) -> Iterator[Row]:
     """Means with their confidence intervals, by span and by frame; differences; the frontier; the goals."""
-    for target in result["targets"]:
+    for target in _targets(result):
         name, unit = target["goal"], _unit(target["measure"])
         yield row_of_mean(name, f"goal: {target['measure']}", target["span"], target, unit)
         yield Row(name, f"goal met: {target['measure']}", target["span"], target["met"])
@@ -63,6 +63,11 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(name, "live tokens", result["spans"][0], point["live_tokens"])
         for label, found in point["scores"].items():
             yield row_of_mean(name, label, result["spans"][0], found, _unit(label))
+
+
+def _targets(result: Result) -> Sequence[Mapping[str, Any]]:
+    """Of guided videos nothing is judged."""
+    return result.get("targets", ())
 
 
 def _unit(label: str) -> str:
@@ -91,7 +96,8 @@ def _made(result: Result) -> str:
     """By what, and how."""
     options = result.get("model", {}).get("options")
     if options is None:
-        return "the bundled model from its condition alone, greedily"
+        guided = ", without guidance and with" if _scales(result) else ""
+        return f"the bundled model from its condition alone, greedily{guided}"
     return (
         f"the bundled masked model from its text and its picture, {options['steps']} + 1 passes a frame with guidance "
         f"{options['guidance']:g} and the world's own seed"
@@ -118,6 +124,53 @@ def selection_sentence(result: Result, span: str) -> str:
     return f"{sentence}{size} points more than {which}, which is {beyond} the confidence interval of the difference."
 
 
+def _scales(result: Result) -> list[float]:
+    """Of guidance, but 1."""
+    return list(dict.fromkeys(own["guidance"] for own in result["variants"].values() if "guidance" in own))
+
+
+def guidance_sentence(result: Result, span: str) -> str:
+    """What guidance does to the objects of each policy's videos, world by world."""
+    label = "identity"
+    measure, sentences = MEASURES[label], []
+    for name, variant in result["variants"].items():
+        if "guidance" in variant:
+            continue
+        own: dict[str, list[str]] = {}
+        for scale in _scales(result):
+            found = result["differences"][f"{under(name, scale)} - {name}"][label][span]
+            if found is None or abs(found["mean"]) <= found["ci95"]:
+                own.setdefault("no more and no fewer beyond the confidence interval", []).append(f"{scale:g}")
+            else:
+                shown = cell(found | {"mean": abs(found["mean"])}, measure)
+                own.setdefault("more" if found["mean"] > 0 else "fewer", []).append(f"{scale:g} ({shown})")
+        effects = "; ".join(f"{effect} with {listed(scales)}" for effect, scales in own.items())
+        mean = cell(result["scores"][name][label]["spans"][span], measure)
+        sentences.append(f"`{name}` gets {mean} % of objects right without guidance, {effects}.")
+    return " ".join(sentences)
+
+
+def _effects(result: Result, span: str) -> Table:
+    """By how much guidance changes each measure; bold: beyond the confidence interval."""
+    found = [
+        (name, scale, result["differences"][f"{under(name, scale)} - {name}"])
+        for name, variant in result["variants"].items()
+        if "guidance" not in variant
+        for scale in _scales(result)
+    ]
+    return Table(
+        ("guided less unguided", "guidance", *(measure.title for measure in MEASURES.values())),
+        [
+            (
+                name,
+                f"{scale:g}",
+                *(_bold(own[label][span], cell(own[label][span], measure)) for label, measure in MEASURES.items()),
+            )
+            for name, scale, own in found
+        ],
+    )
+
+
 def _by_span(result: Result, own: Mapping[str, Any], label: str) -> list[str]:
     """Cells of a measure for every span; a variant with shorter videos leaves some out."""
     return [cell(own[span], MEASURES[label]) if span in own else "" for span in result["spans"]]
@@ -138,21 +191,25 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
         ],
         texts=3,
     )
-    yield "**Goals**: by how much the first has more than the other, video by video."
-    yield Table(
-        ("goal", "frames", "measure", "difference", "verdict"),
-        [
-            (
-                target["goal"],
-                target["span"],
-                MEASURES[target["measure"]].title,
-                cell(target, MEASURES[target["measure"]]),
-                verdict(result, target["met"]),
-            )
-            for target in result["targets"]
-        ],
-        texts=3,
-    )
+    if targets := _targets(result):
+        yield "**Goals**: by how much the first has more than the other, video by video."
+        yield Table(
+            ("goal", "frames", "measure", "difference", "verdict"),
+            [
+                (
+                    target["goal"],
+                    target["span"],
+                    MEASURES[target["measure"]].title,
+                    cell(target, MEASURES[target["measure"]]),
+                    verdict(result, target["met"]),
+                )
+                for target in targets
+            ],
+            texts=3,
+        )
+    if _scales(result):
+        yield f"**Guidance**, {spans[0]}. {guidance_sentence(result, spans[0])}"
+        yield _effects(result, spans[0])
     for label, measure in MEASURES.items():
         yield f"**{measure.title}**"
         yield Table(
@@ -196,7 +253,7 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
         )
         yield from files.picture(FRONTIER, "Quality against live tokens")
     pictures = PICTURES[result["benchmark"]]
-    yield from files.picture(pictures.by_frame, "Quality by frame")
+    yield from files.picture(pictures.chart, _caption(result))
     yield from files.picture(pictures.videos, "One world under every policy")
 
 
@@ -243,7 +300,13 @@ def short(result: Result, files: Files) -> Iterator[Paragraph]:
     )
     if _has_selections(result):
         yield selection_sentence(result, spans[0])
+    if _scales(result):
+        yield guidance_sentence(result, spans[0])
     if result["frontier"]:
         yield from files.picture(FRONTIER, "Quality against live tokens")
     else:
-        yield from files.picture(PICTURES[result["benchmark"]].by_frame, "Quality by frame")
+        yield from files.picture(PICTURES[result["benchmark"]].chart, _caption(result))
+
+
+def _caption(result: Result) -> str:
+    return "Quality by guidance" if _scales(result) else "Quality by frame"

@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.engine_process import child_environment
 from benchmarks.quality.generators import Causal, Generator
 from benchmarks.quality.measures import MEASURES, measure
-from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, PACKCACHE, Variant
+from benchmarks.quality.variants import BLOCK_SIZE, Variant
 from benchmarks.statistics import Count, mean_of_videos
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
 from vllm_packcache.demo.tokenizer import VideoTokenizer
@@ -202,7 +202,8 @@ def _load(path: Path) -> Videos:
 def _key(variant: Variant) -> str:
     """What decides what comes out."""
     server = variant.server
-    return json.dumps([server.as_mapping(), server.fingerprint()], sort_keys=True)
+    guidance = [] if variant.scale == 1 else [variant.scale]
+    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
@@ -225,12 +226,7 @@ def summary(plan: QualityPlan, videos: Mapping[str, Videos]) -> dict[str, Any]:
     points = (variants.full, *variants.frontier) if variants.frontier else ()
     own = {variant.name: videos[_key(variant)].scores for variant in variants.named}
     scores = own | _references(plan)
-    differences = {
-        f"{who} - {name}": _differences(own[who], counts, spans)
-        for who in (PACKCACHE, CHANGED)
-        for name, counts in own.items()
-        if name != who
-    }
+    differences = {f"{who} - {name}": _differences(own[who], own[name], spans) for who, name in plan.generator.pairs}
     return {
         "spans": list(spans),
         "variants": described(plan),
@@ -247,6 +243,7 @@ def described(plan: QualityPlan) -> dict[str, Any]:
             "policy": variant.policy,
             "config": variant.server.as_mapping(),
             "live_tokens": variant.live_tokens(plan.trained_frames - 1),
+            **({} if variant.scale == 1 else {"guidance": variant.scale}),
         }
         for variant in plan.generator.variants.named
     }

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.config.guidance import MAX_GUIDANCE
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
@@ -82,6 +83,7 @@ class Variant:
         budget: H, frames of history that it may keep; None: all.
         lengths: how long its videos are, in lengths of those that the model was trained on: a long video takes hours on
             a CPU, so only those that the goals are about have them.
+        scale: of guidance; 1: none.
     """
 
     shape: Shape
@@ -91,6 +93,11 @@ class Variant:
     family: str | None = None
     budget: float | None = DEFAULT_BUDGET
     lengths: int = 1
+    scale: float = 1
+
+    def guided(self, scale: float) -> Variant:
+        """The same policy, which both streams of a video have; itself for a scale of 1."""
+        return replace(self, name=under(self.name, scale), scale=scale)
 
     @property
     def server(self) -> ServerConfig:
@@ -110,6 +117,11 @@ class Variant:
         plan = self.plan()
         retention = Retention(plan.layout, plan.policy, BLOCK_SIZE, some_tokens)
         return retention.live_tokens(plan.layout.frame_start(frame))
+
+
+def under(name: str, scale: float) -> str:
+    """What a variant is called under a scale of guidance; 1: none."""
+    return name if scale == 1 else f"{name}, guidance {scale:g}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,26 @@ class Variants:
             variant.live_tokens(0)
             others.append(variant)
         return replace(self, compared=(*self.compared, *others))
+
+    def guided(self, scales: Sequence[float]) -> Variants:
+        """The same, and each besides under each of these scales of guidance.
+
+        Raises:
+            ConfigError: a scale is none, or is there twice.
+        """
+        others: dict[str, Variant] = {}
+        for scale in scales:
+            if not 0 < scale <= MAX_GUIDANCE or float(f"{scale:g}") != scale:
+                raise ConfigError(
+                    f"--guidance must be above 0, at most {MAX_GUIDANCE:g}, and of no more than six digits, not {scale}"
+                )
+            if scale == 1:
+                raise ConfigError("--guidance: 1 is no guidance, which is compared anyway, leave it out")
+            own = {variant.name: variant for variant in (old.guided(scale) for old in self.named)}
+            if own.keys() & others.keys():
+                raise ConfigError(f"--guidance: {scale:g} is given twice, leave one out")
+            others |= own
+        return replace(self, compared=(*self.compared, *others.values()))
 
     @property
     def named(self) -> tuple[Variant, ...]:
@@ -260,6 +292,12 @@ def all_variants(shape: Shape) -> Variants:
         )
     )
     return Variants(make.full(), compared, tuple(map(make.selected, SELECTIONS)), frontier)
+
+
+def yardsticks(shape: Shape) -> Variants:
+    """The rule of the paper and the default, beside the full cache."""
+    make = _Make(shape)
+    return Variants(make.full(), (make.packcache(DEFAULT_BUDGET), make.changed(DEFAULT_BUDGET)))
 
 
 def policies_only(shape: Shape) -> Variants:

@@ -19,6 +19,7 @@ from benchmarks.training.sparse import LOOKS, Asked, hidden, learn_words
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.retention import Retention, some_tokens
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, FRAME_TOKENS, TEXT_TOKENS, VideoTokenizer
+from vllm_packcache.reference.guided import combined
 
 Int64 = npt.NDArray[np.int64]
 
@@ -81,9 +82,15 @@ def _retentions(plan: Plan, block_size: int, ids: Int64) -> list[Retention]:
 
 @torch.inference_mode()
 def generate(
-    model: Llama, tokenizer: VideoTokenizer, plan: Plan, block_size: int, prompts: Int64, frames: int
+    model: Llama,
+    tokenizer: VideoTokenizer,
+    plan: Plan,
+    block_size: int,
+    prompts: Int64,
+    frames: int,
+    scale: float = 1.0,
 ) -> Int64:
-    """Greedy videos of V prompts.
+    """Greedy videos of V prompts, or guided ones: each then has a stream without the words beside it.
 
     Args:
         model: the model.
@@ -92,27 +99,41 @@ def generate(
         block_size: tokens of a KV-cache block.
         prompts: conditions, [V, C].
         frames: T.
+        scale: of guidance; 1: none.
 
     Returns:
         Token ids, [V, T, F].
     """
     videos, stop = len(prompts), CONDITION_TOKENS + frames * FRAME_TOKENS
-    ids = np.zeros((videos, stop), dtype=np.int64)
-    ids[:, :CONDITION_TOKENS] = prompts
-    shown, every = torch.from_numpy(ids), torch.arange(videos)
+    conditions = prompts if scale == 1 else np.concatenate([prompts, without_words(tokenizer, prompts)])
+    # Second streams are videos of their own, behind the first ones: conditions have one length, so one plan fits both.
+    streams = len(conditions) // videos
+    ids = np.zeros((len(conditions), stop), dtype=np.int64)
+    ids[:, :CONDITION_TOKENS] = conditions
+    shown, every = torch.from_numpy(ids), torch.arange(len(ids))
     known = learn_words(model, tokenizer, shown)
     retentions = _retentions(plan, block_size, ids)
     first = CONDITION_TOKENS
     for frame in range(frames):
-        past = LivePast(plan, retentions, videos, frame)
+        past = LivePast(plan, retentions, len(ids), frame)
         start = plan.layout.frame_start(frame)
         # The last token of a frame says what the next one begins with.
         for place in range(first, min(stop, start + FRAME_TOKENS + 1)):
-            asked = Asked(every, torch.full((videos,), place))
-            said = model.logits(hidden(model, tokenizer, shown, past, asked, known)).argmax(-1)
-            shown[:, place] = said
+            asked = Asked(every, torch.full_like(every, place))
+            logits = model.logits(hidden(model, tokenizer, shown, past, asked, known))
+            if streams > 1:
+                own, without = logits.split(videos)
+                logits = combined(own, without, scale)
+            shown[:, place] = logits.argmax(-1).repeat(streams)
         first = start + FRAME_TOKENS + 1
-    return ids[:, CONDITION_TOKENS:].reshape(videos, frames, FRAME_TOKENS)
+    return ids[:videos, CONDITION_TOKENS:].reshape(videos, frames, FRAME_TOKENS)
+
+
+def without_words(tokenizer: VideoTokenizer, prompts: Int64) -> Int64:
+    """The same conditions with an empty text, [..., C]: what a tenth of the model's training had."""
+    dropped = prompts.copy()
+    dropped[..., 1 : 1 + TEXT_TOKENS] = tokenizer.pad_id
+    return dropped
 
 
 @torch.inference_mode()

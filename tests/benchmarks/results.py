@@ -18,10 +18,10 @@ from benchmarks.engine_process import Burst
 from benchmarks.guidance import benchmark as guidance_benchmark
 from benchmarks.guidance.plan import FULL as GUIDANCE_SIZES
 from benchmarks.guidance.plan import GUIDED_FULL, GUIDED_LAST, RATIOS, TWO_LAST
-from benchmarks.quality import benchmark as quality_benchmark
-from benchmarks.quality.generators import Causal, Generator, Masked
+from benchmarks.quality.generators import Causal, Generator, Guided, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, Videos, summary
+from benchmarks.registry import benchmarks
 from benchmarks.statistics import Count
 from benchmarks.videos import benchmark as videos_benchmark
 from benchmarks.videos.plan import VideosPlan
@@ -109,7 +109,8 @@ def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, An
         "notes": ["greedy"],
         **summary(plan, {key: made(work.frames, work.videos) for key, work in plan.works.items()}),
     }
-    return result | {"targets": quality_benchmark.targets(result)}
+    (benchmark,) = (own for own in benchmarks() if own.name == model.benchmark)
+    return result | {name: judge(result) for name, judge in benchmark.judged.items()}
 
 
 def quality(videos: int = 3, trained_frames: int = 2) -> dict[str, Any]:
@@ -121,6 +122,11 @@ def quality_masked() -> dict[str, Any]:
     """The same of a masked model."""
     model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
     return json.loads(json.dumps(_quality(Masked(), 3, 2) | {"model": model}))
+
+
+def quality_guided() -> dict[str, Any]:
+    """The same of guided videos."""
+    return json.loads(json.dumps(_quality(Guided(scales=(1.5, 3)), 3, 2)))
 
 
 @cache
@@ -247,6 +253,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "serve.json": read("serve.json"),
         "masked.json": read("masked.json"),
         "quality.json": quality(),
+        "quality_guided.json": quality_guided(),
         "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),
         "calibrate_masked.json": calibrate_masked(),

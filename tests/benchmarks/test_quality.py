@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -23,9 +24,10 @@ from typer.testing import CliRunner
 
 from benchmarks.protocol import Benchmark
 from benchmarks.quality.benchmark import CAUSAL as QUALITY
+from benchmarks.quality.benchmark import GUIDED as QUALITY_GUIDED
 from benchmarks.quality.benchmark import MASKED as QUALITY_MASKED
-from benchmarks.quality.decoder import VideoCache, generate
-from benchmarks.quality.generators import Causal, Masked
+from benchmarks.quality.decoder import Second, VideoCache, generate
+from benchmarks.quality.generators import Causal, Guided, Masked
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
 from benchmarks.quality.runs import COPY, TRUTH, QualityPlan
@@ -42,7 +44,7 @@ from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenize
 from vllm_packcache.demo.world import make_world, palette
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
-from vllm_packcache.reference import LlamaReference, LumosReference, generate_masked, make_random_lumos
+from vllm_packcache.reference import GuidedVideo, LlamaReference, LumosReference, generate_masked, make_random_lumos
 from vllm_packcache.tools.figures import FORMATS
 
 TINY = QualityPlan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
@@ -124,6 +126,28 @@ def test_the_guess_decides_nothing(model, tokenizer):
     made = [generate(model, VideoCache(model.size, plan, BLOCK_SIZE, 3), prompt, 3, guess) for guess in guesses]
 
     assert made[0].tolist() == made[1].tolist()
+
+
+@pytest.mark.parametrize(("fewer", "scale"), [(0, 0.3), (10, 2)], ids=["as long", "a shorter negative prompt"])
+def test_generates_what_the_guided_reference_finds_likeliest(model, tokenizer, fewer: int, scale: float):
+    frames, variant = 4, CAUSAL.compared[0]
+    prompt = world_prompt(tokenizer, make_world(FIRST_HELD_OUT_SEED + 3))
+    negative = [prompt[0], *[tokenizer.pad_id] * (30 - fewer), *prompt[31:]]
+    plan, other = variant.plan(), variant.plan(len(negative))
+
+    def made(*second: Second) -> list[int]:
+        cache = VideoCache(model.size, plan, BLOCK_SIZE, frames)
+        draft = lambda made: made[-1] if len(made) else np.zeros(FRAME_TOKENS, int)  # noqa: E731
+        return generate(model, cache, prompt, frames, draft, *second).reshape(-1).tolist()
+
+    ids = made(Second(VideoCache(model.size, other, BLOCK_SIZE, frames), negative, scale))
+
+    video = GuidedVideo(len(prompt), negative, scale, plan, other, BLOCK_SIZE)
+    logits = video.logits(LlamaReference.load(MODEL_DIR), [*prompt, *ids[:-1]])
+    chosen = logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    # Of tokens that are as good as each other either may be taken.
+    assert (logits.amax(-1) - chosen).max() < 1e-3
+    assert ids != made()
 
 
 GRID, BLOCK = (3, 4), 8
@@ -398,9 +422,58 @@ def test_a_masked_model_is_judged_in_the_same_way(masked_model: Masked, tmp_path
     assert again.described != masked_model.described
 
 
+def test_guided_videos_are_compared_with_those_without_guidance(tmp_path):
+    generator = Guided(scales=(0.1, 3))
+    plan = QualityPlan(generator=generator, videos=2, trained_frames=1)
+    result = QUALITY_GUIDED.run_in(tmp_path, plan=plan, console=Console(file=io.StringIO(), width=100))
+
+    policies = [FULL_CACHE, "packcache", "changed"]
+    names = [*policies, *(f"{name}, guidance {scale}" for scale in (0.1, 3) for name in policies)]
+    assert list(result["scores"]) == [*names, TRUTH, COPY]
+    assert [own.get("guidance") for own in result["variants"].values()] == [None] * 3 + [0.1] * 3 + [3] * 3
+    assert list(result["differences"]) == [
+        *("packcache - full cache", "changed - full cache"),
+        *("packcache, guidance 0.1 - full cache, guidance 0.1", "changed, guidance 0.1 - full cache, guidance 0.1"),
+        *(f"{name}, guidance 0.1 - {name}" for name in policies),
+        *("packcache, guidance 3 - full cache, guidance 3", "changed, guidance 3 - full cache, guidance 3"),
+        *(f"{name}, guidance 3 - {name}" for name in policies),
+    ]
+    assert "targets" not in result
+    pictures = {f"{stem}{suffix}" for stem in ("quality_guided", "videos_guided") for suffix in FORMATS}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("quality_guided.json", "quality_guided.csv", "parts"),
+        *pictures,
+    }
+    # What has no scale is what is made without this option, and what has one is not.
+    stored = {}
+    for path in tmp_path.glob("parts/full-cache-*.npz"):
+        with np.load(path) as part:
+            stored[path.name.split("-1000")[0]] = part["frames"].tolist()
+    seeds = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 2)
+    assert stored["full-cache"] == Causal().maker(CAUSAL.full, 1)(seeds).tolist()
+    assert stored["full-cache-guidance-0.1"] != stored["full-cache"]
+
+
+def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
+    """Where nobody knows what heads find, everything is computed: of the same two streams."""
+    generator = Guided(scales=(0.3,))
+    guided = generator.variants.compared[2]
+    assert (guided.name, guided.scale) == ("full cache, guidance 0.3", 0.3)
+    seeds = range(FIRST_HELD_OUT_SEED + 3, FIRST_HELD_OUT_SEED + 5)
+    together = generator.maker(guided, 2)(seeds)
+    monkeypatch.setattr(Causal, "is_sparse", lambda *_: False)
+    assert generator.maker(guided, 2)(seeds).tolist() == together.tolist()
+    assert generator.maker(generator.variants.full, 2)(seeds).tolist() != together.tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "generator", "videos", "frames"),
-    [([], Causal, 200, 64), (["--masked"], Masked, 50, 40), (["--masked", "--videos", "3"], Masked, 3, 40)],
+    [
+        ([], Causal, 200, 64),
+        (["--masked"], Masked, 50, 40),
+        (["--masked", "--videos", "3"], Masked, 3, 40),
+        (["--guidance", "1.5", "--guidance", "2"], Guided, 50, 16),
+    ],
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
     plans = []
@@ -409,7 +482,9 @@ def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generat
     assert called.exit_code == 0, called.output
     ((out, plan),) = plans
     assert out == tmp_path
-    assert isinstance(plan.generator, generator)
+    assert type(plan.generator) is generator
+    if generator is Guided:
+        assert plan.generator.scales == (1.5, 2)
     assert (plan.videos, plan.frames) == (videos, frames)
 
 
@@ -439,6 +514,31 @@ def test_a_policy_that_cannot_be_compared_is_named_first(tmp_path, name, sentenc
     assert called.exit_code == 2
     assert sentence in " ".join(called.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--guidance", "0"], "--guidance must be above 0, at most 1000, and of no more than six digits, not 0.0"),
+        (["--guidance", "nan"], "at most 1000, and of no more than six digits, not nan"),
+        (["--guidance", "1001"], "not 1001.0"),
+        (["--guidance", "1.0000001"], "not 1.0000001"),
+        (["--guidance", "1"], "--guidance: 1 is no guidance, which is compared anyway, leave it out"),
+        (["--guidance", "2", "--guidance", "2.0"], "--guidance: 2 is given twice, leave one out"),
+        (["--guidance", "2", "--masked"], "the masked one is always guided: leave --masked out"),
+    ],
+)
+def test_guidance_that_there_is_none_of_is_refused_first(tmp_path, arguments, sentence):
+    called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path / "out"), *arguments])
+    assert called.exit_code == 2
+    assert sentence in " ".join(called.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_that_is_named_is_guided_too():
+    names = [own.name for own in Guided(("attention_sink",), (1.5,)).variants.named]
+    assert names[:4] == [FULL_CACHE, "packcache", "changed", "attention_sink"]
+    assert names[4:] == [f"{name}, guidance 1.5" for name in names[:4]]
 
 
 SCRIPT = """

@@ -250,6 +250,16 @@ def test_tables_are_whole_and_pictures_are_there(folder: Path, copy: Path):
         ("quality.json", ("scores", "packcache", "tokens_right", "spans", "frames 5-8", "mean"), 0.9876),
         ("quality.json", ("scores", "a copy of the first picture", "ssim", "spans", "frames 1-2", "mean"), 0.9876),
         ("quality.json", ("targets", 0, "mean"), 0.9876),
+        (
+            "quality_guided.json",
+            ("scores", "packcache, guidance 1.5", "tokens_right", "spans", "frames 1-2", "mean"),
+            0.9876,
+        ),
+        (
+            "quality_guided.json",
+            ("differences", "changed, guidance 3 - changed", "identity", "frames 1-2"),
+            {"mean": 0.9876, "ci95": 0.1},
+        ),
         ("quality_masked.json", ("scores", "packcache", "tokens_right", "spans", "frames 1-2", "mean"), 0.9876),
         ("quality_masked.json", ("model", "options", "steps"), 9),
         ("calibrate.json", ("fit", "rho"), 0.9876),
@@ -413,6 +423,37 @@ def test_the_best_selection_is_named(means: dict[str, float], difference: tuple[
     other, mean, error = difference
     result["differences"][f"packcache - {other}"]["tokens_right"]["frames 1-2"] = {"mean": mean, "ci95": error}
     assert quality.selection_sentence(result, "frames 1-2") == f"Of the selections inside a frame {sentence}"
+
+
+def test_what_guidance_does_is_said(copy: Path):
+    result = results.quality_guided()
+    changes = {"full cache": (0.02, 0.03), "packcache": (0.2, -0.1), "changed": (-0.3, -0.04)}
+    for name, means in changes.items():
+        result["scores"][name]["identity"]["spans"]["frames 1-2"] = {"mean": 0.5, "ci95": 0.02}
+        for scale, mean in zip(("1.5", "3"), means, strict=True):
+            own = result["differences"][f"{name}, guidance {scale} - {name}"]["identity"]
+            own["frames 1-2"] = {"mean": mean, "ci95": 0.05}
+    said = [
+        "`full cache` gets 50.0 ± 2.0 % of objects right without guidance, no more and no fewer beyond the confidence "
+        "interval with 1.5 and 3.",
+        "`packcache` gets 50.0 ± 2.0 % of objects right without guidance, more with 1.5 (20.0 ± 5.0); fewer with 3 "
+        "(10.0 ± 5.0).",
+        "`changed` gets 50.0 ± 2.0 % of objects right without guidance, fewer with 1.5 (30.0 ± 5.0); no more and no "
+        "fewer beyond the confidence interval with 3.",
+    ]
+    assert quality.guidance_sentence(result, "frames 1-2") == " ".join(said)
+    files.write(copy / "quality_guided.json", result)
+    (copy / "quality_guided.png").write_bytes(b"a picture")
+    written = texts_of(copy)
+    for text in (written[REPORT], written["README.md"]):
+        flat = " ".join(text.split())
+        assert " ".join(said) in flat
+        assert "greedily, without guidance and with" in flat
+        assert "![Quality by guidance](quality_guided.png)" in text
+    section = written[REPORT].partition("## Quality of guided videos")[2].partition("\n## ")[0]
+    assert "| changed | 1.5 |" in section
+    assert "**-30.0 ± 5.0**" in section
+    assert "**Goals**" not in section
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, true_frame
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
 from vllm_packcache.demo.world import make_film, make_world
 from vllm_packcache.families import lumos
-from vllm_packcache.reference import LlamaReference, generate_masked
+from vllm_packcache.reference import GuidedVideo, LlamaReference, generate_masked
 
 NEAR = 0.1
 """By how much less likely a token may be than the likeliest, in logits, of which the model is sure by many."""
@@ -89,6 +89,26 @@ def test_a_causal_video_is_what_the_reference_finds_likeliest(model, tokenizer, 
     for own, condition in zip(made, prompts, strict=True):
         logits = said_of(reference, [*condition.tolist(), *own.reshape(-1).tolist()], variant, FRAMES)
         assert behind(logits, own).max() < NEAR
+
+
+@pytest.mark.parametrize(
+    ("variant", "scale"), [(CAUSAL[1], 0.3), (CAUSAL[3], 3)], ids=lambda own: str(getattr(own, "options", own))
+)
+def test_a_guided_video_is_what_the_reference_finds_likeliest(model, tokenizer, reference, variant: Variant, scale):
+    frames, plan = 3, variant.plan()
+    worlds = [make_world(FIRST_HELD_OUT_SEED + number) for number in (3, 4)]
+    prompts = np.array([world_prompt(tokenizer, world) for world in worlds])
+    made = sparse_video.generate(model, tokenizer, plan, BLOCK_SIZE, prompts, frames, scale)
+    # Both streams may be that far away.
+    near, swapped_is_near = NEAR * (scale + abs(scale - 1)), []
+    for own, condition, world in zip(made.reshape(2, -1), prompts.tolist(), worlds, strict=True):
+        negative = tokenizer.build_prompt_from_ids("", world.frame_ids(0) + tokenizer.visual_offset)
+        video = GuidedVideo(CONDITION_TOKENS, negative, scale, plan, plan, BLOCK_SIZE)
+        logits = video.logits(reference, [*condition, *own.tolist()[:-1]]).numpy()
+        assert behind(logits, own).max() < near
+        swapped = video._replace(negative_ids=condition).logits(reference, [*negative, *own.tolist()[:-1]]).numpy()
+        swapped_is_near.append(behind(swapped, own).max() < near)
+    assert not all(swapped_is_near), "or the test could not tell the streams apart"
 
 
 @pytest.fixture(scope="module")
