@@ -192,7 +192,7 @@ class Guided(Causal):
         scales: of guidance, that every policy is tried with besides none.
     """
 
-    scales: tuple[float, ...] = (1.25, 1.5, 2, 3)
+    scales: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
 
     benchmark = "quality-guided"
 

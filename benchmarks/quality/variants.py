@@ -97,7 +97,7 @@ class Variant:
 
     def guided(self, scale: float) -> Variant:
         """The same policy, which both streams of a video have; itself for a scale of 1."""
-        return replace(self, name=under(self.name, scale), scale=scale)
+        return replace(self, name=under(self.name, scale), scale=float(scale))
 
     @property
     def server(self) -> ServerConfig:
