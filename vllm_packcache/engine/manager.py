@@ -609,11 +609,6 @@ class GuidanceManager(LaterStreamManager):
         """What is known of ``request``; None: it is not guided."""
         return self._videos.get(request.request_id)
 
-    def resume(self, request: Request) -> None:
-        """See `RetentionManager.resume`."""
-        if request.request_id in self._videos:
-            super().resume(request)
-
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `RetentionManager.pop_blocks_for_free`."""
         self._told.pop(request_id, None)
