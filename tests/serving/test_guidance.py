@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from tests.runner import needs_v2
 from tests.serving.conftest import PAPERS, generate, prompt, run, sampling, schedule_asynchronously
 from tests.serving.drawing import draw, noise
 from tests.serving.test_graphs import Replaying
-from tests.serving.two_ranks import run_on_two_ranks
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.media.processors.base import Asked, Kept
 from vllm_packcache.media.processors.ids import IdsProcessor
@@ -204,25 +202,70 @@ def test_preempted(
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-def test_samples_share_the_condition(guiding: Any, reference: CarefulReference) -> None:
-    """Blocks of the condition are found again; the second stream is computed all the same."""
+@pytest.fixture
+def second_tokens(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Tokens ``[start, stop)`` of second streams that are run, in the order in which they are."""
+    from vllm_packcache.worker import guidance
+
+    run_so_far: list[tuple[int, int]] = []
+    passes = guidance.passes
+
+    def noting(seconds: Any, most: int) -> Any:
+        run_so_far.extend((row.computed, row.computed + row.scheduled) for row in (own.row for own in seconds))
+        return passes(seconds, most)
+
+    monkeypatch.setattr(guidance, "passes", noting)
+    return run_so_far
+
+
+def test_samples_share_both_conditions(
+    guiding: Any, reference: CarefulReference, second_tokens: list[tuple[int, int]]
+) -> None:
+    """Whole blocks of them are found again, each condition by its own ids; the last token of each is computed."""
     llm = guiding(enable_prefix_caching=True)
-    for condition, cached in ((96, 64), (100, 96)):
-        case = Case(condition, 80, 21, 50, 20, seed=condition)
+    for condition, cached, negative, found in ((96, 64, 80, 64), (100, 96, 128, 96), (40, 32, 20, 0)):
+        case = Case(condition, negative, 21, 50, 8, seed=condition)
         prompts, params = _requests([case])
+        del second_tokens[:]
         first = run(llm, prompts, params)[0]
+        assert second_tokens[0] == (0, negative)
+        del second_tokens[:]
         (output,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
-        assert output.num_cached_tokens == cached, "the last token of the condition is computed"
+        assert output.num_cached_tokens == cached
+        assert second_tokens[0] == (found, negative)
         assert list(output.outputs[0].token_ids) == first
         check(reference, case, first, case.video("packcache", PAPERS))
-        # One that is not guided finds all of it.
-        ids = case.ids
-        (output,) = llm.generate(
-            [{"prompt_token_ids": ids}],
-            sampling(5, tokens_per_frame=21, condition_tokens=condition),
-            use_tqdm=False,
-        )
-        assert output.num_cached_tokens == 96
+        # One that is not guided finds all of its condition, and nothing of another's negative one.
+        for ids, own in ((case.ids, condition // 32 * 32), ([*case.negative_ids, *prompt(40, seed=7)], 0)):
+            (output,) = llm.generate(
+                [{"prompt_token_ids": ids}],
+                sampling(1, tokens_per_frame=21, condition_tokens=min(condition, len(ids))),
+                use_tqdm=False,
+            )
+            assert output.num_cached_tokens == own
+
+
+def test_samples_that_begin_together_share_both_conditions(
+    guiding: Any, reference: CarefulReference, second_tokens: list[tuple[int, int]]
+) -> None:
+    """What one finds is computed by another in the same step, in which there are several passes.
+
+    Those that find something have fewer tokens of their first stream to compute, and come first in the batch.
+    """
+    llm = guiding(enable_prefix_caching=True, max_num_batched_tokens=128, variant="together")
+    case = Case(70, 300, 21, 30, 5, seed=33)
+    other = replace(case, seed=34)
+    salted = {"prompt_token_ids": case.ids, "cache_salt": "another's"}
+    prompts = [*({"prompt_token_ids": own.ids} for own in (case, case, other, case)), salted]
+    params = [own.params for own in (case, case, other, case, case)]
+    # Of another attempt, with other data.
+    del second_tokens[:]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert sorted(start for start, _ in second_tokens if start in (0, 288)) == [0, 0, 0, 288, 288]
+    for own, output in zip((case, case, other, case, case), outputs, strict=True):
+        check(reference, own, list(output.outputs[0].token_ids), own.video("packcache", PAPERS))
+    pool = _scheduler(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
 @pytest.mark.parametrize("case", [SHORTER, LONGER])
@@ -399,23 +442,6 @@ def test_a_gpu_backend(guiding: Any, reference: CarefulReference, backend: str) 
     tokens, own = run(llm, *_with(_requests([case]), (text, sampling(6))))
     check(reference, case, tokens, case.video("packcache", PAPERS)._replace(block_size=16))
     reference.check(text, own, 6)
-
-
-def test_two_ranks(checkpoint: Path, tmp_path: Path, reference: CarefulReference) -> None:
-    cases = [replace(SHORTER, make=15), replace(LONGER, make=15)]
-    requests = [
-        (case.ids, {"temperature": 0, "max_tokens": 15, "ignore_eos": True, "extra_args": case.params.extra_args})
-        for case in cases
-    ]
-    tokens = run_on_two_ranks(
-        tmp_path,
-        requests,
-        model=str(checkpoint),
-        max_model_len=1024,
-        additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": {**PAPERS, "guidance": True}},
-    )
-    for case, own in zip(cases, tokens, strict=True):
-        check(reference, case, own, case.video("packcache", PAPERS))
 
 
 def test_what_an_engine_cannot_guide_is_refused(guiding: Any) -> None:

@@ -120,15 +120,20 @@ def test_pictures_and_videos_equal_the_loop(
 
 def test_two_ranks(folder: Path, oracle: Careful, tmp_path: Path) -> None:
     """Each rank has half of the vocabulary, whose logits are combined when they are all there."""
-    own = asked(Request(15, MODEL.grid, (2, 13), (0, 3), {}))
-    params = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "extra_args": own.params.extra_args}
-    (tokens,) = run_on_two_ranks(
+    longer = {"guidance": 1.5, "negative_prompt_ids": text(MODEL, 90, (2, 3), 116)}
+    requests = [
+        asked(Request(15, MODEL.grid, (2, 13), (0, 3), {})),
+        asked(Request(16, (2, 3), (0, 0), (0, 3), longer)),
+    ]
+    params = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    answers = run_on_two_ranks(
         tmp_path,
-        [(own.ids, params)],
+        [(own.ids, {**params, "extra_args": own.params.extra_args}) for own in requests],
         model=str(folder),
         max_model_len=512,
         max_num_seqs=2,
         max_num_batched_tokens=256,
         additional_config={"kv_cache_policy": "packcache", "kv_cache_policy_config": CONFIG},
     )
-    check(oracle, own, tokens)
+    for own, tokens in zip(requests, answers, strict=True):
+        check(oracle, own, tokens)

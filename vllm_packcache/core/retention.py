@@ -53,10 +53,12 @@ class Written(NamedTuple):
     Args:
         start: logical index of the first block.
         blocks: ids, from there on.
+        found: tokens whose keys and values were in the prefix cache; 0: there was nothing, or it has been told.
     """
 
     start: int
     blocks: list[int]
+    found: int = 0
 
 
 SECOND_BLOCKS = "_packcache_second_blocks"

@@ -214,9 +214,8 @@ class RetentionManager(FullAttentionManager):
         beside = 0
         if request_id in self._guided:
             assert self.second is not None
-            # It shares no blocks.
             beside = self.second.get_num_blocks_to_allocate(
-                request_id, num_tokens, (), 0, 0, num_tokens_main_model, apply_admission_cap
+                request_id, num_tokens, self.second.found(request_id), 0, 0, num_tokens_main_model, apply_admission_cap
             )
         video = self._videos.get(request_id) if apply_admission_cap else None
         if video is not None and video.most_blocks is not None:
@@ -582,6 +581,9 @@ class GuidanceManager(LaterStreamManager):
     streams go through the layers with the blocks that this manager holds. What vLLM asks, the first stream's manager
     hands on; requests that are not guided are unknown here. The workers are told its blocks as they are told decisions.
 
+    Blocks of a request's own condition are known by vLLM's hashes of its ids, as those of a prompt, and are found by
+    second streams alone: first ones are run before them in a step, and would read what is not there yet.
+
     Args:
         first: the first stream's manager.
         kv_cache_spec: that one's.
@@ -589,12 +591,17 @@ class GuidanceManager(LaterStreamManager):
     """
 
     def __init__(self, first: RetentionManager, kv_cache_spec: RetentionSpec, **kwargs: Any) -> None:
-        # Blocks are known by hashes of the request's tokens, which are those of its first stream.
+        # What is cached otherwise has hashes of the request's tokens, which are those of its first stream.
         super().__init__(kv_cache_spec, enable_caching=False, **kwargs)
         self.stream = 1
-        # Accounts of a request's blocks are by group.
+        # Accounts of a request's blocks are by group, and so are hashes.
         self.kv_cache_group_id = first.kv_cache_group_id + 1
         self._told: dict[str, int] = {}
+        # Who listens to what is cached knows of no such group.
+        self._shares = first._prefix_caching and not self.block_pool.enable_kv_cache_events
+        self._conditions: dict[str, Request] = {}
+        self._found: dict[str, Sequence[KVCacheBlock]] = {}
+        self._found_tokens: dict[str, int] = {}
 
     @property
     def requests(self) -> Collection[str]:
@@ -603,7 +610,71 @@ class GuidanceManager(LaterStreamManager):
 
     def begin(self, request: Request) -> None:
         """A guided request comes."""
-        self._videos[request.request_id] = self._new_video(request)
+        name = request.request_id
+        held = self._videos[name] = self._new_video(request)
+        if held is not None and self._shares:
+            self._conditions[name] = Request(
+                name,
+                list(held.stream.condition),
+                request.sampling_params,
+                None,
+                cache_salt=request.cache_salt,
+                block_hasher=request._block_hasher,
+            )
+
+    def look_up(self, request: Request) -> None:
+        """See what the prefix cache has of a request's own condition: blocks that are allocated next are beside it.
+
+        A token of it is left to be computed with the last one of the first stream's condition: what a step computes of
+        a stream is of one frame.
+        """
+        name = request.request_id
+        condition, video = self._conditions.get(name), self._videos.get(name)
+        if condition is None or video is None:
+            return
+        (self._found[name],), _ = self.find_longest_cache_hit(
+            condition.block_hashes,
+            min(video.positions.shared_tokens, condition.num_tokens - 1),
+            [self.kv_cache_group_id],
+            self.block_pool,
+            self.kv_cache_spec,
+            drop_eagle_block=False,
+            alignment_tokens=self.block_size,
+            dcp_world_size=self.dcp_world_size,
+            pcp_world_size=self.pcp_world_size,
+        )
+
+    def found(self, request_id: str) -> Sequence[KVCacheBlock]:
+        """Blocks that a request has found, until it has them."""
+        return self._found.get(request_id, ())
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """See `LaterStreamManager.allocate_new_blocks`; what has been found is the request's from now on."""
+        if found := self._found.pop(request_id, ()):
+            # Before any block is taken, which might be one of these.
+            self.add_local_computed_blocks(request_id, found, 0, 0)
+            self._found_tokens[request_id] = len(found) * self.block_size
+        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self._share(request_id, self.own_tokens(request_id, num_tokens_main_model))
+        return blocks
+
+    def _share(self, request_id: str, tokens: int) -> None:
+        """Have others find whole blocks of a condition, of which ``tokens`` are computed when this step has run."""
+        condition, video = self._conditions.get(request_id), self._videos.get(request_id)
+        if condition is None or video is None:
+            return
+        whole = min(tokens, video.positions.shared_tokens) // self.block_size
+        known = self.num_cached_block.get(request_id, 0)
+        if known < whole:
+            self.block_pool.cache_full_blocks(
+                request=condition,
+                blocks=self.req_to_blocks[request_id],
+                num_cached_blocks=known,
+                num_full_blocks=whole,
+                block_size=self.block_size,
+                kv_cache_group_id=self.kv_cache_group_id,
+            )
+            self.num_cached_block[request_id] = whole
 
     def video(self, request: Request) -> Held | None:
         """What is known of ``request``; None: it is not guided."""
@@ -611,7 +682,8 @@ class GuidanceManager(LaterStreamManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `RetentionManager.pop_blocks_for_free`."""
-        self._told.pop(request_id, None)
+        for known in (self._told, self._conditions, self._found, self._found_tokens):
+            known.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def take_written(self, output: SchedulerOutput) -> dict[str, Written]:
@@ -624,7 +696,8 @@ class GuidanceManager(LaterStreamManager):
             blocks = self.req_to_blocks[name]
             start = 0 if name in anew else self._told.get(name, 0)
             if start < len(blocks):
-                written[name] = Written(start, [block.block_id for block in blocks[start:]])
+                found = self._found_tokens.pop(name, 0)
+                written[name] = Written(start, [block.block_id for block in blocks[start:]], found)
             self._told[name] = len(blocks)
         return written
 
@@ -634,12 +707,20 @@ def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., An
 
     Another request, without a layout or with its whole cache kept, may have cached the same tokens beyond it;
     their keys and values saw more than this request's policy lets them see.
+
+    What a guided video finds of the condition of its second stream does not depend on that.
     """
 
     @wraps(get_computed_blocks)
     def wrapper(manager: KVCacheManager, request: Request, *args: Any, **kwargs: Any) -> tuple[KVCacheBlocks, int, int]:
         blocks, num_tokens, shared_prefix_boundary = get_computed_blocks(manager, request, *args, **kwargs)
-        video = _video_of(manager, request) if num_tokens > 0 else None
+        retaining = retention_manager(manager)
+        second = None if retaining is None else retaining.second
+        video = None
+        if retaining is not None and (num_tokens > 0 or second is not None):
+            video = retaining.video(request)
+        if second is not None and manager.prefix_cache_lookup_enabled(request):
+            second.look_up(request)
         most = 0 if video is None else _most_shared(manager, request, video)
         if video is not None and num_tokens > most:
             block_size = video.retention.block_size
@@ -653,8 +734,8 @@ def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., An
 def _most_shared(manager: KVCacheManager, request: Request, video: Held) -> int:
     """Tokens of a video that a prefix hit may have at most.
 
-    A second causal stream shares no blocks: all its tokens are computed with the first chunk. They must be of one frame
-    as those of the first stream are, so a token of the condition is left to it.
+    What a second causal stream has not found of its condition is computed with the first chunk. These tokens must be of
+    one frame as those of the first stream are, so a token of the condition is left to it.
     """
     shared = video.positions.shared_tokens
     guided = any(other.video(request) is not None for other in retention_managers(manager)[1:])
@@ -859,8 +940,3 @@ def retention_managers(manager: KVCacheManager) -> tuple[RetentionManager, ...]:
 def retention_manager(manager: KVCacheManager) -> RetentionManager | None:
     """The first of `retention_managers`."""
     return next(iter(retention_managers(manager)), None)
-
-
-def _video_of(manager: KVCacheManager, request: Request) -> Held | None:
-    retaining = retention_manager(manager)
-    return None if retaining is None else retaining.video(request)

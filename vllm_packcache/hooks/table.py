@@ -346,9 +346,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.sampling_params:SamplingParams", "extra_args", "request: its options"),
     Hook(
         "vllm.v1.request:Request",
-        "__init__: request_id, sampling_params, prompt_token_ids, num_prompt_tokens, _all_token_ids, "
-        "num_in_flight_tokens, num_preemptions, block_hashes, resumable",
-        "request: what the scheduler knows",
+        "__init__(request_id, prompt_token_ids, sampling_params, pooling_params, cache_salt, block_hasher, ...): "
+        "request_id, sampling_params, prompt_token_ids, num_prompt_tokens, _all_token_ids, "
+        "num_in_flight_tokens, num_preemptions, block_hashes, _block_hasher, resumable",
+        "request: what the scheduler knows; a second stream's own condition has the hashes of a prompt",
     ),
     # KV cache specs and managers
     Hook(
@@ -954,6 +955,29 @@ HOOKS: tuple[Hook, ...] = (
         "guidance: of which requests the workers are told all blocks of second streams, of which the new ones",
     ),
     Hook("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id", "guidance: what the workers are told of a block"),
+    Hook(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "add_local_computed_blocks(self, request_id, new_computed_blocks, num_local_computed_tokens, "
+        "num_external_computed_tokens): touch, num_cached_block",
+        "guidance: a second stream's own condition, as far as it was found",
+    ),
+    Hook(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "find_longest_cache_hit(block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, "
+        "drop_eagle_block, alignment_tokens, dcp_world_size, pcp_world_size, ...)",
+        "guidance: a second stream's own condition is looked up",
+    ),
+    Hook(
+        "vllm.v1.core.block_pool:BlockPool",
+        "cache_full_blocks(request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, ...): "
+        "block_hashes, enable_kv_cache_events",
+        "guidance: others may find a second stream's own condition",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager",
+        "prefix_cache_lookup_enabled(self, request)",
+        "guidance: whether a second stream's own condition is looked up",
+    ),
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState",
         "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "

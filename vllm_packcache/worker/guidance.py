@@ -96,12 +96,14 @@ class Second(NamedTuple):
         slot: of its request.
         stream: whose they are.
         row: they, all of one frame.
+        scale: s of the request.
     """
 
     place: int
     slot: int
     stream: Stream
     row: Row
+    scale: float
 
 
 class Part(NamedTuple):
@@ -122,7 +124,7 @@ def passes(seconds: Sequence[Second], most: int) -> Iterator[list[Part]]:
     """The forward passes of a step, each of at most ``most`` tokens, which is what memory was measured with.
 
     The scheduler counts the tokens of first streams. A second one has more in a step that begins it, where its
-    condition is longer, or where the first one's was found in the prefix cache.
+    condition is longer, or where less of it was found in the prefix cache.
     """
     parts: list[Part] = []
     room = most
@@ -145,13 +147,11 @@ class Step:
 
     Args:
         vllm: vLLM's own description of it.
-        seconds: in batch order.
-        scales: s of each.
+        seconds: in the order in which they are run.
     """
 
     vllm: InputBatch
     seconds: list[Second]
-    scales: list[float]
 
 
 class GuidedSampler:
@@ -210,8 +210,8 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             if made is None or len(made.streams) == 1:
                 return
             (first, stream), computed = made.streams, new_req_data.num_computed_tokens
-            # What is found in the prefix cache is less than a condition, and of the first stream. More than that is of
-            # a session, whose turn begins.
+            # What is found in the prefix cache is less than a condition, and of a second stream it is told. More than
+            # that is of a session, whose turn begins.
             own = stream.own_tokens(computed) if computed >= first.plan.layout.condition_tokens else 0
             kept = Kept.of_stream(stream, self._second_kept.block_size)
             self._seconds[new_req_data.req_id] = SecondStream(req_index, stream, kept, made.guidance, own)
@@ -233,8 +233,10 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
 
         def hear_blocks(self, told: Mapping[str, Written]) -> None:
             """Blocks of second streams; all their requests have been added."""
-            for name, (start, blocks) in told.items():
-                self._second_table.stage_write(self._seconds[name].slot, start, blocks)
+            for name, (start, blocks, found) in told.items():
+                second = self._seconds[name]
+                self._second_table.stage_write(second.slot, start, blocks)
+                second.computed = found or second.computed
 
         def preprocess_state(
             self,
@@ -248,14 +250,14 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             if not self._seconds:
                 return
             self._second_table.apply_write()
-            found, scales = [], []
+            found = []
             for index, (name, first) in enumerate(zip(input_batch.req_ids, self._rows, strict=True)):
                 second = self._seconds.get(name)
                 if second is None:
                     continue
                 start, stop = second.computed, second.stream.own_tokens(first.computed + first.scheduled)
-                if stop == start:
-                    # Its condition is shorter, and begins later.
+                if stop <= start:
+                    # Its condition is shorter, and begins later, or was in the prefix cache.
                     continue
                 retention, positions = second.kept
                 row = Row(retention, start, stop - start, positions)
@@ -264,11 +266,12 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
                 if positions.slides(start):
                     self._key_rotation().slide(retention, positions, start, self._second_table.gpu[second.slot])
                 second.computed = stop
-                found.append(Second(index, second.slot, second.stream, row))
-                scales.append(second.scale)
+                found.append(Second(index, second.slot, second.stream, row, second.scale))
             self._second_kept.apply()
             if found:
-                self._step = Step(input_batch, found, scales)
+                # What one has found may be computed by another in this step, which begins before: it is run before.
+                found.sort(key=lambda second: second.row.computed)
+                self._step = Step(input_batch, found)
 
         def prepare_attn(
             self,
@@ -314,7 +317,9 @@ def guiding_model_state(base: type[ModelState]) -> type[ModelState]:
             hidden = torch.cat([self._run(step, parts) for parts in passes(step.seconds, self.max_num_tokens)])
             unconditional = self.model.compute_logits(hidden)
             rows = async_tensor_h2d(np.array([second.place for second in step.seconds]), device=self.device)
-            scales = async_tensor_h2d(np.array(step.scales, dtype=np.float32), device=self.device)
+            scales = async_tensor_h2d(
+                np.array([second.scale for second in step.seconds], dtype=np.float32), device=self.device
+            )
             logits = logits.float()
             return logits.index_copy(0, rows, guided(logits[rows], unconditional, scales))
 
