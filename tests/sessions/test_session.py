@@ -80,7 +80,7 @@ def opening(**more: Any) -> Create:
 
 
 def played(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 async def frames(session: Session, count: int) -> list[Any]:
