@@ -10,7 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.engine.harness import BLOCK, Harness, Served, prompt, video_options
 from vllm_packcache.config.server import ServerConfig
-from vllm_packcache.core.retention import SECOND_BLOCKS, PolicyError, Retention
+from vllm_packcache.core.retention import SECOND_BLOCKS, PolicyError, Retention, Written
 from vllm_packcache.engine import manager as managers
 from vllm_packcache.engine.manager import GuidanceManager, bound_chunks, retention_managers, tell_workers
 
@@ -31,7 +31,7 @@ def second_of(kv: Harness) -> GuidanceManager:
     return second
 
 
-def told(kv: Harness, *names: str, anew: tuple[str, ...] = ()) -> dict[str, tuple[int, list[int]]]:
+def told(kv: Harness, *names: str, anew: tuple[str, ...] = ()) -> dict[str, Written]:
     """What the workers hear of second streams with a step of these requests."""
     output = SchedulerOutput.make_empty()
     output.num_scheduled_tokens.update(dict.fromkeys(names, 1))
@@ -54,7 +54,8 @@ def test_both_streams_hold_what_their_plans_say(kv: Harness) -> None:
     for computed in range(CONDITION, CONDITION + 8 * FRAME):
         before = kv.processed(served) if served.running else 0
         kv.run(served, computed)
-        start, blocks = told(kv, name, anew=(name,) if computed == CONDITION else ()).get(name, (len(table), []))
+        nothing = Written(len(table), [])
+        start, blocks, _ = told(kv, name, anew=(name,) if computed == CONDITION else ()).get(name, nothing)
         table[start:] = blocks
         held = [index for index, block in enumerate(second.req_to_blocks[name]) if not block.is_null]
         own = stream.own_tokens(before)
@@ -100,17 +101,17 @@ def test_workers_hear_of_new_blocks_and_of_all_when_they_begin_anew(kv: Harness)
     kv.run(served, CONDITION)
     ids = [block.block_id for block in second.req_to_blocks[name]]
     assert told(kv, "another") == {}, "it is not in this step"
-    assert told(kv, name, anew=(name,)) == {name: (0, ids)}
+    assert told(kv, name, anew=(name,)) == {name: Written(0, ids)}
     assert told(kv, name) == {}
     kv.run(served, CONDITION + 2 * BLOCK)
     (new,) = told(kv, name).values()
-    assert new == (len(ids), [block.block_id for block in second.req_to_blocks[name][len(ids) :]])
+    assert new == Written(len(ids), [block.block_id for block in second.req_to_blocks[name][len(ids) :]])
     kv.preempt(served)
     assert kv.pool.get_num_free_blocks() == kv.initially_free
     assert told(kv) == {}
     kv.run(served, CONDITION + 2 * BLOCK)
     begun = [block.block_id for block in second.req_to_blocks[name]]
-    assert told(kv, name, anew=(name,)) == {name: (0, begun)}
+    assert told(kv, name, anew=(name,)) == {name: Written(0, begun)}
 
 
 def test_it_is_admitted_where_there_is_room_for_both(kv: Harness) -> None:

@@ -329,7 +329,7 @@ def test_ids_that_are_no_frame(published: Path) -> None:
 
 
 def test_a_tokenizer_that_fails_is_the_servers_matter(
-    published: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    published: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     processor = made(published, "emu3")
 
@@ -340,7 +340,7 @@ def test_a_tokenizer_that_fails_is_the_servers_matter(
     # Before anything is made that nobody could look at.
     with refused("the server's video tokenizer failed, and its log says why: ask for a smaller size"):
         processor.prepare(least("emu3"))
-    assert "no memory for it" in caplog.text
+    assert any("no memory for it" in line for line in logged)
 
 
 # What an operator names
