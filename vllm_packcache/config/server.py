@@ -273,7 +273,7 @@ class ServerConfig:
         family: of the model that is served.
         sessions: how long they wait and live.
         videos: over HTTP: whether there are any, and how long they are kept.
-        guidance: of causal videos, for which the KV cache has a group more; None: none is guided.
+        guidance: of causal videos; None: none is guided.
     """
 
     policy: Policy
@@ -410,7 +410,7 @@ class ServerConfig:
 
     @property
     def streams(self) -> int:
-        """Most streams of a request, each of which is a KV cache group of its own."""
+        """Most streams of a request, each of which has blocks of its own."""
         return max(self.family.streams, 1 if self.guidance is None else 2)
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
@@ -524,10 +524,6 @@ class ServerConfig:
             raise ConfigError(
                 f"{scale} is {guidance:g}, and this server has no room for a second stream: start it on vLLM's Model "
                 f"Runner V2 with {GUIDANCE_KEY}: true in {CONFIG_KEY}, or leave {scale} out"
-            )
-        if layout.condition_tokens == 0:
-            raise ConfigError(
-                f"{scale} needs a condition, and this video has none: raise {REQUEST_PREFIX}condition_tokens"
             )
         if layout.condition_tokens == 0:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """What a request makes and keeps, settled once: scheduler and worker each derive it for themselves.
 
-A request is one or more streams. A **stream** is one sequence of tokens with a KV cache group of its own, and has a
+A request is one or more streams. A **stream** is one sequence of tokens with blocks of its own, and has a
 plan: its layout, what of it is kept, and where the model sees it. A causal video has one stream, a guided one two.
 
 This module is pure: it knows neither vLLM nor torch.
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stream:
-    """One sequence of a request, whose keys and values are in a KV cache group of its own.
+    """One sequence of a request, whose keys and values are in blocks of its own.
 
     Args:
         plan: what it keeps.
@@ -87,7 +87,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What a request makes: stream i is in KV cache group i of those that its family has.
+    """What a request makes: of a family with a KV cache group for each of its streams, stream i is in group i.
 
     Args:
         streams: one or more.

@@ -90,14 +90,12 @@ def cpu_keys(layer: Attention) -> CachedKeys:
     """The keys of a block packed in its first half."""
     blocks, heads, block_size, _ = layer.kv_cache.shape
     memory = layer.kv_cache.view(blocks, heads, 2 * block_size, layer.head_size)[:, :, :block_size]
-    order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, _BYTES.get(layer.kv_cache_dtype))
+    order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, layer.kv_cache_dtype)
     return CachedKeys(memory, order, _bytes_or_more(layer))
 
 
 @cache
-def cpu_key_order(
-    isa: str, dtype: torch.dtype, block_size: int, head_size: int, stored_as: torch.dtype | None = None
-) -> Tensor:
+def cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int, cache_dtype: str = "auto") -> Tensor:
     """`CachedKeys.order` of vLLM's CPU kernel, found by letting it store numbered keys.
 
     The packing differs with instruction set and dtype; the kernel that writes the cache is asked, not copied.
@@ -107,11 +105,11 @@ def cpu_key_order(
         dtype: of the keys that the model makes.
         block_size: tokens of a block.
         head_size: channels of a key.
-        stored_as: the type of 8 bits that the cache has; None: as the model makes them.
+        cache_dtype: of the cache, as vLLM calls it.
     """
     numbers = torch.arange(block_size * head_size)
     found = torch.zeros_like(numbers)
-    name = "auto" if stored_as is None else _name_of(stored_as)
+    stored_as = _BYTES.get(cache_dtype)
     # Small numbers are exact in every dtype: the index is stored digit by digit.
     digit_bits = 7 if stored_as is None else 2
     for shift in range(0, int(numbers[-1]).bit_length(), digit_bits):
@@ -120,16 +118,12 @@ def cpu_key_order(
         cached = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype if stored_as is None else torch.uint8)
         keys, values = cached.chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(
-            key, key.clone(), keys, values, torch.arange(block_size), isa, kv_cache_dtype=name
+            key, key.clone(), keys, values, torch.arange(block_size), isa, kv_cache_dtype=cache_dtype
         )
         found |= (keys if stored_as is None else keys.view(stored_as)).flatten().long() << shift
     order = torch.empty_like(found)
     order[found] = numbers
     return order.view(block_size, head_size)
-
-
-def _name_of(stored_as: torch.dtype) -> str:
-    return next(name for name, dtype in _BYTES.items() if dtype == stored_as)
 
 
 _BYTES = {
