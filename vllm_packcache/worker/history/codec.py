@@ -20,10 +20,10 @@ SHRUNK = (1.0, 0.82, 0.68, 0.56, 0.46, 0.38)
 """What the largest code may stand for, of a block's largest magnitude: the one that leaves the least error is taken."""
 
 CHUNK_BYTES = 256 * 2**20
-"""Memory that encoding, and decoding on a GPU, may take beside what they get and give; a head at least is done."""
+"""Memory that a GPU may take beside what is given and what comes of it; a head at least is done at once."""
 
-CACHE_BYTES = 2**20
-"""The same of decoding on a CPU: what lies in a core's cache need not be fetched."""
+CACHE_BYTES = 4 * 2**20
+"""The same of a CPU: what lies in its cache need not be fetched."""
 
 _SMALLEST_UNIT = -90
 """As a power of two: with it the smallest factor is a float32 that no device takes for zero."""
@@ -44,7 +44,7 @@ def encode(packing: Packing, keys: Tensor, values: Tensor) -> Tensor:
     data = torch.zeros((2, heads, packing.head_bytes(tokens)), dtype=torch.uint8, device=keys.device)
     # A distance, a membership and the like for each centroid, and a number, its copies and errors for each channel.
     weight = 4 * tokens * (3 * packing.centroids(tokens) + 6 * channels)
-    at_once = max(1, CHUNK_BYTES // weight)
+    at_once = _heads_at_once(weight, keys.device)
     encode_heads = _encode_clustered if packing.clustered else _encode_plain
     for rows, encoded in zip((keys, values), data, strict=True):
         for some, written in zip(rows.split(at_once), encoded.split(at_once), strict=True):
@@ -66,13 +66,17 @@ def decode(packing: Packing, data: Tensor, tokens: int) -> tuple[Tensor, Tensor]
     heads, channels = packing.heads, packing.channels
     encoded = data[: packing.encoded_bytes(tokens)].view(2, heads, -1)
     decoded = torch.empty((2, tokens, heads, channels), dtype=torch.float32, device=data.device)
-    chunk = CACHE_BYTES if data.device.type == "cpu" else CHUNK_BYTES
-    at_once = max(1, chunk // (4 * tokens * channels))
+    at_once = _heads_at_once(4 * tokens * channels, data.device)
     for bytes_of, rows in zip(encoded, decoded, strict=True):
         for some, out in zip(bytes_of.split(at_once), rows.split(at_once, 1), strict=True):
             _decode_heads(packing, _parts(packing, some, tokens), out.transpose(0, 1))
     keys, values = decoded
     return keys, values
+
+
+def _heads_at_once(weight: int, device: torch.device) -> int:
+    """How many heads are done at once that take ``weight`` bytes each."""
+    return max(1, (CACHE_BYTES if device.type == "cpu" else CHUNK_BYTES) // weight)
 
 
 def _parts(packing: Packing, heads: Tensor, tokens: int) -> dict[str, Tensor]:
@@ -95,7 +99,7 @@ def _encode_clustered(rows: Tensor, parts: dict[str, Tensor], packing: Packing) 
     units = torch.ldexp(torch.ones_like(rows[:, 0, 0]), (exponents - 1).clamp_(min=_SMALLEST_UNIT))
     parts["unit"].copy_(units[:, None])
     # A power of two changes no digit, and squares neither vanish nor overflow.
-    rows = rows / units[:, None, None]
+    rows = (rows / units[:, None, None]).contiguous()
 
     centroids = _centroids(rows, packing.centroids(tokens))
     scales = centroids.abs().amax(-1) / 127
@@ -155,21 +159,20 @@ def _quantise(rest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     middle = largest / 2
     magnitude = rest.abs().amax(-1)
 
-    def tried(shrunk: float) -> tuple[Tensor, Tensor, Tensor]:
-        # The codes belong to the factor as it is stored.
-        factors = _factor_bytes(magnitude * (shrunk / middle))
-        stored = _factors(factors)[..., None]
-        codes = (rest / _divisor(stored)).add_(middle).round_().clamp_(0, largest)
-        error = codes.sub(middle).mul_(stored).sub_(rest).square_().sum(-1)
-        return factors, codes, error
+    def codes_of(factors: Tensor) -> Tensor:
+        return (rest / _divisor(factors)[..., None]).add_(middle).round_().clamp_(0, largest)
 
-    best, codes, least = tried(SHRUNK[0])
+    def tried(shrunk: float) -> tuple[Tensor, Tensor]:
+        # The codes belong to the factor as it is stored.
+        stored = _factor_bytes(magnitude * (shrunk / middle))
+        factors = _factors(stored)
+        return stored, codes_of(factors).sub_(middle).mul_(factors[..., None]).sub_(rest).square_().sum(-1)
+
+    best, least = tried(SHRUNK[0])
     for shrunk in SHRUNK[1:]:
-        factors, others, error = tried(shrunk)
-        better = error < least
-        best, least = torch.where(better, factors, best), torch.where(better, error, least)
-        codes = torch.where(better[..., None], others, codes)
-    return best.to(torch.uint8), codes.to(torch.uint8)
+        stored, error = tried(shrunk)
+        best, least = torch.where(error < least, stored, best), torch.minimum(error, least)
+    return best.to(torch.uint8), codes_of(_factors(best)).to(torch.uint8)
 
 
 def _factor_bytes(factors: Tensor) -> Tensor:
