@@ -73,6 +73,17 @@ def test_what_the_twin_does(format: str, heads: int, channels: int, tokens: int,
     assert torch.equal(scratch[-1], others[-1])
 
 
+@pytest.mark.parametrize("format", HISTORY_FORMATS)
+def test_the_twin_turns_and_rounds_as_the_model_does(format: str) -> None:
+    packing = Packing(format, 3, 96)
+    data, _, _ = encoded(packing, 50, 4096)
+    turn = MMRotary(96, 10000.0).to(DEVICE)(torch.randint(0, 90, (3, 50), device=DEVICE))
+    keys, values = decode(packing, data, 50)
+    expected = rotate(keys, turn).bfloat16(), values.bfloat16()
+    for read, meant in zip(decode(packing, data, 50, turn, torch.bfloat16), expected, strict=True):
+        assert torch.equal(read, meant)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_rounds_to_what_the_cache_has(dtype: torch.dtype) -> None:
     packing = Packing("int2", 2, 64)
