@@ -9,13 +9,14 @@ Source: Lumos-1, arXiv 2507.08801, and its public inference code; PackCache, arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_packcache.core.blocks import BlockMap
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.positions import Positions
@@ -39,6 +40,10 @@ class Step(NamedTuple):
     ids: Tensor
     drawing_margin: float
     masking_margin: float
+
+
+Fading = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From keys before RoPE and values of a layer, float32 [n, G, D], to what is left of them in an older frame."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class MaskedVideo:
         plan: layout, policy and positions of the conditional stream; those of the unconditional one follow.
         options: of the request.
         block_size: tokens of a KV-cache block.
+        fading: what becomes of a frame's blocks when it is no longer the newest; None: nothing.
 
     Raises:
         ValueError: the prompt is not of this layout, or nothing can be masked in its frames.
@@ -86,6 +92,7 @@ class MaskedVideo:
         plan: Plan,
         options: MaskedOptions,
         block_size: int = 32,
+        fading: Fading | None = None,
     ) -> None:
         layout = plan.layout
         if layout.frame.grid is None:
@@ -100,12 +107,12 @@ class MaskedVideo:
         self.plan = plan
         self._model = model
         prompt = torch.tensor(prompt_ids)
-        self._conditional = _Stream(model, prompt, frames, plan, block_size)
+        self._conditional = _Stream(model, prompt, frames, plan, block_size, fading)
         self._unconditional: _Stream | None = None
         if options.guided:
             without_text = unconditional_plan(plan)
             start = layout.condition_tokens - without_text.layout.condition_tokens
-            self._unconditional = _Stream(model, prompt[start:], frames, without_text, block_size)
+            self._unconditional = _Stream(model, prompt[start:], frames, without_text, block_size, fading)
 
     @torch.inference_mode()
     def make(self, frame: int) -> tuple[Tensor, Tensor]:
@@ -169,6 +176,7 @@ def generate_masked(
     plan: Plan,
     options: MaskedOptions,
     block_size: int = 32,
+    fading: Fading | None = None,
 ) -> MaskedGeneration:
     """Make the frames that follow a prompt.
 
@@ -179,6 +187,7 @@ def generate_masked(
         plan: layout, policy and positions of the request.
         options: how they are made.
         block_size: tokens of a KV-cache block.
+        fading: of older frames, see `MaskedVideo`.
 
     Raises:
         ValueError: the prompt is not of this layout, or there are no frames to make.
@@ -186,7 +195,7 @@ def generate_masked(
     if frames < 1:
         raise ValueError(f"frames must be 1 or more, not {frames}")
     given = lumos.given_frames(prompt_ids, plan.layout)
-    video = MaskedVideo(model, prompt_ids, given + frames, plan, options, block_size)
+    video = MaskedVideo(model, prompt_ids, given + frames, plan, options, block_size, fading)
     made, margins = [], []
     for frame in range(given, given + frames):
         ids, margin = video.make(frame)
@@ -241,10 +250,20 @@ class _Stream:
         frames: of the layout.
         plan: of this stream.
         block_size: tokens of a KV-cache block.
+        fading: of older frames.
     """
 
-    def __init__(self, model: LumosReference, prompt: Tensor, frames: int, plan: Plan, block_size: int) -> None:
-        self._model, self._plan, self._block_size = model, plan, block_size
+    def __init__(
+        self,
+        model: LumosReference,
+        prompt: Tensor,
+        frames: int,
+        plan: Plan,
+        block_size: int,
+        fading: Fading | None,
+    ) -> None:
+        self._model, self._plan, self._block_size, self._fading = model, plan, block_size, fading
+        self._faded = 0
         layout = plan.layout
         self._cache = model.new_cache(layout.frame_start(frames))
         self.token_ids: list[int] = prompt.tolist()
@@ -262,8 +281,19 @@ class _Stream:
         Returns:
             float32, [F, hidden].
         """
+        self._fade(frame)
         seen = frame_visibility(self._plan, self._block_size, frame, self.token_ids)
         return self._run(ids, self._plan.layout.frame_start(frame), frame, seen[None])
+
+    def _fade(self, frame: int) -> None:
+        """The blocks of frames fade that are older than the newest while ``frame`` is made, each once."""
+        blocks_of = BlockMap(self._plan.layout, self._block_size).frame_blocks
+        while self._fading is not None and self._faded < frame - 1:
+            blocks = blocks_of(self._faded)
+            self._faded += 1
+            tokens = slice(blocks.start * self._block_size, blocks.stop * self._block_size)
+            for keys, values in self._cache if blocks else ():
+                keys[tokens], values[tokens] = self._fading(keys[tokens], values[tokens])
 
     @torch.inference_mode()
     def _run(self, ids: Tensor, start: int, frame: int, mask: Tensor) -> Tensor:
