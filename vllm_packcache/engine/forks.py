@@ -50,7 +50,7 @@ def family_of(request: Request) -> str | None:
     """The request whose videos ``request`` is one of; None: it is the only one."""
     params = request.sampling_params
     options = None if params is None else params.extra_args
-    return (options or {}).get(FORK_OPTION)
+    return (options or {}).get(FORK_OPTION) or None
 
 
 class SharedBlocks:

@@ -353,7 +353,8 @@ class CanvasServing(Serving):
                     f"n is {params.n}, and the seeds of so many videos count up from {REQUEST_PREFIX}seed "
                     f"({plan.options.seed}), to 2^64 - 1 at most: give a smaller one"
                 )
-            params.extra_args[FORK_OPTION] = request.request_id
+            # It has no name yet.
+            params.extra_args[FORK_OPTION] = ""
 
     def check_sampling(self, params: SamplingParams) -> None:
         """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.

@@ -952,7 +952,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "vllm.v1.engine.parallel_sampling:ParentRequest",
-        "__init__: request_id; get_child_info(index): request_id, _get_child_sampling_params",
+        "__init__: request_id; get_child_info(index, ...): request_id, _get_child_sampling_params",
         "masked: the request whose videos they are",
     ),
     Hook(
