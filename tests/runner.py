@@ -41,6 +41,7 @@ ON_V2 = frozenset(
         "serving/test_guidance.py",
         "serving/test_guided_emu3.py",
         "serving/test_guided_sessions.py",
+        "serving/test_forks.py",
         "serving/test_masked_tokens.py",
         "worker/test_key_layout_triton.py",
         "worker/test_runner_v2.py",

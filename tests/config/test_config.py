@@ -395,7 +395,8 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance, precision",
+            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance, "
+            "precision",
         ),
     ],
 )

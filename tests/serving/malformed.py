@@ -54,6 +54,7 @@ CAUSAL = {
 MASKED = {
     **POLICY,
     "condition_frames": _integer(0, 10**6),
+    "made_frames": _integer(0, 10**6),
     "seed": _integer(0, 2**64 - 1),
     "steps": _integer(1, 1000),
     "guidance": _number(-1000, 1000),
@@ -88,7 +89,7 @@ SAMPLING: dict[str, list[Any]] = {
 SILENT: dict[str, tuple[Any, ...]] = {
     "temperature": (1, None), "top_k": (0, -1), "top_p": (1,), "min_p": (0,), "seed": (None,),
     "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "min_tokens": (0,),
-    "stop_token_ids": ([],), "logit_bias": ({},), "allowed_token_ids": ([],), "n": (1,), "ignore_eos": (True, False),
+    "stop_token_ids": ([],), "logit_bias": ({},), "allowed_token_ids": ([],), "n": (1, 2), "ignore_eos": (True, False),
 }  # fmt: skip
 """Values with which a masked model may take them."""
 

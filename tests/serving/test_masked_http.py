@@ -74,7 +74,7 @@ def test_frames_arrive_one_by_one_and_are_those_of_the_published_loop(client: ht
     [
         ({"steps": 0}, {}, "packcache_steps must be 1 or more"),
         ({"frames": 10_000}, {}, "fewer frames"),
-        ({}, {"n": 2}, "packcache_seed of its own"),
+        ({"seed": 2**64 - 1}, {"n": 2}, "count up from packcache_seed"),
         ({}, {"prompt": [5, 6, 7]}, "has no video begin"),
         ({}, {"logprobs": 1}, "logprobs is not for videos"),
         ({}, {"stop": "end"}, "stop is not for videos"),
@@ -88,6 +88,13 @@ def test_what_cannot_be_is_refused_with_400(
     answer = client.post("/v1/completions", json=body(IMAGE_TO_VIDEO.having(**options), stream=False, **changed))
     assert answer.status_code == 400, answer.text
     assert sentence in answer.json()["error"]["message"]
+
+
+def test_several_videos_of_one_request(client: httpx.Client, oracle: Any) -> None:
+    answer = client.post("/v1/completions", json=body(IMAGE_TO_VIDEO, stream=False, n=2))
+    seed = dict(IMAGE_TO_VIDEO.options)["seed"]
+    expected = [oracle(IMAGE_TO_VIDEO.having(seed=seed + index)) for index in range(2)]
+    assert [choice["token_ids"] for choice in answer.json()["choices"]] == expected
 
 
 def test_max_tokens_will_do_for_frames(client: httpx.Client, oracle: Any) -> None:

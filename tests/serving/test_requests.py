@@ -15,11 +15,14 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.plugins import load_general_plugins
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from tests.serving.test_masked_tokens import CANVAS, CONTINUED, IMAGE_TO_VIDEO, Case
 from vllm_packcache.config.errors import SHOWN_CHARACTERS, ConfigError
 from vllm_packcache.config.server import POLICY_KEY, ServerConfig
 from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.core.forks import FORK_OPTION
 from vllm_packcache.families import lumos
 from vllm_packcache.hooks import canvas as plugin_masked
 from vllm_packcache.hooks import requests as plugin_requests
@@ -386,7 +389,6 @@ def test_masked_lengths(case: Case, sampling: dict[str, Any], made: int) -> None
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"min_tokens": 5}, "min_tokens"),
         ({"stop_token_ids": [5]}, "stop_token_ids"),
-        ({"n": 2}, "n is not for videos"),
         ({"max_tokens": 4 * CANVAS}, "packcache_frames (5) makes"),
     ],
     ids=str,
@@ -396,10 +398,29 @@ def test_a_masked_model_refuses_what_it_would_ignore(sampling: dict[str, Any], s
     assert sentence in refusal(lambda: admitted(on, masked_params(case, **sampling), case.ids))
 
 
+def test_each_of_several_videos_has_a_seed_of_its_own() -> None:
+    """The option that says whose they are is nobody else's."""
+    load_general_plugins()
+    on, case = processor(MASKED, is_masked=True), IMAGE_TO_VIDEO
+    params = admitted(on, masked_params(case, n=3), case.ids)
+    parent = ParentRequest(SimpleNamespace(request_id="a", external_req_id="a", params=params))
+    children = [parent.get_child_info(index)[1] for index in range(3)]
+    seed = case.extra_args["packcache_seed"]
+    assert [child.extra_args["packcache_seed"] for child in children] == [seed, seed + 1, seed + 2]
+    assert {child.extra_args[FORK_OPTION] for child in children} == {"a"}
+    assert {child.n for child in children} == {1}
+    alone = admitted(on, masked_params(case), case.ids)
+    assert FORK_OPTION not in alone.extra_args
+    last = masked_params(case.having(seed=2**64 - 2), n=3)
+    assert "count up from packcache_seed (18446744073709551614)" in refusal(lambda: admitted(on, last, case.ids))
+    forged = SamplingParams(extra_args={**case.extra_args, FORK_OPTION: "a"}, detokenize=False)
+    assert FORK_OPTION in refusal(lambda: admitted(on, forged, case.ids))
+
+
 def test_every_sampling_parameter_of_a_masked_model_is_thought_of() -> None:
     """One that a later vLLM adds must be put on one of these lists."""
     served = {
-        "max_tokens", "extra_args", "ignore_eos", "output_kind", "stream_interval", "skip_clone", "detokenize",
+        "n", "max_tokens", "extra_args", "ignore_eos", "output_kind", "stream_interval", "skip_clone", "detokenize",
         # Of text, of which there is none here.
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
         "output_text_buffer_length",

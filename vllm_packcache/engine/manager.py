@@ -23,12 +23,14 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_packcache.config.server import POLICY_FLAG, ServerConfig, is_video_key
+from vllm_packcache.core.forks import FORKS
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.plan import Stream, Turn, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.core.retention import DECISIONS, SECOND_BLOCKS, Decision, PolicyError, Retention, Written
 from vllm_packcache.core.session import Forgetting
+from vllm_packcache.engine import forks
 from vllm_packcache.engine.record import PHASES, VideoRecord
 from vllm_packcache.engine.spec import RetentionSpec
 
@@ -163,6 +165,7 @@ class RetentionManager(FullAttentionManager):
         self._spec = kv_cache_spec
         self._config: ServerConfig = kv_cache_spec.server_config
         self.stream = kv_cache_spec.stream
+        self.encodes = kv_cache_spec.encoding is not None
         self._tokens_ahead = kv_cache_spec.tokens_ahead
         self.frame_by_frame = kv_cache_spec.frame_by_frame
         self._prefix_caching = enable_caching
@@ -183,6 +186,7 @@ class RetentionManager(FullAttentionManager):
         if self._config.guidance and not isinstance(self, LaterStreamManager):
             self.second = GuidanceManager(self, kv_cache_spec, **kwargs)
             self._guided = self.second.requests
+        self.shared = forks.SharedBlocks(self) if self._config.family.role == "canvas" else None
         self._announce(kv_cache_spec)
 
     def _announce(self, kv_cache_spec: RetentionSpec) -> None:
@@ -223,6 +227,9 @@ class RetentionManager(FullAttentionManager):
         if video is not None and video.most_blocks is not None:
             # Blocks that the policy has freed still have their place in the request's list.
             num_tokens = min(num_tokens, (video.most_blocks + video.dropped_blocks) * self.block_size)
+        if self.shared is not None and self.shared.knows(request_id):
+            beside += self.shared.to_copy(request_id)
+            num_tokens -= len(self.shared.found(request_id)) * self.block_size
         return beside + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -239,7 +246,15 @@ class RetentionManager(FullAttentionManager):
         if request_id in self._guided:
             assert self.second is not None
             self.second.allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.shared is not None and self.shared.knows(request_id):
+            self.shared.take(request_id, num_tokens_main_model)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """What vLLM has the workers copy before they run the step; both blocks are kept until then."""
+        if self.shared is not None:
+            self.shared.copies_are_taken()
+        return super().take_pending_cow_copies()
 
     def cache_blocks(
         self,
@@ -487,6 +502,8 @@ class RetentionManager(FullAttentionManager):
         self.settled.pop(request_id, None)
         self.decisions.pop(request_id, None)
         self.failures.pop(request_id, None)
+        if self.shared is not None:
+            self.shared.forget(request_id)
         record = self._records.pop(request_id, None)
         if record is not None:
             record.let_go(self.kv_cache_group_id)
@@ -539,6 +556,8 @@ class RetentionManager(FullAttentionManager):
         record.phase = held.phase
         if self.second is not None and len(made.streams) > 1:
             self.second.begin(request)
+        if self.shared is not None and forks.family_of(request) is not None:
+            self.shared.begin(request)
         return held
 
     def request(self, request: Request) -> VideoRequest | None:
@@ -728,6 +747,9 @@ def cap_prefix_hits(get_computed_blocks: Callable[..., Any]) -> Callable[..., An
             block_size = video.retention.block_size
             num_tokens = most // block_size * block_size
             blocks = manager.truncate_computed_blocks(blocks, num_tokens)
+        if retaining is not None and retaining.shared is not None:
+            # It gets the blocks themselves when slots are allocated.
+            num_tokens = forks.find(retention_managers(manager), request)
         return blocks, num_tokens, shared_prefix_boundary
 
     return wrapper
@@ -878,6 +900,8 @@ def tell_workers(schedule: Callable[..., SchedulerOutput]) -> Callable[..., Sche
         second = managers[0].second if managers else None
         if second is not None and second.requests and (written := second.take_written(output)):
             setattr(output, SECOND_BLOCKS, written)
+        if forked := forks.take_forked(managers, output):
+            setattr(output, FORKS, forked)
         return output
 
     return wrapper

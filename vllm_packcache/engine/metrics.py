@@ -112,7 +112,9 @@ def counts(managers: Sequence[RetentionManager], block_bytes: int) -> dict[str, 
         block_bytes: of `block_bytes`.
     """
     running = managers[0].running()
-    blocks = sum([record.held for record in running])
+    # What forks have in common is there once.
+    saved = sum(manager.shared.saved_blocks for manager in managers if manager.shared is not None)
+    blocks = sum([record.held for record in running]) - saved
     phases = [record.phase for record in running]
     gauges = {
         "resident_tokens": blocks * managers[0].block_size,

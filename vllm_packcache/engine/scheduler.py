@@ -13,6 +13,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_packcache.core.layout import CONDITION
+from vllm_packcache.engine import forks
 from vllm_packcache.engine.manager import RetentionManager, retention_managers
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.families.schedule import computed_passes
@@ -28,6 +30,15 @@ class _WholePictures(Scheduler):
         for manager in managers:
             # Before the first blocks are allocated, which is by the request's name alone.
             manager.video(request)
+        num_new_tokens = self._whole(managers, request, num_computed_tokens, num_new_tokens)
+        for manager in managers:
+            if manager.shared is not None and manager.shared.knows(request.request_id):
+                manager.shared.enter(request.request_id, self._entered(manager, request, num_computed_tokens))
+        return num_new_tokens
+
+    def _whole(
+        self, managers: Sequence[RetentionManager], request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens == 0:
             return 0
@@ -36,9 +47,29 @@ class _WholePictures(Scheduler):
         if num_computed_tokens < made.text_tokens:
             return min(num_new_tokens, made.text_tokens - num_computed_tokens)
         picture = made.conditional.layout.tokens_per_frame
+        if (num_computed_tokens - made.text_tokens) % picture:
+            # Of a fork whose prompt another one has computed.
+            return num_new_tokens
         if num_computed_tokens > request.num_tokens and self._awaits_ids(managers, request):
             return 0
         return picture if num_new_tokens >= picture else 0
+
+    def _entered(self, manager: RetentionManager, request: Request, num_computed_tokens: int) -> int | None:
+        """The frame that begins with the tokens behind ``num_computed_tokens``; None: none does."""
+        video, made = manager.video(request), manager.request(request)
+        assert isinstance(made, CanvasRequest), "every request of such a model is one"
+        assert video is not None, "only of a video that goes on there are forks"
+        layout = made.conditional.layout
+        frame = layout.frame_of(num_computed_tokens)
+        if frame == CONDITION or num_computed_tokens != layout.frame_start(frame):
+            return None
+        return None if num_computed_tokens >= request.num_tokens and video.passes else frame
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether ``request`` may be scheduled: a fork waits while another one computes what they have in common."""
+        return super()._handle_blocked_waiting_request(request) and not forks.waits(
+            retention_managers(self.kv_cache_manager), request
+        )
 
     def _awaits_ids(self, managers: Sequence[RetentionManager], request: Request) -> bool:
         """Whether the pass in flight ends a frame, and the next one keeps what the ids of that frame say."""

@@ -256,6 +256,8 @@ class RequestOptions:
         grid: rows and columns of a frame; None: the server's.
         frames: how many to make; None: as many as ``max_tokens`` says.
         condition_frames: how many of the pictures in the prompt are conditioning images; None: all of them.
+        made_frames: how many of the pictures in the prompt, its last ones, another request has made in the same way:
+            they count as made by this one. With the same seed it goes on as that one did.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
@@ -264,6 +266,7 @@ class RequestOptions:
     grid: Grid | None = None
     frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
     condition_frames: Annotated[int, Field(ge=0)] | None = None
+    made_frames: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ class CanvasRequest(VideoRequest):
 
     Args:
         options: how frames are made.
-        first_frame: number of the first frame that is made; those before it are given.
+        first_frame: number of the first frame that is made, by this request or the one that it goes on from; those
+            before it are given.
     """
 
     options: MaskedOptions
@@ -685,7 +689,12 @@ class Lumos(Family):
         check_text(prompt)
         try:
             layout = _layout_of(prompt, grid, options.condition_frames)
-            first_frame = given_frames(prompt, layout)
+            first_frame = given_frames(prompt, layout) - options.made_frames
+            if first_frame < 0:
+                raise ValueError(
+                    f"made_frames is {options.made_frames}, and the prompt has {first_frame + options.made_frames} "
+                    "frames behind its conditioning images: say how many are of the condition (condition_frames)"
+                )
             _check_frames(prompt, layout)
         except ValueError as error:
             raise ValueError(f"{REQUEST_PREFIX}grid {list(grid)} and the prompt: {error}") from None

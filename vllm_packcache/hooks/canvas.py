@@ -22,6 +22,7 @@ from vllm_packcache.config.precision import PRECISION_KEY
 from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
 from vllm_packcache.core.encoded import EncodedRetention, Encoding
+from vllm_packcache.core.forks import FORK_OPTION
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Policy
 from vllm_packcache.families import LUMOS, lumos
@@ -260,7 +261,6 @@ DRAWN = "tokens of a frame are drawn in several passes, all that are uncertain a
 WHOLE = f"frames are made whole: a video ends after {REQUEST_PREFIX}frames"
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), f"ask once for each video, with a {REQUEST_PREFIX}seed of its own"),
     "temperature": ((1,), f"give {REQUEST_PREFIX}temperature"),
     "seed": ((None,), SEED),
     "top_k": ((0, -1), DRAWN),
@@ -395,6 +395,14 @@ class CanvasServing(Serving):
         _check_blocks(plan, total, vllm_config, config)
         params.max_tokens = wanted
         params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
+        if params.n > 1:
+            if plan.options.seed + params.n > 2**64:
+                raise ConfigError(
+                    f"n is {params.n}, and the seeds of so many videos count up from {REQUEST_PREFIX}seed "
+                    f"({plan.options.seed}), to 2^64 - 1 at most: give a smaller one"
+                )
+            # It has no name yet.
+            params.extra_args[FORK_OPTION] = ""
 
     def check_sampling(self, params: SamplingParams) -> None:
         """Refuse what would have no effect; it is asked before vLLM is, which names no remedy.

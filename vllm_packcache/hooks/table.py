@@ -380,7 +380,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "get_num_blocks_to_allocate: num_tokens, req_to_blocks; allocate_new_blocks; cache_blocks; "
-        "remove_skipped_blocks; pop_blocks_for_free",
+        "remove_skipped_blocks; pop_blocks_for_free; take_pending_cow_copies",
         "manager: counts what a request holds, is told the request, frees blocks, and knows when a request ends",
         subclass="vllm_packcache.engine.manager:RetentionManager",
     ),
@@ -941,6 +941,43 @@ HOOKS: tuple[Hook, ...] = (
         "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
+    ),
+    # Forks
+    Hook(
+        "vllm.v1.engine.parallel_sampling:ParentRequest",
+        "_get_child_sampling_params(self, index): sampling_params",
+        "masked: each of a request's several videos has a seed of its own, and knows whose it is",
+        wrapper="vllm_packcache.hooks.forks:seed_forks",
+        ends="a seed of each child in a request's extra options",
+    ),
+    Hook(
+        "vllm.v1.engine.parallel_sampling:ParentRequest",
+        "__init__: request_id; get_child_info(index, ...): request_id, _get_child_sampling_params",
+        "masked: the request whose videos they are",
+    ),
+    Hook(
+        _SCHEDULER,
+        "schedule: _handle_blocked_waiting_request, _get_local_prefix_cache_hit, allocate_slots, "
+        "take_kv_cache_block_copies, _free_cow_retained_blocks",
+        "masked: a fork waits for what another one computes, finds it, and has copied what it writes to",
+    ),
+    Hook(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "_apply_cow(self, request_id, block_idx, source_block, cow_block): req_blocks, _pending_cow_copies, ref_cnt; "
+        "take_pending_cow_copies(self): _pending_cow_copies",
+        "masked: both blocks of a copy are kept until it is made",
+        ends=_RETENTION,
+    ),
+    Hook(
+        "vllm.v1.core.block_pool:BlockPool",
+        "touch(self, blocks): ref_cnt; get_new_blocks(self, num_blocks)",
+        "masked: blocks that several videos hold",
+    ),
+    Hook(
+        _RUNNER_V2,
+        "update_requests: append_block_ids, copy_kv_cache_blocks_inplace; "
+        "execute_model: update_requests, apply_staged_writes",
+        "masked: copies are made before anything of a step runs, and block tables are written after",
     ),
     # Guided videos
     Hook(

@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache.config.server import CANVAS_OPTION, config_of
+from vllm_packcache.core.forks import Forked
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan, Stream
 from vllm_packcache.core.positions import Int64
@@ -145,6 +146,8 @@ class CanvasState:
         canvas: the frame being made.
         pictures: of ``entered``, one for each stream.
         entered: the frame that the pictures are of.
+        slot: of the request in block tables.
+        shared_tokens: at its beginning, which another one of its request has computed for it.
     """
 
     request: CanvasRequest
@@ -153,6 +156,8 @@ class CanvasState:
     canvas: Canvas
     pictures: list[Picture] = field(default_factory=list)
     entered: int = CONDITION
+    slot: int = 0
+    shared_tokens: int = 0
 
 
 class Left(NamedTuple):
@@ -219,6 +224,7 @@ class CanvasModelState(ModelState):
         self._groups = (streams.index(0), streams.index(1))
         self._specs = [group.kv_cache_spec for group in groups]
         self._block_size = self._specs[0].block_size
+        self._block_tables = block_tables
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [[layers[name] for name in group.layer_names] for group in groups]
         for layer in chain.from_iterable(self._layers):
@@ -247,7 +253,9 @@ class CanvasModelState(ModelState):
         ]
         tokens = np.array(new_req_data.prefill_token_ids, dtype=np.int64)
         frame = (len(tokens) - layout.condition_tokens) // layout.tokens_per_frame
-        self._videos[new_req_data.req_id] = CanvasState(request, streams, tokens, Canvas(request, frame, self.device))
+        self._videos[new_req_data.req_id] = CanvasState(
+            request, streams, tokens, Canvas(request, frame, self.device), slot=req_index
+        )
 
     def hear(self, told: Mapping[str, Sequence[Decision]]) -> None:
         """What lives of videos whose policy reads tokens; all of them have been added."""
@@ -256,6 +264,15 @@ class CanvasModelState(ModelState):
             assert video is not None, "only what a video keeps is told"
             for number, stream in enumerate(video.streams):
                 stream.retention.tell([decision for decision in decisions if decision.stream == number])
+
+    def hear_forks(self, told: Mapping[str, Forked]) -> None:
+        """What videos of one request have in common; all of them have been added, and blocks copied."""
+        for name, (tokens, replaced) in told.items():
+            video = self._videos[name]
+            assert video is not None, "only a video has forks"
+            video.shared_tokens = tokens or video.shared_tokens
+            for number, start, blocks in replaced:
+                self._block_tables.block_tables[self._groups[number]].stage_write(video.slot, start, blocks)
 
     def remove_request(self, req_id: str) -> None:
         """It ended, or was preempted."""
@@ -297,6 +314,8 @@ class CanvasModelState(ModelState):
                     if own is not None
                 ]
                 computed = self._canvas_rows(video, count, blocks, asked)
+            elif start < video.shared_tokens:
+                computed = self._no_rows(video)
             elif start < video.request.text_tokens:
                 computed = self._text_rows(video, start, start + count, blocks)
             else:
@@ -459,6 +478,12 @@ class CanvasModelState(ModelState):
             np.array([stop]),
             len(ids),
         )
+
+    def _no_rows(self, video: CanvasState) -> Iterator[tuple[int, Rows]]:
+        """Nothing is computed: a row that reads and writes the null block, because a step without rows is none."""
+        nothing = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for stream in video.streams:
+            yield stream.group, Rows(nothing, nothing.expand(_AXES, -1), nothing, nothing.int(), np.array([1]), 1)
 
     def _text_rows(
         self, video: CanvasState, start: int, stop: int, blocks: Sequence[Tensor]

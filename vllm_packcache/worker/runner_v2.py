@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_packcache.config.server import config_of
+from vllm_packcache.core.forks import FORKS
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.retention import DECISIONS, SECOND_BLOCKS, Decision
@@ -153,6 +154,8 @@ def hear_decisions(update_requests: Callable[..., None]) -> Callable[..., None]:
             runner.model_state.hear(told)
         if written := getattr(scheduler_output, SECOND_BLOCKS, None):
             runner.model_state.hear_blocks(written)
+        if forked := getattr(scheduler_output, FORKS, None):
+            runner.model_state.hear_forks(forked)
 
     return wrapper
 
