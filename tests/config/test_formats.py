@@ -234,9 +234,10 @@ def test_keys_of_eight_bits_or_more_are_turned(own: Format) -> None:
         return
     with pytest.raises(ConfigError) as refused:
         formats.check_turned(own.name)
+    much = "not known" if own.loses == formats.UNKNOWN else f"too much, an error of {own.loses} after the first"
     assert str(refused.value).startswith(
         "positions: rebase turns cached keys in place, and what each turn would lose of a key of "
-        f"'{own.name}' is {'not known' if own.loses == formats.UNKNOWN else f'too much, {own.loses}'}: choose auto or 8"
+        f"'{own.name}' is {much}: choose auto or 8 bits (fp8, "
     )
 
 

@@ -243,7 +243,7 @@ CPU, OLD_CPU, A40, H100 = Machine(None, True), Machine(None), Machine((8, 6)), M
         (H100, "fp8_e4m3", (True, True, True), ["FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"], [], ""),
         (
             H100, "int4_per_token_head", (True, False, False), ["TRITON_ATTN"], [],
-            "a turn loses 14 % of a key; causal attention only",
+            "an error of 14 % after a turn; causal attention only",
         ),
         (H100, "nvfp4", (True, False, False), ["FLASHINFER"], [], "what a turn loses is not known"),
     ],

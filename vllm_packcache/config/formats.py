@@ -103,8 +103,8 @@ class Format:
         extra_bytes: of a key and its value beside their numbers.
         numbers: PyTorch's name of the type of a key's numbers, where they are bytes that a key can be read from.
         scaled: whether every token and head has a scale of its own.
-        loses: a share of its length that a key loses in a turn, too large to turn it in place, or `UNKNOWN`; empty: it
-            may be turned.
+        loses: the error of a key that has been turned once, as a share of its length and too large to turn it in place,
+            or `UNKNOWN`; empty: it may be turned. Of random keys of 128 channels.
         causal_only: whether its attention always hides what comes later, as no frame of a masked model may be.
         spares_layers: whether `SPARED_LAYERS` keep the model's own precision.
     """
@@ -179,7 +179,11 @@ def check_turned(name: str) -> None:
     known = FORMATS.get(name)
     if known is not None and not known.loses:
         return
-    much = "not known" if known is None or known.loses == UNKNOWN else f"too much, {known.loses}"
+    much = (
+        "not known"
+        if known is None or known.loses == UNKNOWN
+        else f"too much, an error of {known.loses} after the first"
+    )
     eight = ", ".join(own.name for own in FORMATS.values() if own.numbers and not own.loses)
     raise ConfigError(
         f"positions: rebase turns cached keys in place, and what each turn would lose of a key of {shown(name)} is "

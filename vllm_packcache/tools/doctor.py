@@ -111,7 +111,7 @@ class FormatHere:
             remarks.append(f"needs {' or '.join(_lacking(stored, machine))}")
         elif stored.loses:
             known = stored.loses != UNKNOWN
-            remarks.append(f"a turn loses {stored.loses} of a key" if known else "what a turn loses is not known")
+            remarks.append(f"an error of {stored.loses} after a turn" if known else "what a turn loses is not known")
         if keepers and stored.causal_only:
             remarks.append("causal attention only")
         return cls(
