@@ -1,8 +1,13 @@
-"""Where the plugin has been shown to work. ``python -m tests.support`` prints the table of `docs/operate.md`."""
+"""Where the plugin has been shown to work.
+
+``python -m tests.support`` prints the table of `docs/operate.md`, and that of formats in `docs/configure.md`.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from vllm_packcache.config.formats import FORMATS, UNKNOWN, Format
 
 INSTALLED = "0.32.0"
 """The version of vLLM that the tests run on."""
@@ -133,11 +138,57 @@ SUPPORT = (
 )
 
 
+FORMATS_SHOWN_BY = {
+    ("auto", "CPU_ATTN"): ("serving/test_tokens.py", "serving/test_masked_tokens.py"),
+    ("auto", "TRITON_ATTN"): (
+        "serving/test_graphs.py::test_a_gpu_backend_equals_the_reference",
+        "serving/test_masked_tokens.py::test_a_gpu_backend",
+    ),
+    ("auto", "FLEX_ATTENTION"): ("serving/test_graphs.py::test_a_gpu_backend_equals_the_reference",),
+    ("fp8", "CPU_ATTN"): ("worker/test_key_layout.py::test_the_cpu_backend_in_eight_bits",),
+    ("fp8_e4m3", "CPU_ATTN"): (
+        "serving/test_quantised.py::test_floats_on_a_cpu",
+        "serving/test_masked_tokens.py::test_floats_of_eight_bits",
+    ),
+    ("fp8_e5m2", "CPU_ATTN"): ("serving/test_quantised.py::test_floats_on_a_cpu",),
+    ("int8_per_token_head", "TRITON_ATTN"): (
+        "serving/test_quantised.py::test_integers_with_a_scale_for_every_token_and_head",
+        "serving/test_masked_tokens.py::test_integers_of_eight_bits",
+    ),
+}
+"""The tests that show what is marked as run in `vllm_packcache.config.formats`, by format and backend."""
+
+
 def table() -> str:
     """`SUPPORT` as Markdown."""
     rows = [("vLLM", "runner", "attention backend", "tested"), ("---",) * 4, *(row[:4] for row in SUPPORT)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def formats() -> str:
+    """`vllm_packcache.config.formats.FORMATS` as Markdown; those that differ in nothing have one row."""
+    named: dict[tuple[str, ...], list[str]] = {}
+    for own in FORMATS.values():
+        named.setdefault(_row(own), []).append(f"`{own.name}`")
+    head = ("`--kv-cache-dtype`", "bytes", "`rebase`", "masked models", "attention backends, and compute capabilities")
+    rows = [head, ("---",) * 5, *((", ".join(names), *row) for row, names in named.items())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _row(own: Format) -> tuple[str, ...]:
+    lost = "what a turn loses is not known" if own.loses == UNKNOWN else f"an error of {own.loses} after a turn"
+    cards = [keeper.cards.removeprefix("GPUs of compute capability ") for keeper in own.keepers]
+    backends = [
+        f"{own.backend}{'' if own.shown else '*'}: {card}" for own, card in zip(own.keepers, cards, strict=True)
+    ]
+    return (
+        str(own.pair_bytes(128, 2)),
+        f"no: {lost}" if own.loses else "yes",
+        "yes" if own.masked_keepers() else "no",
+        "; ".join(backends),
+    )
+
+
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table())
+    print(formats(), end="")

@@ -300,15 +300,39 @@ def explain(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture too, as PNG or SVG.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a checkpoint, or its config.json: says bytes too.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a model without a checkpoint, with --kv-heads and --head-size: says bytes.")
+    ] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value heads of a layer.")] = None,
+    head_size: Annotated[int | None, typer.Option(help="Numbers of a key.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="As vLLM's: the model's precision; by default the checkpoint's, or bfloat16.")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="As vLLM's: format of the cache; by default the model's precision.")
+    ] = None,
 ) -> None:
     """Show which blocks of the KV cache live while each frame is made, and at which positions the model sees them."""
     from rich.console import Console
 
     from vllm_packcache.tools import explain as explaining
     from vllm_packcache.tools.figures import check_format
+    from vllm_packcache.tools.storage import storage
 
     with one_sentence("calibrate"):
         check_format("--out", out)
+        stored = storage(
+            model=model,
+            layers=layers,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         explanation = explaining.explain(
             config,
             policy,
@@ -317,6 +341,7 @@ def explain(
             negative_tokens=negative_tokens,
             block_size=block_size,
             sequence=sequence,
+            stored=stored,
         )
         explaining.print_text(explanation, Console(highlight=False))
         if out is not None:
@@ -388,7 +413,7 @@ def mineworld(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check the installation and say what to do about what is wrong with it."""
+    """Check the installation, say what to do about what is wrong with it, and which cache formats this machine has."""
     from rich.console import Console
 
     from vllm_packcache.tools import doctor as checking
@@ -396,11 +421,13 @@ def doctor(
     # vLLM logs to stdout, which is ours. A level that the user chose stays.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):
-        checks = checking.run_checks()
+        checks, formats = checking.run_checks(), checking.formats_here()
     if as_json:
-        typer.echo(json.dumps(checking.as_mapping(checks), indent=2))
+        typer.echo(json.dumps(checking.as_mapping(checks, formats), indent=2))
     else:
-        checking.print_table(checks, Console(highlight=False))
+        console = Console(highlight=False)
+        checking.print_table(checks, console)
+        checking.print_formats(formats, console)
     if not checking.healthy(checks):
         raise typer.Exit(1)
 

@@ -384,13 +384,14 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
             "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions, "
-            "videos, guidance; to take the layout alone, say policy: packcache beside it, or leave decay out",
+            "videos, guidance, precision; to take the layout alone, say policy: packcache beside it, or leave decay out",
         ),
         (
             "full",
             {"sink_tokens": 4, "layout": "demo"},
             "sink_tokens is no option of policy 'full': its options are layout, positions, sessions, videos, "
-            "guidance; to take the layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
+            "guidance, precision; to take the layout alone, say policy: attention_sink beside it, or leave sink_tokens "
+            "out",
         ),
         (
             "full",

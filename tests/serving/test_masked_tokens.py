@@ -29,6 +29,8 @@ from tests.support import INSTALLED, NEXT
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import Full
+from vllm_packcache.engine.manager import record_of
+from vllm_packcache.engine.metrics import PREFIX
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.families.schedule import computed_passes, schedule
@@ -532,6 +534,27 @@ def test_floats_of_eight_bits(lumos_model: Path, masked_engine: Any) -> None:
     ]
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM stores 8 bits on processors with AVX-512 only")
+def test_bytes_of_both_streams_are_those_that_are_allocated(masked_engine: Any) -> None:
+    """They share one pool, each block of which is all layers' of one of them."""
+    llm = masked_engine(kv_cache_dtype="fp8_e4m3", disable_log_stats=False)
+    engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
+    engine.add_request("video", {"prompt_token_ids": IMAGE_TO_VIDEO.ids}, params(IMAGE_TO_VIDEO))
+    for _ in range(3):
+        engine.step()
+    caches = [layer.kv_cache for layer in engine.vllm_config.compilation_config.static_forward_context.values()]
+    memory = {cache.data_ptr(): cache.nbytes for cache in caches}
+    assert len(caches) == 2 * len(memory)
+    held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    found = next(own.value for own in llm.get_metrics() if own.name == f"{PREFIX}resident_bytes")
+    assert found == held * sum(memory.values()) / pool.num_gpu_blocks
+    record = record_of(next(iter(scheduler_of(llm).requests.values())))
+    assert record is not None
+    assert sorted(record.held_blocks) == [0, 1]
+    assert sum(record.held_blocks.values()) == held
+    engine.abort_request(["video"])
+
+
 def rounding(folder: Path, written: Any, turned: Any) -> LumosReference:
     model = LumosReference.load(folder)
     return QuantisedLumosReference(model.config, model._weights, written, turned)
@@ -637,7 +660,8 @@ def test_more_requests_than_there_is_room_for_are_said(start: Callable[..., Any]
         ({"layout": {"tokens_per_frame": 32}}, {}, "give grid"),
         ({"layout": {"grid": [4, 6], "frame_start_tokens": 1}}, {}, "frame_start_tokens: 3"),
         ({"layout": {"grid": [4, 6], "axis_scale": [1, 1, 1]}}, {}, r"axis_scale of this model is \[4, 8, 8\]"),
-        ({"layout": {"grid": [4, 6]}, "positions": "rebase"}, {"kv_cache_dtype": "nvfp4"}, "turns cached keys"),
+        (CONFIG, {"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype 'nvfp4' is not for models that make whole frames"),
+        ({**CONFIG, "positions": "absolute"}, {"kv_cache_dtype": "int4_per_token_head"}, "causal attention only"),
     ],
     ids=str,
 )

@@ -12,6 +12,8 @@ from tests.runner import needs_v2
 from tests.serving.conftest import prompt, run, sampling
 from tests.serving.rounding import as_the_cpu_writes, int8, to_nearest
 from tests.serving.test_positions import plan_of
+from vllm_packcache.config.formats import FORMATS
+from vllm_packcache.engine.metrics import PREFIX
 from vllm_packcache.reference import QuantisedReference
 
 CONFIG = {"window": 2, "history_frames": 1.5, "selection": "spatial"}
@@ -68,6 +70,53 @@ def test_integers_with_a_scale_for_every_token_and_head(engine: Any, reference: 
     """Of a card that has no 8-bit floats, such as an A40."""
     oracle = QuantisedReference(reference.config, reference._weights, int8, int8)
     check(engine, reference, oracle, 16, variant=backend, kv_cache_dtype="int8_per_token_head")
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM stores 8 bits on processors with AVX-512 only")
+@pytest.mark.parametrize("skipped", [[], ["0"]], ids=["every layer", "but the first"])
+def test_bytes_of_floats_are_those_that_are_allocated(engine: Any, skipped: list[str]) -> None:
+    options = {"block_size": 32, "kv_cache_dtype": "fp8_e4m3", "kv_cache_dtype_skip_layers": skipped}
+    llm = engine("packcache", CONFIG, **ENGINE, **options, disable_log_stats=False)
+    check_bytes(llm, ["auto" if skipped else "fp8_e4m3", "fp8_e4m3"])
+
+
+@needs_v2
+@pytest.mark.parametrize("backend", ["TRITON_ATTN"], indirect=True)
+def test_bytes_of_integers_are_those_that_are_allocated(engine: Any, backend: str) -> None:
+    """Scales count."""
+    options = {"block_size": 16, "kv_cache_dtype": "int8_per_token_head", "variant": backend}
+    check_bytes(engine("packcache", CONFIG, **ENGINE, **options, disable_log_stats=False), ["int8_per_token_head"] * 2)
+
+
+def check_bytes(llm: Any, names: list[str]) -> None:
+    """What is reserved at start, and what `/metrics` has of a running video, is what the layers' caches take.
+
+    Args:
+        llm: an engine.
+        names: of the format of each layer.
+    """
+    core, config = llm.llm_engine, llm.llm_engine.vllm_config
+    video = prompt(CONDITION + 4 * FRAME, seed=4)
+    core.add_request("video", {"prompt_token_ids": video}, sampling(9, tokens_per_frame=FRAME, condition_tokens=20))
+    for _ in range(9):
+        core.step()
+    scheduler = core.engine_core.engine_core.scheduler
+    pool, (group,) = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config.kv_cache_groups
+    pages = [
+        layer.kv_cache.nbytes // pool.num_gpu_blocks
+        for layer in config.compilation_config.static_forward_context.values()
+    ]
+    heads, channels = config.model_config.get_total_num_kv_heads(), config.model_config.get_head_size()
+    block_size = config.cache_config.block_size
+    assert pages == [block_size * FORMATS[name].token_bytes(1, heads, channels, 4) for name in names]
+    # One of them is the null block.
+    held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    assert held >= 3
+    found = next(own.value for own in llm.get_metrics() if own.name == f"{PREFIX}resident_bytes")
+    assert found == held * sum(pages)
+    spec = group.kv_cache_spec
+    assert spec.max_memory_usage_bytes(config) == spec.most_blocks(config.model_config.max_model_len) * pages[0]
+    core.abort_request(["video"])
 
 
 def check(engine: Any, reference: Any, oracle: QuantisedReference, block_size: int, **options: Any) -> None:

@@ -257,6 +257,21 @@ def test_a_backend_of_unknown_layout_is_refused_before_weights_load(
         attention.get_attn_backend(**arguments)
 
 
+def test_a_format_that_the_backend_does_not_keep_is_refused_before_weights_load(start: Callable[..., Any]) -> None:
+    """On a CPU vLLM takes any name, and stores something else."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import attention
+
+    arguments = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "int8_per_token_head"}
+    for positions in ("rebase", "absolute"):
+        config = start(additional=policy(positions=positions), kv_cache_dtype="int8_per_token_head")
+        with (
+            set_current_vllm_config(config),
+            pytest.raises(ConfigError, match="is none of attention backend CPU_ATTN: choose one of auto, fp8"),
+        ):
+            attention.get_attn_backend(**arguments)
+
+
 def test_either_runner_starts(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = start()
     for v2 in (False, True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from vllm_packcache.cli import app
+from vllm_packcache.config.formats import FORMATS, Machine
 from vllm_packcache.hooks.contract import HookCheck
 from vllm_packcache.tools import doctor
-from vllm_packcache.tools.doctor import Check, Verdict
+from vllm_packcache.tools.doctor import Check, FormatHere, Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,10 @@ def test_json_names_every_check() -> None:
     result = run("--json")
     report: dict[str, Any] = json.loads(result.stdout)
     assert result.exit_code == 0 if report["ok"] else 1
-    assert set(report) == {"ok", "checks"}
+    assert set(report) == {"ok", "checks", "kv_cache"}
+    formats = report["kv_cache"]["formats"]
+    assert [own["name"] for own in formats] == list(FORMATS)
+    assert set(formats[0]) == {"name", "bytes", "absolute", "rebase", "masked", "backends", "shown", "remark"}
     for check in report["checks"]:
         assert set(check) == {"name", "found", "verdict", "remedy"}
         assert check["verdict"] in {"ok", "note", "fail"}
@@ -218,3 +222,98 @@ def test_our_own_metadata_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [*doctor.check_python(), *doctor.check_vllm()]
     assert {check.name for check in checks if check.verdict is Verdict.FAIL} == {"python", "vllm"}
     assert all("not installed properly" in check.remedy for check in checks if check.remedy)
+
+
+CPU, OLD_CPU, A40, H100 = Machine(None, True), Machine(None), Machine((8, 6)), Machine((9, 0))
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "usable", "backends", "shown", "remark"),
+    [
+        (CPU, "fp8_e4m3", (True, True, True), ["CPU_ATTN"], ["CPU_ATTN"], ""),
+        (CPU, "int8_per_token_head", (False, False, False), [], [], "needs a GPU"),
+        (OLD_CPU, "fp8_e4m3", (False, False, False), [], [], "needs CPUs with AVX-512 (CPU_ATTN)"),
+        (OLD_CPU, "auto", (True, True, True), ["CPU_ATTN"], ["CPU_ATTN"], ""),
+        (A40, "int8_per_token_head", (True, True, True), ["TRITON_ATTN"], ["TRITON_ATTN"], ""),
+        (A40, "fp8_e4m3", (True, True, False), ["FLASHINFER"], [], ""),
+        (
+            A40, "fp8_per_token_head", (False, False, False), [], [],
+            "needs GPUs of compute capability 8.9 or more (TRITON_ATTN)",
+        ),
+        (H100, "fp8_e4m3", (True, True, True), ["FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"], [], ""),
+        (
+            H100, "int4_per_token_head", (True, False, False), ["TRITON_ATTN"], [],
+            "an error of 14 % after a turn; causal attention only",
+        ),
+        (H100, "nvfp4", (True, False, False), ["FLASHINFER"], [], "what a turn loses is not known"),
+    ],
+)  # fmt: skip
+def test_what_can_be_done_with_a_format(
+    machine: Machine,
+    name: str,
+    usable: tuple[bool, bool, bool],
+    backends: list[str],
+    shown: list[str],
+    remark: str,
+) -> None:
+    here = FormatHere.on(FORMATS[name], machine)
+    assert (here.absolute, here.rebase, here.masked) == usable
+    assert (list(here.backends), list(here.shown), here.remark) == (backends, shown, remark)
+
+
+def test_a_line_for_each_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_machine", lambda: (H100, "a card, compute capability 9.0"))
+    output = run().stdout
+    assert "Formats of the KV cache on this machine: a card, compute capability 9.0" in output
+    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if line.count("│") == 8}
+    assert list(lines) == list(FORMATS)
+    assert [cell.strip() for cell in lines["int8_per_token_head"]] == ["264", "yes", "yes", "yes", "TRITON_ATTN", ""]
+    assert [cell.strip() for cell in lines["fp8_e5m2"]][4] == "TRITON_ATTN*, FLASHINFER*"
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_this_machine(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: wide)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    found = doctor.formats_here()
+    assert found.machine.endswith(", with AVX-512" if wide else ", without AVX-512")
+    assert [own.name for own in found.formats if own.rebase] == ["auto", "fp8", "fp8_e4m3", "fp8_e5m2"][
+        : 4 if wide else 1
+    ]
+
+
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import platforms
+    from vllm.platforms.interface import DeviceCapability
+
+    card = SimpleNamespace(
+        is_cuda=lambda: True,
+        get_device_capability=lambda: DeviceCapability(8, 6),
+        get_device_name=lambda: "NVIDIA A40",
+    )
+    monkeypatch.setattr(platforms, "current_platform", card)
+    found = doctor.formats_here()
+    assert found.machine == "NVIDIA A40, compute capability 8.6"
+    assert [own.name for own in found.formats if own.masked] == ["auto", "float16", "bfloat16", "int8_per_token_head"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [
+        (SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: None), "no GPU in sight"),
+        (
+            SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False, device_name="tpu"),
+            "tpu, which is neither a CPU nor an NVIDIA GPU",
+        ),
+        (SimpleNamespace(), "not known: AttributeError: "),
+    ],
+)
+def test_where_nothing_can_be_said(platform: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import platforms
+
+    monkeypatch.setattr(platforms, "current_platform", platform)
+    output = run().stdout
+    assert f"Formats of the KV cache on this machine: {words}" in output
+    assert "int8_per_token_head" not in output

@@ -89,11 +89,15 @@ def send_counts(make_stats: Callable[..., SchedulerStats | None]) -> Callable[..
 
 
 def block_bytes(scheduler: Scheduler) -> int:
-    """Bytes of a KV-cache block in all layers of a KV cache group: all groups share one pool of such blocks."""
+    """Bytes of a KV-cache block in all layers of a KV cache group: all groups share one pool of such blocks.
+
+    Taken from what is allocated: the spec of a group says how one of its layers stores, and others may do so otherwise.
+    """
     known: int | None = getattr(scheduler, _BLOCK_BYTES, None)
     if known is None:
-        group = scheduler.kv_cache_config.kv_cache_groups[0]
-        known = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+        made = scheduler.kv_cache_config
+        # Every one of them has the size of the one allocation that they lie in.
+        known = made.kv_cache_tensors[0].size // made.num_blocks
         # It stays, and is asked for in every step.
         setattr(scheduler, _BLOCK_BYTES, known)
     return known

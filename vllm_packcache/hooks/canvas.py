@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from vllm_packcache.config.errors import ConfigError, named, shown
+from vllm_packcache.config.formats import CANVAS_BACKENDS, check_masked
 from vllm_packcache.config.precision import PRECISION_KEY
 from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
@@ -47,9 +48,6 @@ TEXT_TOKENS = 1024
 
 MASK_BYTES = 2**29
 """vLLM sets aside a bit for every token of a frame and every id, though such a model has no structured output."""
-
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""Attention backends without a mask, and with room for any number of rows."""
 
 FRAMES_AT_ONCE = 4
 """Frames that a step has room for, where the operator gives no token budget."""
@@ -145,6 +143,7 @@ def configure(vllm_config: VllmConfig) -> None:
             "VLLM_USE_V2_MODEL_RUNNER=0 out; on a machine without a GPU start the server with "
             "python -m vllm_packcache.tools.interpreted serve ..."
         )
+    check_masked(vllm_config.cache_config.cache_dtype)
     config = read_config(vllm_config)
     assert config is not None, "a family of canvases is always on"
     frame = largest_frame(config)
@@ -329,11 +328,11 @@ class CanvasServing(Serving):
         Raises:
             ConfigError: naming those that can.
         """
-        if name not in BACKENDS:
+        if name not in CANVAS_BACKENDS:
             raise ConfigError(
                 f"--attention-backend {name} is not for a model that makes whole frames: it is causal, or has room for "
                 "as many rows as --max-num-seqs only, while a prompt's text is a row a token: choose one of "
-                f"{', '.join(BACKENDS)}, or leave the option out"
+                f"{', '.join(CANVAS_BACKENDS)}, or leave the option out"
             )
 
     def backend(self, backend: Any, vllm_config: VllmConfig, config: ServerConfig) -> Any:

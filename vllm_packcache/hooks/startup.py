@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.formats import check_kept, check_turned
 from vllm_packcache.config.server import (
     CONFIG_FLAG,
     POLICY_FLAG,
@@ -197,10 +198,8 @@ def _check_tables(vllm_config: VllmConfig) -> None:
 
 def _check_rebasing(vllm_config: VllmConfig) -> None:
     """Refuse what cached keys cannot be rotated in."""
-    from vllm_packcache.worker.keys.layout import check_format
-
     try:
-        check_format(vllm_config.cache_config.cache_dtype)
+        check_turned(vllm_config.cache_config.cache_dtype)
     except ConfigError as error:
         raise ConfigError(f"{CONFIG_FLAG}: {error}") from None
     model = vllm_config.model_config
@@ -342,8 +341,9 @@ def choose_backend(get_attn_backend: Callable[..., Any]) -> Callable[..., Any]:
         config = read_config(vllm_config)
         if config is None:
             return backend
+        # Here, before any weights are loaded.
+        check_kept(vllm_config.cache_config.cache_dtype, backend.get_name())
         if config.positions == "rebase":
-            # Here, before any weights are loaded.
             layout_of(backend.get_name())
         return serving.backend(backend, vllm_config, config)
 

@@ -578,12 +578,12 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.v1.metrics.stats:SchedulerStats", "num_kv_fetch_reqs_by_stage", "metrics: what travels with them"),
     Hook(
         _SCHEDULER,
-        "__init__(kv_cache_config, ...): kv_cache_config, kv_cache_groups",
-        "metrics: the scheduler's groups of layers",
+        "__init__(kv_cache_config, ...): kv_cache_config",
+        "metrics: the scheduler's pool of blocks",
     ),
     Hook(
         "vllm.v1.kv_cache_interface",
-        "AttentionSpec.page_size_bytes, KVCacheGroupSpec.layer_names",
+        "KVCacheConfig.kv_cache_tensors, KVCacheConfig.num_blocks, KVCacheTensor.size",
         "metrics: bytes of a block",
     ),
     Hook("vllm.v1.request:Request", "get_finished_reason", "metrics: why a request ended"),

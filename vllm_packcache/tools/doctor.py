@@ -23,10 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.formats import FORMATS, UNKNOWN, Format, Machine
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import presets
 from vllm_packcache.core import policies
 from vllm_packcache.core.policies import PackCache
+from vllm_packcache.tools.machine import cpu_model
 
 if TYPE_CHECKING:
     from vllm_packcache.hooks.contract import HookCheck
@@ -71,6 +73,91 @@ class Check:
     remedy: str = ""
 
 
+HEAD_SIZE, ITEM_BYTES = 128, 2
+"""Numbers of a key, and bytes of a number of the model's, for which the bytes of formats are shown."""
+
+
+@dataclass(frozen=True)
+class FormatHere:
+    """What can be done with a format of the KV cache on this machine.
+
+    Args:
+        name: as ``--kv-cache-dtype`` takes it.
+        bytes: of a key and its value, of `HEAD_SIZE` numbers and `ITEM_BYTES` of the model's.
+        absolute: whether it can be used with ``positions: absolute``.
+        rebase: whether with ``positions: rebase``.
+        masked: whether by models that make whole frames.
+        backends: attention backends that keep it here; if none, those that would elsewhere, and what they need.
+        shown: those of them that the package's tests run.
+        remark: why it cannot be used here, or not for everything; empty: it can.
+    """
+
+    name: str
+    bytes: int
+    absolute: bool
+    rebase: bool
+    masked: bool
+    backends: tuple[str, ...]
+    shown: tuple[str, ...]
+    remark: str
+
+    @classmethod
+    def on(cls, stored: Format, machine: Machine) -> FormatHere:
+        """What can be done with ``stored`` on ``machine``."""
+        keepers = [keeper for keeper in stored.keepers if keeper.runs_on(machine)]
+        masked = [keeper for keeper in keepers if keeper in stored.masked_keepers()]
+        remarks = []
+        if not keepers:
+            remarks.append(f"needs {' or '.join(_lacking(stored, machine))}")
+        elif stored.loses:
+            known = stored.loses != UNKNOWN
+            remarks.append(f"an error of {stored.loses} after a turn" if known else "what a turn loses is not known")
+        if keepers and stored.causal_only:
+            remarks.append("causal attention only")
+        return cls(
+            name=stored.name,
+            bytes=stored.pair_bytes(HEAD_SIZE, ITEM_BYTES),
+            absolute=bool(keepers),
+            rebase=bool(keepers) and not stored.loses,
+            masked=bool(masked),
+            backends=tuple(keeper.backend for keeper in keepers),
+            shown=tuple(keeper.backend for keeper in keepers if keeper.shown),
+            remark="; ".join(remarks),
+        )
+
+
+def _lacking(stored: Format, machine: Machine) -> list[str]:
+    """What would have to be there to keep ``stored``."""
+    own = [keeper for keeper in stored.keepers if keeper.on_gpu == (machine.capability is not None)]
+    if not own:
+        return ["a CPU" if machine.capability is not None else "a GPU"]
+    return list(dict.fromkeys(f"{keeper.cards} ({keeper.backend})" for keeper in own))
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What can be done with each format of the KV cache on this machine.
+
+    Args:
+        machine: that is looked at, in words.
+        formats: of it; none, where ``machine`` says why.
+    """
+
+    machine: str
+    formats: tuple[FormatHere, ...] = ()
+
+
+def formats_here() -> Formats:
+    """What can be done with each format of the KV cache on this machine."""
+    try:
+        machine, words = _machine()
+    except Exception as error:  # What is wrong with an installation is for the checks to say.
+        return Formats(f"not known: {_reason(error)}")
+    if machine is None:
+        return Formats(words)
+    return Formats(words, tuple(FormatHere.on(stored, machine) for stored in FORMATS.values()))
+
+
 def run_checks() -> list[Check]:
     """Every check, in the order in which problems are best mended."""
     return [check for group in _GROUPS for check in group()]
@@ -81,9 +168,10 @@ def healthy(checks: list[Check]) -> bool:
     return all(check.verdict is not Verdict.FAIL for check in checks)
 
 
-def as_mapping(checks: list[Check]) -> dict[str, Any]:
+def as_mapping(checks: list[Check], formats: Formats) -> dict[str, Any]:
     """The outcome as plain JSON-able data."""
-    return {"ok": healthy(checks), "checks": [dataclasses.asdict(check) for check in checks]}
+    found = {"ok": healthy(checks), "checks": [dataclasses.asdict(check) for check in checks]}
+    return found | {"kv_cache": dataclasses.asdict(formats)}
 
 
 _STYLES: Mapping[Verdict, str] = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.FAIL: "bold red"}
@@ -102,6 +190,25 @@ def print_table(checks: list[Check], console: Console) -> None:
             console.print(line)
     if healthy(checks):
         console.print("Everything that matters is in order.")
+
+
+def print_formats(formats: Formats, console: Console) -> None:
+    """Print a line for each format of the KV cache."""
+    console.print(Text(f"Formats of the KV cache on this machine: {formats.machine}", style="bold"))
+    if not formats.formats:
+        return
+    table = Table("--kv-cache-dtype", "bytes", "absolute", "rebase", "masked", "attention backends", "remark")
+    for own in formats.formats:
+        usable = (own.absolute, own.rebase, own.masked)
+        backends = ", ".join(f"{backend}{'' if backend in own.shown else '*'}" for backend in own.backends)
+        cells = [Text("yes" if yes else "no", style="green" if yes else "yellow") for yes in usable]
+        table.add_row(Text(own.name), Text(str(own.bytes)), *cells, Text(backends), Text(own.remark))
+    console.print(table)
+    console.print(
+        f"bytes: of a key and its value of {HEAD_SIZE} numbers, of a model of {8 * ITEM_BYTES} bits. absolute, rebase: "
+        "with these positions; masked: by models that make whole frames. *: stands in vLLM's source; others are run by "
+        "tests, on a CPU or in Triton's interpreter."
+    )
 
 
 def _with_good_hooks_in_one(checks: list[Check]) -> Iterator[Check]:
@@ -331,6 +438,23 @@ _GROUPS: tuple[Callable[[], Iterator[Check]], ...] = (
     check_videos,
     check_environment,
 )
+
+
+def _machine() -> tuple[Machine | None, str]:
+    """This machine, and the same in words; None: models under a policy are not served on it."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        capability = current_platform.get_device_capability()
+        if capability is None:
+            return None, "no GPU in sight"
+        name = f"{current_platform.get_device_name()}, compute capability {capability.as_version_str()}"
+        return Machine((capability.major, capability.minor)), name
+    if current_platform.is_cpu():
+        wide = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+        return Machine(None, wide), f"{cpu_model()}, {'with' if wide else 'without'} AVX-512"
+    return None, f"{current_platform.device_name}, which is neither a CPU nor an NVIDIA GPU"
 
 
 def _hook_checks() -> list[HookCheck]:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, shown_path
+from vllm_packcache.config.formats import check_masked, check_turned
 from vllm_packcache.config.guidance import GuidanceConfig
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
 from vllm_packcache.core.layout import CONDITION, VideoLayout
@@ -30,6 +31,7 @@ from vllm_packcache.core.view import DROPPED, IN_CONDITION, NOT_YET, FrameTokens
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.tools.figures import new_figure, save
 from vllm_packcache.tools.sequences import example_frames, lookup, read_video
+from vllm_packcache.tools.storage import Storage, shown_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,7 @@ class Overview:
 
     Args:
         tokens: live and full tokens of every frame.
-        blocks: how many live while the last one is made.
+        blocks: how many live while each frame is made.
         retained: `FrameView.retained` of every frame.
         condition_stops: how far into the condition anything lives while each frame is made, in tokens.
         oldest: the largest temporal distance of a live block.
@@ -62,7 +64,7 @@ class Overview:
     """
 
     tokens: list[FrameTokens]
-    blocks: int
+    blocks: list[int]
     retained: list[Int64]
     condition_stops: list[int]
     oldest: int
@@ -81,6 +83,7 @@ class Explanation:
         unconditional: the same video in the other stream; None: there is none, and frames are made token by token.
         masked: whether frames are made in passes.
         example: whether what is kept depends on what is seen, and that is an example.
+        storage: what is stored of a token; None: nobody says of which model.
     """
 
     title: str
@@ -90,6 +93,7 @@ class Explanation:
     unconditional: Explanation | None = None
     masked: bool = False
     example: bool = False
+    storage: Storage | None = None
 
     @property
     def streams(self) -> dict[str, Explanation]:
@@ -106,7 +110,7 @@ class Explanation:
         last, other = (stream.overview.tokens[-1] for stream in self.streams.values())
         if not self.masked:
             live, whole = last.live + other.live, last.full + other.full
-            blocks = [stream.overview.blocks for stream in self.streams.values()]
+            blocks = [stream.overview.blocks[-1] for stream in self.streams.values()]
             return [
                 "Every token is sampled from the logits of both streams, and fed to both.",
                 f"At the end of frame {last.frame} attention reads {last.live:,} + {other.live:,} = {live:,} keys in "
@@ -200,7 +204,8 @@ class Explanation:
         tokens = []
         retained = []
         condition_stops = []
-        blocks = oldest = 0
+        blocks = []
+        oldest = 0
         first_dropping = None
         for view in self.views():
             tokens.append(view.tokens)
@@ -208,11 +213,39 @@ class Explanation:
             condition = np.flatnonzero(view.states == IN_CONDITION)
             condition_stop = int(condition[-1] + 1) * self.retention.block_size if len(condition) else 0
             condition_stops.append(min(condition_stop, self.retention.layout.condition_tokens))
-            blocks = int(np.count_nonzero(view.states >= IN_CONDITION))
+            blocks.append(int(np.count_nonzero(view.states >= IN_CONDITION)))
             oldest = max(oldest, int(view.states.max()))
             if first_dropping is None and np.any(view.states == DROPPED):
                 first_dropping = view.tokens.frame
         return Overview(tokens, blocks, retained, condition_stops, oldest, first_dropping)
+
+    def bytes_of(self, blocks: int) -> int:
+        """Of so many blocks in all layers: blocks are held whole. Only where `storage` is known."""
+        assert self.storage is not None
+        return blocks * self.retention.block_size * self.storage.token_bytes
+
+    @property
+    def bytes_summary(self) -> list[str]:
+        """What the video takes at most in its streams, and what it would without a policy; none: it is not known."""
+        if self.storage is None:
+            return []
+        streams = self.streams.values()
+        held = [sum(blocks) for blocks in zip(*(stream.overview.blocks for stream in streams), strict=True)]
+        most = max(held)
+        whole = sum(stream.num_blocks for stream in streams)
+        full, stock = self.bytes_of(whole), whole * self.retention.block_size * self.storage.own_token_bytes
+        frame = self.retention.layout.tokens_per_frame * self.storage.token_bytes
+        condition = sum(stream.retention.layout.condition_tokens for stream in streams) * self.storage.token_bytes
+        both = " in both streams" if self.unconditional is not None else ""
+        own = self.storage.dtype
+        other = "" if full == stock else f"; in {own} {shown_bytes(stock)}: {100 * self.bytes_of(most) / stock:.0f} %"
+        return [
+            self.storage.sentence,
+            f"The condition takes {shown_bytes(condition)}{both}, a whole frame {shown_bytes(frame)}"
+            f"{' in each' if both else ''}.",
+            f"Blocks are held whole: at most {most:,}{both}, {shown_bytes(self.bytes_of(most))}. The full cache takes "
+            f"{shown_bytes(full)}: {100 * most / whole:.0f} %{other}.",
+        ]
 
     def view(self, frame: int) -> FrameView:
         """What lives while ``frame`` is made."""
@@ -232,6 +265,7 @@ def explain(
     negative_tokens: int | None = None,
     block_size: int = 16,
     sequence: Path | None = None,
+    stored: Storage | None = None,
 ) -> Explanation:
     """Apply a configuration to a video, as a server would.
 
@@ -246,6 +280,7 @@ def explain(
         block_size: tokens of a KV-cache block.
         sequence: file with the video's token ids, for a policy that reads them, and only for such; by default an
             example, `example_frames`.
+        stored: what is stored of a token, to know bytes; None: bytes are not shown.
 
     Raises:
         ConfigError: the configuration is wrong or has no layout, a number is impossible, or the file has no such video.
@@ -278,6 +313,12 @@ def explain(
         # As for a request: a prompt shorter than the server's usual image has none.
         image_tokens = 0
     family = families.describing(frame, config.layout.axis_scale)
+    masked = family.role == "canvas"
+    if stored is not None:
+        if masked:
+            check_masked(stored.format.name)
+        if config.positions == "rebase":
+            check_turned(stored.format.name)
     least = image_tokens + family.least_text_tokens
     if family.least_text_tokens and condition_tokens < least:
         raise ConfigError(
@@ -302,7 +343,7 @@ def explain(
         tokens = None if ids is None else lookup(_behind(ids, condition_tokens, layout.condition_tokens))
         retention = Retention(layout, config.policy, block_size, tokens)
         check_policy(retention, frames)
-        return Explanation(title, retention, positions, frames, unconditional, family.role == "canvas", example)
+        return Explanation(title, retention, positions, frames, unconditional, masked, example, stored)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)
@@ -489,7 +530,7 @@ def print_text(explanation: Explanation, console: Console) -> None:
             console.print(Text(name.capitalize(), style="bold"))
         _print_stream(stream, console)
     yours = ["What is kept depends on what is seen: --sequence FILE draws it for a video of yours."]
-    for sentence in [*explanation.passes_summary, *(yours if explanation.example else ())]:
+    for sentence in [*explanation.passes_summary, *explanation.bytes_summary, *(yours if explanation.example else ())]:
         console.print()
         console.print(Text(sentence))
 
@@ -498,8 +539,18 @@ def _print_stream(explanation: Explanation, console: Console) -> None:
     layout = explanation.retention.layout
     number_width = len(str(explanation.frames - 1))
     tokens_width = len(f"{layout.frame_start(explanation.frames):,}")
+    held = (
+        []
+        if explanation.storage is None
+        else [shown_bytes(explanation.bytes_of(own)) for own in explanation.overview.blocks]
+    )
     # "frame ", number, " │", the blocks, "│ ", tokens, " of full"
     room = console.width - (6 + number_width + 2 + 2 + tokens_width + 8)
+    bytes_width = max(map(len, held), default=-2) + 2
+    if room - bytes_width < min(_MIN_COLUMNS, explanation.num_blocks):
+        # What is held at most is said below.
+        held, bytes_width = [], 0
+    room -= bytes_width
     name, meaning = "positions", "where the model sees each retained frame's first token"
     if explanation.positions.axes == 3:
         name, meaning = "times (t)", "time axis of each retained frame's first visual token"
@@ -517,7 +568,7 @@ def _print_stream(explanation: Explanation, console: Console) -> None:
     console.print()
     words = "blocks, first to last" if columns > 24 else "blocks"
     head = Text(f"{'':{6 + number_width}} ┌{words:─<{columns}.{columns}}┐ ")
-    head.append(f"{'live':>{tokens_width}} of full")
+    head.append(f"{'live':>{tokens_width}} of full{'held' if held else '':>{bytes_width}}")
     if beside:
         head.append(f"  {name}")
     console.print(head, no_wrap=True, overflow="crop")
@@ -527,6 +578,7 @@ def _print_stream(explanation: Explanation, console: Console) -> None:
         for state in _shown_states(view, columns):
             line.append(_character(state), _style(state))
         line.append(f"│ {view.tokens.live:>{tokens_width},} {view.tokens.percent:>4.0f} %")
+        line.append(f"{held[made] if held else '':>{bytes_width}}")
         if beside:
             line.append("   ")
         else:
@@ -601,7 +653,7 @@ def draw(explanation: Explanation, path: Path) -> None:
     for (name, stream), (blocks, positions, tokens) in zip(streams.items(), rows, strict=True):
         _draw_blocks(stream, blocks)
         _draw_positions(stream, positions)
-        _draw_tokens(stream.overview.tokens, tokens)
+        _draw_tokens(stream, tokens)
         shape = f"{name.capitalize()}: {stream.shape}" if name else stream.shape
         blocks.set_title(f"{shape}\n{stream.summary}", fontsize=10)
         if name:
@@ -715,7 +767,8 @@ def _draw_positions(explanation: Explanation, axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_tokens(tokens: list[FrameTokens], axes: Axes) -> None:
+def _draw_tokens(explanation: Explanation, axes: Axes) -> None:
+    tokens, stored = explanation.overview.tokens, explanation.storage
     frames, live, full = zip(*tokens, strict=True)
     height = 0.8 if len(tokens) <= _OUTLINED_FRAMES else 1.0
     axes.barh(frames, full, height=height, color="#dddddd", label="full cache")
@@ -731,8 +784,15 @@ def _draw_tokens(tokens: list[FrameTokens], axes: Axes) -> None:
                 fontsize=8,
             )
     axes.set_xlim(0, max(full) * 1.18)
-    axes.set_title("tokens in the cache\n", fontsize=10)
-    axes.set_xlabel("tokens")
+    title, unit = "tokens in the cache\n", "tokens"
+    if stored is not None:
+        most, whole = (
+            explanation.bytes_of(count) for count in (max(explanation.overview.blocks), explanation.num_blocks)
+        )
+        title = f"tokens in the cache: at most\n{shown_bytes(most)}, full cache {shown_bytes(whole)}"
+        unit = f"tokens, of {shown_bytes(stored.token_bytes)} each"
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(unit)
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(axis="y", left=False, labelleft=False)
@@ -755,5 +815,9 @@ def _draw_words(explanation: Explanation, figure: Figure) -> None:
         entries.append((_COLOURS[DROPPED], "dropped"))
     patches = [Patch(facecolor=colour, edgecolor="#999999", label=label) for colour, label in entries]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
-    lines = [f"{explanation.title} ({explanation.options})", *explanation.passes_summary[1:]]
+    lines = [
+        f"{explanation.title} ({explanation.options})",
+        *explanation.passes_summary[1:],
+        *explanation.bytes_summary,
+    ]
     figure.suptitle("\n".join(lines), fontsize=11)

@@ -15,7 +15,8 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.config.errors import ConfigError
+from vllm_packcache.config.formats import SCALE_BYTES, check_turned, find
 from vllm_packcache.worker.keys.stored import AsTheyAre, Bytes, CachedKeys, PerTokenHead, Stored
 
 
@@ -39,7 +40,7 @@ def cached_keys(layer: Attention) -> CachedKeys:
     Raises:
         ConfigError: its backend or what it stores is not known.
     """
-    check_format(layer.kv_cache_dtype)
+    check_turned(layer.kv_cache_dtype)
     return layout_of(layer.attn_backend.get_name())(layer)
 
 
@@ -52,32 +53,18 @@ def cached_values(layer: Attention) -> CachedKeys:
     return layout_of(layer.attn_backend.get_name())(layer, True)
 
 
-def check_format(cache_dtype: str) -> None:
-    """Check that keys of a cache of this type may be turned in place.
-
-    Raises:
-        ConfigError: they may not.
-    """
-    if cache_dtype in ("auto", "float16", "bfloat16", "float32", *_BYTES, *_PER_TOKEN_HEAD):
-        return
-    raise ConfigError(
-        f"positions: rebase turns cached keys in place, and what each turn would lose of a key of {shown(cache_dtype)} "
-        f"is too much or not known: choose auto or 8 bits ({', '.join((*_BYTES, *_PER_TOKEN_HEAD))}) with "
-        "--kv-cache-dtype, or set positions: absolute"
-    )
-
-
 def row_major_keys(layer: Attention, values: bool = False) -> CachedKeys:
     """Key and value of a token side by side: FlashAttention, Triton, FlashInfer, FlexAttention. Its keys, or values.
 
     With a scale for each token and head, that of the key stands behind its numbers, and that of the value behind those.
     """
     memory = layer.kv_cache[..., layer.head_size :] if values else layer.kv_cache[..., : layer.head_size]
-    if layer.kv_cache_dtype not in _PER_TOKEN_HEAD:
-        return CachedKeys.in_rows(memory, _bytes_or_more(layer))
-    behind = layer.kv_cache[..., layer.head_size : layer.head_size + 4]
+    numbers = _numbers(layer)
+    if numbers is None or not find(layer.kv_cache_dtype).scaled:
+        return CachedKeys.in_rows(memory, _bytes_or_more(numbers))
+    behind = layer.kv_cache[..., layer.head_size : layer.head_size + SCALE_BYTES]
     scales = behind.view(torch.float32)[..., 0].transpose(1, 2)
-    return CachedKeys.in_rows(memory, PerTokenHead(_PER_TOKEN_HEAD[layer.kv_cache_dtype], scales))
+    return CachedKeys.in_rows(memory, PerTokenHead(numbers, scales))
 
 
 def settle_scales(layer: Attention) -> None:
@@ -86,13 +73,18 @@ def settle_scales(layer: Attention) -> None:
     Streams share the memory of their layers: a second stream's first run would wipe out the scales of the first one's.
     """
     settle = getattr(layer.impl, "_ensure_scale_caches", None)
-    if settle is not None and layer.kv_cache_dtype in _PER_TOKEN_HEAD:
+    if settle is not None and find(layer.kv_cache_dtype).scaled:
         settle(layer.kv_cache)
 
 
-def _bytes_or_more(layer: Attention) -> Stored:
-    dtype = _BYTES.get(layer.kv_cache_dtype)
-    return AsTheyAre() if dtype is None else Bytes(dtype)
+def _numbers(layer: Attention) -> torch.dtype | None:
+    """What a byte of a layer's cache is; None: its numbers are of a type that PyTorch computes with."""
+    name = find(layer.kv_cache_dtype).numbers_in(layer.attn_backend.get_name())
+    return None if name is None else getattr(torch, name)
+
+
+def _bytes_or_more(numbers: torch.dtype | None) -> Stored:
+    return AsTheyAre() if numbers is None else Bytes(numbers)
 
 
 def cpu_keys(layer: Attention, values: bool = False) -> CachedKeys:
@@ -100,7 +92,7 @@ def cpu_keys(layer: Attention, values: bool = False) -> CachedKeys:
     blocks, heads, block_size, _ = layer.kv_cache.shape
     memory = layer.kv_cache.view(blocks, heads, 2 * block_size, layer.head_size).chunk(2, dim=2)[values]
     order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, layer.kv_cache_dtype, values)
-    return CachedKeys(memory, order, _bytes_or_more(layer))
+    return CachedKeys(memory, order, _bytes_or_more(_numbers(layer)))
 
 
 @cache
@@ -121,7 +113,8 @@ def cpu_key_order(
     """
     numbers = torch.arange(block_size * head_size)
     found = torch.zeros_like(numbers)
-    stored_as = _BYTES.get(cache_dtype)
+    numbers_are = find(cache_dtype).numbers
+    stored_as = None if numbers_are is None else getattr(torch, numbers_are)
     # Small numbers are exact in every dtype: the index is stored digit by digit.
     digit_bits = 7 if stored_as is None else 2
     for shift in range(0, int(numbers[-1]).bit_length(), digit_bits):
@@ -138,19 +131,6 @@ def cpu_key_order(
     order[found] = numbers
     return order.view(block_size, head_size)
 
-
-_BYTES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""vLLM's names for caches of a byte a number and a scale a layer, and what the byte is."""
-
-_PER_TOKEN_HEAD = {
-    "int8_per_token_head": torch.int8,
-    "fp8_per_token_head": torch.float8_e4m3fn,
-}
-"""The same with a scale for each token and head."""
 
 _LAYOUTS: dict[str, Callable[..., CachedKeys]] = {
     "CPU_ATTN": cpu_keys,
