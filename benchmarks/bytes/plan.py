@@ -56,7 +56,8 @@ class BytesPlan:
         model: the model.
         condition_tokens: C.
         tokens_per_frame: F.
-        given_frames: of every prompt: the first token that is made is that of a video that holds as much as ever.
+        given_frames: of every prompt, the first of which have left the window.
+        begun_tokens: of the frame that is made: so many are given, too, and then a video holds as much as ever.
         made_tokens: of every video.
         pool_videos: that the pool has room for in bfloat16.
         queue: videos at once, in pools of bfloat16.
@@ -66,14 +67,15 @@ class BytesPlan:
     condition_tokens: int = 32
     tokens_per_frame: int = 32
     given_frames: int = 5
-    made_tokens: int = 40
+    begun_tokens: int = 20
+    made_tokens: int = 8
     pool_videos: int = 12
-    queue: float = 4
+    queue: float = 2.5
 
     @property
     def prompt_tokens(self) -> int:
         """Of every video."""
-        return self.condition_tokens + self.given_frames * self.tokens_per_frame
+        return self.condition_tokens + self.given_frames * self.tokens_per_frame + self.begun_tokens
 
     @property
     def max_model_len(self) -> int:
@@ -112,4 +114,4 @@ def additional_config() -> dict[str, Any]:
 
 
 FULL = BytesPlan()
-QUICK = BytesPlan(tokens_per_frame=16, made_tokens=4, pool_videos=3, queue=2)
+QUICK = BytesPlan(tokens_per_frame=16, begun_tokens=4, made_tokens=4, pool_videos=3)

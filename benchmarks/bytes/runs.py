@@ -53,7 +53,7 @@ class PoolEngine(Engine):
         """Run videos that all come at once to their end; what was seen at each step that left some waiting.
 
         Returns:
-            ``running`` and ``used_blocks`` by step, ``preemptions``, ``ended``.
+            ``running`` by step, the most of ``used_blocks``, ``preemptions``, ``ended``.
         """
         from vllm import SamplingParams
 
@@ -78,7 +78,7 @@ class PoolEngine(Engine):
         while self._engine.has_unfinished_requests():
             ended += sum(output.finished for output in self._engine.step())
         preempted = sum(own.num_preemptions for own in requests)
-        return {"running": running, "used_blocks": used, "preemptions": preempted, "ended": ended}
+        return {"running": running, "used_blocks": max(used), "preemptions": preempted, "ended": ended}
 
 
 def _attend_with(backend: str) -> None:

@@ -162,7 +162,7 @@ def fewer_bytes() -> dict[str, Any]:
             "most_at_once": max(running),
             "at_once": sum(running) / len(running),
             "running": running,
-            "used_blocks": [blocks] * len(running),
+            "used_blocks": blocks,
             "preemptions": 2,
             "ended": 48,
         }

@@ -78,6 +78,6 @@ def test_an_engine_counts_those_that_run_while_others_wait() -> None:
         assert engine["ended"] == plan.videos
         assert min(engine["running"]) > 0
         assert max(engine["running"]) < plan.videos
-        assert max(engine["used_blocks"]) < engine["about"]["kv_cache_blocks"]
+        assert engine["used_blocks"] < engine["about"]["kv_cache_blocks"]
     assert base["about"]["kv_cache_blocks"] == found["pool_bytes"] // (16 * 512)
     assert fewer["about"]["kv_cache_blocks"] == found["pool_bytes"] // (16 * 264)
