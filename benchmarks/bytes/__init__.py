@@ -1,8 +1,8 @@
 """What a KV cache of fewer bits adds to a policy: videos at once, at as many bytes.
 
 Real engines of a one-layer model have KV pools of the same size in bytes, one in bfloat16 and one in 8 bits, and both
-keep what packcache keeps. Each gets more videos than it has room for, at once; those that hold blocks are counted after
-every step for as long as others wait. Nothing is timed.
+keep what packcache keeps. Each gets more videos than it has room for, at once; those that run are counted at every step
+at which others wait. Nothing is timed.
 
 What 8 bits do to the videos of the bundled model is told by `bench memory --cache` and `bench quality --cache`.
 """
