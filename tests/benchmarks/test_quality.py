@@ -455,7 +455,7 @@ def test_guided_videos_are_compared_with_those_without_guidance(tmp_path):
     assert stored["full-cache-guidance-0.1"] != stored["full-cache"]
 
 
-def test_caches_of_fewer_bits_are_compared_with_bfloat16(tmp_path):
+def test_caches_of_fewer_bits_are_compared_with_bfloat16(monkeypatch, tmp_path):
     plan = QualityPlan(generator=Cached(formats=("fp8_e5m2",)), videos=2, trained_frames=3)
     result = QUALITY_CACHED.run_in(tmp_path, plan=plan, console=Console(file=io.StringIO(), width=100))
 
@@ -476,11 +476,11 @@ def test_caches_of_fewer_bits_are_compared_with_bfloat16(tmp_path):
     for target in result["targets"]:
         assert target["met"] == (target["mean"] > target["ci95"])
     assert {path.suffix for path in tmp_path.glob("quality_cached.*")} == {".json", ".csv", *FORMATS}
-    # What is in float32 is what is made without this option, and what has few bits is not.
-    seeds = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 2)
-    variant = plan.generator.policies_in_formats[0].same[0]
-    made = plan.generator.maker(variant, 3)(seeds).tolist()
-    assert made != Causal().maker(replace(variant, cache="float32"), 3)(seeds).tolist()
+    # The model is as sure of what it says as to say it from a cache of 8 bits; from one of nothing it cannot.
+    (variant,), seeds = plan.generator.policies_in_formats[0].same, range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 1)
+    rounded = plan.generator.maker(variant, 1)(seeds).tolist()
+    monkeypatch.setattr("benchmarks.formats.rounded_to", lambda dtype, numbers: torch.zeros_like(numbers))
+    assert plan.generator.maker(variant, 1)(seeds).tolist() != rounded
 
 
 def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
