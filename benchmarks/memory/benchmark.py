@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.bundled import CAUSAL, identity
-from benchmarks.memory import plot, report
-from benchmarks.memory.plan import FILMS, FULL, QUICK, MemoryPlan
-from benchmarks.memory.runs import MEASURES, REMEMBERED, UNSEEN, Counts, processes, run_films, run_worlds
+from benchmarks.memory import cached, plot, report
+from benchmarks.memory.plan import CACHED_FULL, CACHED_QUICK, FILMS, FULL, QUICK, CachedPlan, MemoryPlan
+from benchmarks.memory.runs import (
+    MEASURES,
+    REMEMBERED,
+    UNSEEN,
+    Counts,
+    Values,
+    processes,
+    run_films,
+    run_worlds,
+    values_by_video,
+)
 from benchmarks.protocol import Benchmark, Session
 from benchmarks.quality.variants import BLOCK_SIZE
 from benchmarks.report.parts import Result
@@ -17,9 +27,6 @@ from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED
 
 PAPER = "packcache, H = 2"
 """What others are compared with, video by video."""
-
-Values = dict[str, dict[str, Float64]]
-"""By variant and measure, of each video."""
 
 Means = dict[str, dict[str, dict[str, float] | None]]
 """By variant and measure, over videos."""
@@ -32,9 +39,15 @@ def measure(plan: MemoryPlan, session: Session) -> dict[str, Any]:
     return {"machine": {"processes": processes(), "threads_per_process": 1}, **summary(plan, worlds, films)}
 
 
+def measure_cached(plan: CachedPlan, session: Session) -> dict[str, Any]:
+    """Ask about every world under every policy, its cache in every format."""
+    counts = run_worlds(plan, processes(), session.console)
+    return {"machine": {"processes": processes(), "threads_per_process": 1}, **cached.summary(plan, counts)}
+
+
 def summary(plan: MemoryPlan, of_worlds: Counts, asked_of_films: Counts) -> dict[str, Any]:
     """What was right, over videos: the result."""
-    worlds = _by_video(of_worlds, slice(plan.first_frame - 1, plan.frames))
+    worlds = values_by_video(of_worlds, slice(plan.first_frame - 1, plan.frames))
     films = of_films(asked_of_films)
     scores = _means(worlds)
     return {
@@ -74,13 +87,9 @@ def summary(plan: MemoryPlan, of_worlds: Counts, asked_of_films: Counts) -> dict
     }
 
 
-def _by_video(counts: Counts, span: slice) -> Values:
-    return {name: {key: count.of_videos(span) for key, count in own.items()} for name, own in counts.items()}
-
-
 def of_films(counts: Counts) -> Values:
     """Shares right after a return, and by how much they are more than without the shot that it returns to."""
-    values = _by_video(counts, slice(None))
+    values = values_by_video(counts, slice(None))
     return {
         name: {key: found for kind in FILMS for key, found in _of_kind(kind, own).items()}
         for name, own in values.items()
@@ -145,4 +154,19 @@ MEMORY = Benchmark(
     same=lambda result, plan, quick: (
         result.get("worlds") == plan.worlds and result.get("films", {}).get("films") == plan.films
     ),
+)
+
+
+CACHED = Benchmark(
+    name="memory-cached",
+    title="What is remembered in fewer bits",
+    place=12,
+    plan=lambda quick: CACHED_QUICK if quick else CACHED_FULL,
+    measure=measure_cached,
+    judged={"targets": cached.targets},
+    goals=cached.goals,
+    rows=cached.rows,
+    long=cached.long,
+    short=cached.short,
+    same=lambda result, plan, quick: result.get("worlds") == plan.worlds,
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
+from benchmarks.quality.cached import InFormats, all_in_formats, in_formats
 from benchmarks.quality.variants import BLOCK_SIZE, FULL_CACHE, Shape, Variant
 from vllm_packcache.core.policies import PAPER, PackCache
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, TRAINED_FRAMES
@@ -81,6 +83,29 @@ class MemoryPlan:
         return (_full(), *(_variant(family, BUDGET) for family in families))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachedPlan(MemoryPlan):
+    """The same of caches of fewer bits, worlds only.
+
+    Args:
+        formats: names of formats of 8 bits.
+    """
+
+    formats: tuple[str, ...] = ("int8_per_token_head", "fp8_e4m3")
+    films: int = 0
+
+    @cached_property
+    def policies(self) -> tuple[InFormats, ...]:
+        """Those of `bench quality --cache`, and the smallest budget, which has most to gain."""
+        smallest = in_formats(_variant("changed", 1), self.formats, partial(_variant, "changed"))
+        return (*all_in_formats(SHAPE, self.formats), smallest)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every policy in every format."""
+        return tuple(variant for own in self.policies for variant in own.all)
+
+
 def _full() -> Variant:
     return Variant(SHAPE, FULL_CACHE, "full", {}, FULL_CACHE, None)
 
@@ -108,4 +133,6 @@ def _variant(family: str, budget: float) -> Variant:
 
 
 FULL = MemoryPlan(worlds=200, films=50)
+CACHED_FULL = CachedPlan(worlds=50)
 QUICK = MemoryPlan(worlds=2, films=2, budgets=(2,), beside=(2,), frames=9)
+CACHED_QUICK = CachedPlan(worlds=2, frames=9)

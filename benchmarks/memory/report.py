@@ -20,7 +20,7 @@ def goals(result: Result) -> list[Goal]:
     return [
         Goal(
             f"{MEASURES[target['measure']]}: {target['name']} less packcache, H = 2",
-            _points(None if target["mean"] is None else target),
+            points(None if target["mean"] is None else target),
             ">= 0",
             verdict(result, target["met"]),
         )
@@ -43,7 +43,8 @@ def _scores(part: Mapping[str, Any]) -> Means:
     return {name: own["scores"] for name, own in part["variants"].items()}
 
 
-def _measured(result: Result) -> str:
+def measured(result: Result) -> str:
+    """What of what, in words."""
     first, last = result["frames_counted"]
     return (
         f"what the bundled model remembers, given the true past: {result['worlds']} held-out worlds, frames {first} to "
@@ -51,7 +52,8 @@ def _measured(result: Result) -> str:
     )
 
 
-def _points(found: Mapping[str, float] | None) -> str:
+def points(found: Mapping[str, float] | None) -> str:
+    """A mean and its interval, in points."""
     return "n/a" if found is None else f"{number(100 * found['mean'], 1)} ± {number(100 * found['ci95'], 1)}"
 
 
@@ -59,16 +61,17 @@ def _table(result: Result) -> Table:
     return Table(
         ("policy", "live tokens", *MEASURES.values()),
         [
-            (name, f"{own['live_tokens']:,}", *(_points(own["scores"][measure]) for measure in MEASURES))
+            (name, f"{own['live_tokens']:,}", *(points(own["scores"][measure]) for measure in MEASURES))
             for name, own in result["variants"].items()
         ],
     )
 
 
-def _means(first: str, means: Means, measures: Mapping[str, str]) -> Table:
+def table_of_means(first: str, means: Means, measures: Mapping[str, str]) -> Table:
+    """Every measure of every name."""
     return Table(
         (first, *measures.values()),
-        [(name, *(_points(own[measure]) for measure in measures)) for name, own in means.items()],
+        [(name, *(points(own[measure]) for measure in measures)) for name, own in means.items()],
     )
 
 
@@ -82,25 +85,25 @@ def _films(films: Mapping[str, Any]) -> str:
 
 def long(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of the report."""
-    yield f"Memory: {_measured(result)}"
+    yield f"Memory: {measured(result)}"
     yield provenance(result)
     yield from notes(result)
     yield "\n".join(f"- {family}: {words}" for family, words in FAMILIES.items())
     yield _table(result)
     yield "**Differences**, world by world, in points."
-    yield _means("", result["differences"], MEASURES)
+    yield table_of_means("", result["differences"], MEASURES)
     films = result["films"]
     yield _films(films)
-    yield _means("policy", _scores(films), FILM_MEASURES)
+    yield table_of_means("policy", _scores(films), FILM_MEASURES)
     yield "**Differences**, film by film, in points."
-    yield _means("", films["differences"], FILM_MEASURES)
+    yield table_of_means("", films["differences"], FILM_MEASURES)
     yield from files.picture("memory", "What is remembered, against live tokens")
 
 
 def short(result: Result, files: Files) -> Iterator[Paragraph]:
     """The section of a README."""
-    yield f"**Memory**: {_measured(result)} More in {files.link('memory.json')}."
+    yield f"**Memory**: {measured(result)} More in {files.link('memory.json')}."
     yield _table(result)
     yield _films(result["films"])
-    yield _means("policy", _scores(result["films"]), FILM_MEASURES)
+    yield table_of_means("policy", _scores(result["films"]), FILM_MEASURES)
     yield from files.picture("memory", "What is remembered, against live tokens")

@@ -14,11 +14,14 @@ import numpy.typing as npt
 from rich.console import Console
 
 from benchmarks.engine_process import child_environment
+from benchmarks.formats import FLOAT32, FORMATS
 from benchmarks.memory.plan import FILMS, MemoryPlan
+from benchmarks.quality.decoder import VideoCache
+from benchmarks.quality.decoder import likeliest as likeliest_of_one
 from benchmarks.quality.variants import BLOCK_SIZE, Variant
-from benchmarks.statistics import Count
+from benchmarks.statistics import Count, Float64
 from benchmarks.training.llama import Llama, load_pretrained
-from benchmarks.training.sparse_video import likeliest
+from benchmarks.training.sparse_video import NOT_ASKED, likeliest
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.tokenizer import MODEL_DIR, VideoTokenizer
 from vllm_packcache.demo.world import GRID, make_film, make_world
@@ -52,6 +55,9 @@ Scores = dict[str, tuple[Int64, Int64]]
 Counts = dict[str, dict[str, Count]]
 """By variant and measure, each of shape [V, T]."""
 
+Values = dict[str, dict[str, Float64]]
+"""By variant and measure, of each video."""
+
 
 def run_worlds(plan: MemoryPlan, processes: int, console: Console) -> Counts:
     """Ask about what changes in every world."""
@@ -63,6 +69,11 @@ def run_films(plan: MemoryPlan, processes: int, console: Console) -> Counts:
     """Ask about the first frame after a return, and about the same frame where it is none, by kind of `FILMS`."""
     body = partial(_films, plan.film_variants)
     return _run(body, plan.film_variants, plan.films, "films", processes, console)
+
+
+def values_by_video(counts: Counts, span: slice) -> Values:
+    """Shares that are right over the frames of ``span``."""
+    return {name: {key: count.of_videos(span) for key, count in own.items()} for name, own in counts.items()}
 
 
 def processes() -> int:
@@ -149,7 +160,7 @@ def _ask(variants: Sequence[Variant], prompts: Sequence[str], frames: Int64, ask
         frames: ids of the condition's pictures and of T frames, [V, T + 1, rows, columns].
         asked: by measure, [V, T, rows, columns].
     """
-    model, tokenizer = _model()
+    _, tokenizer = _model()
     truth = frames[:, 1:]
     ids = np.stack(
         [
@@ -160,7 +171,18 @@ def _ask(variants: Sequence[Variant], prompts: Sequence[str], frames: Int64, ask
     wanted = np.any(list(asked.values()), axis=0).reshape(*truth.shape[:2], -1)
     found = []
     for variant in variants:
-        said = likeliest(model, tokenizer, variant.plan(), BLOCK_SIZE, ids, wanted)
+        said = _said(variant, ids, wanted)
         right = said.reshape(truth.shape) == truth
         found.append({key: ((right & mask).sum((2, 3)), mask.sum((2, 3))) for key, mask in asked.items()})
     return found
+
+
+def _said(variant: Variant, ids: Int64, asked: Bool) -> Int64:
+    """The most likely tokens that are asked for, [V, T, F - 1], of whole videos; what is rounded is computed whole."""
+    model, tokenizer = _model()
+    plan, frames = variant.plan(), asked.shape[1]
+    if variant.cache == FLOAT32.name:
+        return likeliest(model, tokenizer, plan, BLOCK_SIZE, ids, asked)
+    caches = (VideoCache(model.size, plan, BLOCK_SIZE, frames, FORMATS[variant.cache]) for _ in ids)
+    said = np.stack([likeliest_of_one(model, cache, own, frames) for cache, own in zip(caches, ids, strict=True)])
+    return np.where(asked, said, NOT_ASKED)

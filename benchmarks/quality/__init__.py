@@ -14,7 +14,9 @@ def command(
     ] = Path("out/bench/quality"),
     videos: Annotated[
         int | None,
-        typer.Option(min=2, help="Held-out videos that every policy makes; 200, or 50 with --masked or --guidance."),
+        typer.Option(
+            min=2, help="Held-out videos that every policy makes; 200, or 50 with --masked, --guidance or --cache."
+        ),
     ] = None,
     masked: Annotated[
         bool, typer.Option("--masked", help="Videos of the bundled masked model: guided, a frame at a time.")
@@ -30,18 +32,32 @@ def command(
             "packcache and changed are compared with it and without; may be given several times."
         ),
     ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Format of 8 bits that keys and values of the causal model are kept in, by vLLM's name. Full cache, "
+            "packcache and changed are compared with those in bfloat16, at equal tokens and at equal bytes; may be "
+            "given several times."
+        ),
+    ] = None,
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
-    from benchmarks.quality.benchmark import CAUSAL, GUIDED, MASKED
-    from benchmarks.quality.generators import Causal, Generator, Guided, Masked
+    from benchmarks.formats import check_formats
+    from benchmarks.quality.benchmark import CACHED, CAUSAL, GUIDED, MASKED
+    from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked
     from benchmarks.quality.runs import QualityPlan
     from vllm_packcache.config.errors import ConfigError
 
     if masked and guidance:
         raise ConfigError("--guidance is for the causal model, the masked one is always guided: leave --masked out")
     policies = tuple(policy or ())
+    if cache and (masked or guidance or policies):
+        raise ConfigError("--cache is for the yardsticks of the causal model: leave --masked, --guidance, --policy out")
     generator: Generator
-    if guidance:
+    if cache:
+        check_formats(tuple(cache))
+        benchmark, generator = CACHED, Cached(formats=tuple(cache))
+    elif guidance:
         benchmark, generator = GUIDED, Guided(policies, tuple(guidance))
     elif masked:
         benchmark, generator = MASKED, Masked(policies=policies)

@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.protocol import Benchmark, Draw, Session, in_formats
 from benchmarks.quality import plot, report
-from benchmarks.quality.generators import Causal, Guided, Masked
-from benchmarks.quality.measures import MEASURES
+from benchmarks.quality.cached import EQUAL_BYTES
+from benchmarks.quality.generators import Cached, Causal, Guided, Masked
+from benchmarks.quality.measures import MEASURES, OBJECTS
 from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
 from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
 from benchmarks.report.parts import Result
@@ -62,6 +63,25 @@ def targets(result: Result) -> list[dict[str, Any]]:
     return found
 
 
+def targets_of_formats(result: Result) -> list[dict[str, Any]]:
+    """Whether what the freed bytes buy keeps more objects than the same bytes in bfloat16, beyond the interval."""
+    span = result["spans"][0]
+    return [
+        {
+            "goal": f"{who} better than {base}",
+            "span": span,
+            "measure": label,
+            **measures[label][span],
+            "met": measures[label][span]["mean"] - measures[label][span]["ci95"] > 0,
+        }
+        for pair, measures in result["differences"].items()
+        for who, base in (pair.split(" - "),)
+        if who.endswith(EQUAL_BYTES)
+        for label in OBJECTS
+        if measures[label][span] is not None
+    ]
+
+
 def same(result: Result, plan: QualityPlan, quick: bool) -> bool:
     """Whether a result is of the sizes of a plan, however it was asked for."""
     sizes = {"videos": plan.videos, "spans": list(plan.spans), "variants": described(plan)}
@@ -106,6 +126,18 @@ GUIDED = replace(
     also={f"{stem(Guided.benchmark)}.csv": plot.write_csv}
     | in_formats(plot.PICTURES[Guided.benchmark].chart, plot.draw_by_scale),
     made=_made(Guided.benchmark),
+)
+
+CACHED = replace(
+    CAUSAL,
+    name=Cached.benchmark,
+    title="Quality of videos whose cache has fewer bits",
+    required=False,
+    plan=lambda quick: QualityPlan(generator=Cached()),
+    judged={"targets": targets_of_formats},
+    also={f"{stem(Cached.benchmark)}.csv": plot.write_csv}
+    | in_formats(plot.PICTURES[Cached.benchmark].chart, plot.draw_differences),
+    made=_made(Cached.benchmark),
 )
 
 MASKED = replace(

@@ -7,6 +7,7 @@ what lives and where is asked of the same pure core. `tests/benchmarks/test_qual
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.formats import FLOAT32, CacheFormat
+from benchmarks.training.live import retention_of
 from benchmarks.training.llama import KeyValueCache, Llama, LlamaSize, rotary_table, rotate
+from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.plan import Plan
-from vllm_packcache.core.retention import Retention
 from vllm_packcache.reference.guided import combined
 
 Int64 = npt.NDArray[np.int64]
@@ -33,12 +36,16 @@ class VideoCache(KeyValueCache):
         plan: what the video keeps, and where the model sees it; one axis.
         block_size: tokens of a KV-cache block.
         frames: T, frames of the video.
+        stored: how keys and values are kept: rounded when they are written, and keys at every turn.
     """
 
-    def __init__(self, size: LlamaSize, plan: Plan, block_size: int, frames: int) -> None:
-        self._plan = plan
-        self._retention = Retention(plan.layout, plan.policy, block_size)
+    def __init__(
+        self, size: LlamaSize, plan: Plan, block_size: int, frames: int, stored: CacheFormat = FLOAT32
+    ) -> None:
+        self._plan, self._stored = plan, stored
         tokens = plan.layout.frame_start(frames)
+        self._ids = np.zeros(tokens, dtype=np.int64)
+        self._retention = retention_of(plan, block_size, self._ids)
         most = self._retention.most_blocks()
         # What a frame drops is dropped when the frame begins.
         bounded = tokens if most is None else most * block_size + plan.layout.tokens_per_frame
@@ -50,9 +57,22 @@ class VideoCache(KeyValueCache):
         self._window_start = 0
 
     @property
+    def layout(self) -> VideoLayout:
+        """Of the video."""
+        return self._plan.layout
+
+    @property
     def next_position(self) -> int:
         """Position of the token that comes next."""
         return int(self._plan.positions.of(np.array([self._computed]), self._window_start)[0, 0])
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KeyValueCache.write`."""
+        return super().write(layer, self._stored.rounded(keys), self._stored.rounded(values))
+
+    def tell(self, ids: Sequence[int]) -> None:
+        """Which tokens come next: what lives later may hang on what they are."""
+        self._ids[self._computed : self._computed + len(ids)] = ids
 
     def begin(self, frame: int) -> None:
         """Drop what does not live while ``frame`` is made, and turn what is left if the window slides."""
@@ -70,7 +90,7 @@ class VideoCache(KeyValueCache):
         condition = int((blocks[live] < tagged.condition_blocks.stop).sum())
         for _ in range(self._window_start, self._plan.positions.window_start(frame)):
             history = self.keys[..., condition : self.length, :]
-            history.copy_(rotate(history, *self._turn))
+            history.copy_(self._stored.rounded(rotate(history, *self._turn)))
         self._window_start = self._plan.positions.window_start(frame)
 
     def keep(self, tokens: int) -> None:
@@ -151,8 +171,31 @@ def generate(
     return np.array(made)
 
 
+@torch.inference_mode()
+def likeliest(model: Llama, cache: VideoCache, ids: Int64, frames: int) -> Int64:
+    """The most likely tokens of a video, each after the true ones before it.
+
+    Args:
+        model: the model.
+        cache: an empty cache.
+        ids: of the condition and T whole frames, [C + T F].
+        frames: T.
+
+    Returns:
+        Token ids, [T, F - 1]: of each frame all but the first.
+    """
+    starts = [cache.layout.frame_start(frame) for frame in range(frames + 1)]
+    _logits(model, cache, ids[: starts[0]].tolist())
+    found = []
+    for frame, (start, stop) in enumerate(pairwise(starts)):
+        cache.begin(frame)
+        found.append(_logits(model, cache, ids[start:stop].tolist())[:-1].argmax(-1).numpy())
+    return np.array(found)
+
+
 def _logits(model: Llama, cache: VideoCache, ids: list[int]) -> Tensor:
     """Of the token after each of ``ids``, which are computed and cached, [n, vocabulary]."""
+    cache.tell(ids)
     hidden: Tensor = model.hidden(torch.tensor([ids]), cache)
     return model.logits(hidden)[0]
 

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bundled import CAUSAL, MASKED, identity
+from benchmarks.formats import FLOAT32, FORMATS
+from benchmarks.quality.cached import InFormats, all_in_formats
 from benchmarks.quality.variants import (
     BLOCK_SIZE,
     CHANGED,
@@ -149,7 +151,7 @@ class Causal(Generator):
         """Where heads find what they look at, or where the video begins."""
         from benchmarks.training import sparse_video
 
-        return sparse_video.is_computable(variant.plan(), BLOCK_SIZE, frames)
+        return variant.cache == FLOAT32.name and sparse_video.is_computable(variant.plan(), BLOCK_SIZE, frames)
 
     def maker(self, variant: Variant, frames: int) -> Make:
         """Sparsely, else with a decoder that guesses: the true frames, and what it makes does not depend on that."""
@@ -161,7 +163,7 @@ class Causal(Generator):
         is_sparse = self.is_sparse(variant, frames)
 
         def cache() -> VideoCache:
-            return VideoCache(model.size, plan, BLOCK_SIZE, frames)
+            return VideoCache(model.size, plan, BLOCK_SIZE, frames, FORMATS[variant.cache])
 
         def make(seed: int) -> Int64:
             world = make_world(seed)
@@ -225,6 +227,54 @@ class Guided(Causal):
             yield from ((who, full) for who in others)
             if scale != 1:
                 yield from ((own.guided(scale).name, own.name) for own in policies)
+
+
+@dataclass(frozen=True)
+class Cached(Causal):
+    """The same model, whose keys and values are kept in bfloat16 and in fewer bits.
+
+    Args:
+        formats: of 8 bits.
+    """
+
+    formats: tuple[str, ...] = ("int8_per_token_head", "fp8_e4m3")
+
+    benchmark = "quality-cached"
+
+    @property
+    def videos(self) -> int:
+        """Fewer: every token is computed whole."""
+        return 50
+
+    @property
+    def lengths(self) -> int:
+        """The trained length."""
+        return 1
+
+    @property
+    def how(self) -> str:
+        """What is rounded, and when."""
+        return (
+            "greedy, float32, generated from the condition alone; keys and values are rounded when they are written, "
+            "keys once more whenever the window slides, and read as they are then; fp8_e4m3 is rounded to nearest, as "
+            "on GPUs"
+        )
+
+    @cached_property
+    def policies_in_formats(self) -> tuple[InFormats, ...]:
+        """What is compared, by policy."""
+        return all_in_formats(Shape("demo", CONDITION_TOKENS), self.formats)
+
+    @cached_property
+    def variants(self) -> Variants:
+        """Each policy in bfloat16, in the formats at equal tokens, and at equal bytes."""
+        first, *others = [variant for own in self.policies_in_formats for variant in own.all]
+        return Variants(first, tuple(others))
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Each format and bfloat16, of the same policy."""
+        return (pair for own in self.policies_in_formats for pair in own.pairs)
 
 
 @dataclass(frozen=True)

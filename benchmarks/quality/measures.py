@@ -55,6 +55,9 @@ true one; flicker: by how much pixels (0-255) change from one frame to the next 
 right objects: of those that can be seen in the true frame, how many show up whole in their row, at any place, in the
 colour and shape that the prompt gave them; after occlusion: the same, once the object has been hidden."""
 
+OBJECTS = ("identity", "identity_after_occlusion")
+"""Those of what has to be remembered."""
+
 
 def measure(video: World, shown: Int64, truth: Int64, tokenizer: VideoTokenizer) -> dict[str, Count]:
     """Every one of `MEASURES` for one video.

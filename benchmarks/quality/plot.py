@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks.quality.measures import MEASURES, Measure
-from benchmarks.quality.variants import FULL_CACHE, under
+from benchmarks.quality.variants import FULL_CACHE, PACKCACHE, under
 from benchmarks.report.parts import Result
 from benchmarks.report.table import Table
 from vllm_packcache.tools.figures import FORMATS, new_figure, save
@@ -51,6 +51,7 @@ class Pictures(NamedTuple):
 
 PICTURES = {
     "quality": Pictures("by_frame", "videos"),
+    "quality-cached": Pictures("quality_cached", "videos_cached"),
     "quality-guided": Pictures("quality_guided", "videos_guided"),
     "quality-masked": Pictures("quality_masked", "videos_masked"),
 }
@@ -193,6 +194,25 @@ def draw_by_scale(result: Result, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"scale of guidance (1: none), {span}", fontsize=10)
     _legend(figure)
+    save(figure, path, quick=result.get("quick", False))
+
+
+def draw_differences(result: Result, path: Path) -> None:
+    """Draw every difference with its interval, as PNG or SVG by the suffix of ``path``."""
+    span, names = result["spans"][0], list(result["differences"])
+    figure = new_figure(13, 1.6 + 0.5 * len(names))
+    for axes, (label, measure) in zip(figure.subplots(2, 3, sharey=True).flat, MEASURES.items(), strict=True):
+        for row, name in enumerate(names):
+            found = result["differences"][name][label][span]
+            if found is not None:
+                mean, error = measure.factor * found["mean"], measure.factor * found["ci95"]
+                axes.errorbar(mean, row, xerr=error, color=COLOURS[PACKCACHE], marker="o", markersize=4, capsize=2)
+        axes.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(names)), [name.partition(" - ")[0] for name in names], fontsize=7)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(measure.title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"more than the same policy in bfloat16, world by world, {span}", fontsize=10)
     save(figure, path, quick=result.get("quick", False))
 
 

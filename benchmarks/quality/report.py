@@ -30,7 +30,8 @@ def goals(result: Result) -> list[Goal]:
     for goal, span in dict.fromkeys((target["goal"], target["span"]) for target in _targets(result)):
         own = {t["measure"]: t for t in result["targets"] if (t["goal"], t["span"]) == (goal, span)}
         missed = [MEASURES[name].heading.partition(",")[0] for name, target in own.items() if not target["met"]]
-        first, measure = own[FIRST], MEASURES[FIRST]
+        label = FIRST if FIRST in own else next(iter(own))
+        first, measure = own[label], MEASURES[label]
         aim = "not worse beyond the CI" if "not worse" in goal else "better beyond the CI"
         found.append(
             Goal(
@@ -85,11 +86,19 @@ def _point(point: Mapping[str, Any]) -> str:
 
 def _measured(result: Result) -> str:
     first, last = result["seeds"]
+    compared = "under every policy at equal live tokens"
+    if _is_cached(result):
+        compared = "with keys and values as each format has them, at equal live tokens and at equal bytes"
     return (
         f"{result['videos']} held-out videos (worlds {first} to {last}), each made by {_made(result)}, in float32, "
-        f"under every policy at equal live tokens; the model was trained on videos of {result['trained_frames']} "
+        f"{compared}; the model was trained on videos of {result['trained_frames']} "
         "frames. Means and 95 % confidence intervals over videos, against the true continuation."
     )
+
+
+def _is_cached(result: Result) -> bool:
+    """Whether it compares formats of the cache."""
+    return any("cache" in own for own in result["variants"].values())
 
 
 def _made(result: Result) -> str:
@@ -148,6 +157,22 @@ def guidance_sentence(result: Result, span: str) -> str:
         mean = cell(result["scores"][name][label]["spans"][span], measure)
         sentences.append(f"`{name}` gets {mean} % of objects right without guidance, {effects}.")
     return " ".join(sentences)
+
+
+def _of_formats(result: Result, span: str) -> Table:
+    """By how much formats change each measure; bold: beyond the confidence interval."""
+    return Table(
+        ("less the same policy in bfloat16", "KiB of a video", *(measure.title for measure in MEASURES.values())),
+        [
+            (
+                name,
+                f"{result['variants'][name]['bytes'] / 1024:,.0f}",
+                *(_bold(own[label][span], cell(own[label][span], measure)) for label, measure in MEASURES.items()),
+            )
+            for pair, own in result["differences"].items()
+            for name in (pair.partition(" - ")[0],)
+        ],
+    )
 
 
 def _effects(result: Result, span: str) -> Table:
@@ -210,6 +235,9 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
     if _scales(result):
         yield f"**Guidance**, {spans[0]}. {guidance_sentence(result, spans[0])}"
         yield _effects(result, spans[0])
+    if _is_cached(result):
+        yield f"**Formats**, {spans[0]}, video by video; bold: beyond the confidence interval."
+        yield _of_formats(result, spans[0])
     for label, measure in MEASURES.items():
         yield f"**{measure.title}**"
         yield Table(
@@ -302,6 +330,9 @@ def short(result: Result, files: Files) -> Iterator[Paragraph]:
         yield selection_sentence(result, spans[0])
     if _scales(result):
         yield guidance_sentence(result, spans[0])
+    if _is_cached(result):
+        yield "By how much that is more than in bfloat16, video by video; bold: beyond the confidence interval."
+        yield _of_formats(result, spans[0])
     if result["frontier"]:
         yield from files.picture(FRONTIER, "Quality against live tokens")
     else:
@@ -309,4 +340,6 @@ def short(result: Result, files: Files) -> Iterator[Paragraph]:
 
 
 def _caption(result: Result) -> str:
+    if _is_cached(result):
+        return "Quality by format of the cache"
     return "Quality by guidance" if _scales(result) else "Quality by frame"

@@ -23,6 +23,8 @@ import numpy.typing as npt
 from rich.console import Console
 
 from benchmarks.engine_process import child_environment
+from benchmarks.formats import FLOAT32
+from benchmarks.quality.cached import in_bytes
 from benchmarks.quality.generators import Causal, Generator
 from benchmarks.quality.measures import MEASURES, measure
 from benchmarks.quality.variants import BLOCK_SIZE, Variant
@@ -203,7 +205,8 @@ def _key(variant: Variant) -> str:
     """What decides what comes out."""
     server = variant.server
     guidance = [] if variant.scale == 1 else [variant.scale]
-    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance], sort_keys=True)
+    cache = [] if variant.cache == FLOAT32.name else [variant.cache]
+    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance, *cache], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
@@ -244,6 +247,7 @@ def described(plan: QualityPlan) -> dict[str, Any]:
             "config": variant.server.as_mapping(),
             "live_tokens": variant.live_tokens(plan.trained_frames - 1),
             **({} if variant.scale == 1 else {"guidance": variant.scale}),
+            **({} if variant.cache == FLOAT32.name else in_bytes(variant, plan.trained_frames)),
         }
         for variant in plan.generator.variants.named
     }

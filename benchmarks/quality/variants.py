@@ -6,11 +6,12 @@ tokens of the past when a frame begins, to the block; what each really reads is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from benchmarks.formats import FLOAT32
 from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.guidance import MAX_GUIDANCE
 from vllm_packcache.config.server import ServerConfig
@@ -84,6 +85,7 @@ class Variant:
         lengths: how long its videos are, in lengths of those that the model was trained on: a long video takes hours on
             a CPU, so only those that the goals are about have them.
         scale: of guidance; 1: none.
+        cache: name of the format that keys and values are kept in.
     """
 
     shape: Shape
@@ -94,6 +96,7 @@ class Variant:
     budget: float | None = DEFAULT_BUDGET
     lengths: int = 1
     scale: float = 1
+    cache: str = FLOAT32.name
 
     def guided(self, scale: float) -> Variant:
         """The same policy, which both streams of a video have; itself for a scale of 1."""
@@ -129,7 +132,7 @@ class Variants:
     """Everything that is compared.
 
     Args:
-        full: the full cache.
+        full: the full cache, or what is first.
         compared: policies and ablations; the full cache comes besides.
         selections: other blocks of each frame; ``spatial`` is packcache itself.
         frontier: points of quality against live tokens, without the full cache's.
@@ -298,6 +301,12 @@ def yardsticks(shape: Shape) -> Variants:
     """The rule of the paper and the default, beside the full cache."""
     make = _Make(shape)
     return Variants(make.full(), (make.packcache(DEFAULT_BUDGET), make.changed(DEFAULT_BUDGET)))
+
+
+def of_any_budget(shape: Shape) -> tuple[Callable[[float], Variant], ...]:
+    """The rule of the paper and the default, of so many frames of history."""
+    make = _Make(shape)
+    return make.packcache, make.changed
 
 
 def policies_only(shape: Shape) -> Variants:

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is None or cache.length == 0:
             if cache is not None:
-                cache.write(layer, k, v)
+                k, v = cache.write(layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             k, v = cache.write(layer, k, v)

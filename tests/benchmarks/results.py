@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.bytes import benchmark as bytes_benchmark
+from benchmarks.bytes.plan import CASES
+from benchmarks.bytes.plan import FULL as BYTES_SIZES
 from benchmarks.decode import benchmark as decode_benchmark
 from benchmarks.decode.plan import FRAME_RATIOS, FULL, described
 from benchmarks.decode.samples import CLOCKS, ratios_of, step_times, summed
@@ -18,7 +21,10 @@ from benchmarks.engine_process import Burst
 from benchmarks.guidance import benchmark as guidance_benchmark
 from benchmarks.guidance.plan import FULL as GUIDANCE_SIZES
 from benchmarks.guidance.plan import GUIDED_FULL, GUIDED_LAST, RATIOS, TWO_LAST
-from benchmarks.quality.generators import Causal, Generator, Guided, Masked
+from benchmarks.memory import cached as memory_cached_benchmark
+from benchmarks.memory.plan import CachedPlan
+from benchmarks.memory.runs import MEASURES as REMEMBERED
+from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, Videos, summary
 from benchmarks.registry import benchmarks
@@ -127,6 +133,61 @@ def quality_masked() -> dict[str, Any]:
 def quality_guided() -> dict[str, Any]:
     """The same of guided videos."""
     return json.loads(json.dumps(_quality(Guided(scales=(1.5, 3)), 3, 2)))
+
+
+def quality_cached() -> dict[str, Any]:
+    """The same of caches of fewer bits."""
+    return json.loads(json.dumps(_quality(Cached(), 3, 2)))
+
+
+def memory_cached() -> dict[str, Any]:
+    """Of three worlds with random shares that are right."""
+    plan = CachedPlan(worlds=3, formats=("int8_per_token_head",))
+    generator = np.random.default_rng(0)
+
+    def count() -> Count:
+        return Count(generator.uniform(0.2, 0.9, (plan.worlds, plan.frames)), np.ones((plan.worlds, plan.frames)))
+
+    counts = {variant.name: {key: count() for key in REMEMBERED} for variant in plan.variants}
+    result = {"benchmark": "memory-cached", **ABOUT, "seconds": 12, **memory_cached_benchmark.summary(plan, counts)}
+    return json.loads(json.dumps(result | {"targets": memory_cached_benchmark.targets(result)}))
+
+
+def fewer_bytes() -> dict[str, Any]:
+    """Videos at once: nearly twice as many."""
+
+    def engine(blocks: int, running: list[int]) -> dict[str, Any]:
+        return {
+            "about": {"kv_cache_blocks": blocks + 1},
+            "most_at_once": max(running),
+            "at_once": running[0],
+            "mean_at_once": sum(running) / len(running),
+            "running": running,
+            "used_blocks": blocks,
+            "preemptions": 2,
+            "ended": 48,
+        }
+
+    cases = {
+        name: {
+            "case": dataclasses.asdict(case),
+            "pool_bytes": BYTES_SIZES.pool_bytes(case.block_size),
+            "engines": {"bfloat16": engine(100, [10, 11, 10]), case.cache: engine(194, [20, 21, 20])},
+        }
+        for name, case in CASES.items()
+    }
+    result = {
+        "benchmark": "bytes",
+        **ABOUT,
+        "quick": False,
+        "seconds": 12,
+        "seed": 0,
+        "plan": dataclasses.asdict(BYTES_SIZES),
+        "videos": BYTES_SIZES.videos,
+        "cases": cases,
+        "left_out": [],
+    }
+    return json.loads(json.dumps(result | {"targets": bytes_benchmark.targets(result)}))
 
 
 @cache
@@ -253,6 +314,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "serve.json": read("serve.json"),
         "masked.json": read("masked.json"),
         "quality.json": quality(),
+        "quality_cached.json": quality_cached(),
         "quality_guided.json": quality_guided(),
         "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),
@@ -261,7 +323,9 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "overhead.json": read("overhead.json"),
         "gpu.json": gpu(),
         "guidance.json": guidance(),
+        "bytes.json": fewer_bytes(),
         "memory.json": read("memory.json"),
+        "memory_cached.json": memory_cached(),
         "play.json": read("play.json"),
         "videos.json": videos(),
     }

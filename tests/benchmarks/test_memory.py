@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
-from benchmarks.memory import runs
-from benchmarks.memory.benchmark import MEMORY, of_films
-from benchmarks.memory.plan import FILMS, FULL, QUICK
+from benchmarks.memory import cached, runs
+from benchmarks.memory.benchmark import CACHED, MEMORY, of_films
+from benchmarks.memory.plan import CACHED_QUICK, FILMS, FULL, QUICK
 from benchmarks.memory.runs import CHANGED, FILM_MEASURES, MEASURES, REMEMBERED, RETURNED, UNSEEN
 from benchmarks.quality.variants import FULL_CACHE
 from benchmarks.training.sparse_video import NOT_ASKED
+from tests.benchmarks import results
+from vllm_packcache.cli import app
 from vllm_packcache.core.policies import PackCache
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, true_frames
 from vllm_packcache.demo.tokenizer import CONDITION_TOKENS, VideoTokenizer
@@ -131,3 +135,44 @@ def test_table_and_plot_show_every_policy(measured, files):
         assert words.split(",")[0] in printed
     with Image.open(files[1]) as picture:
         assert picture.format == "PNG"
+
+
+def test_caches_of_fewer_bits_are_asked_the_same(tmp_path: Path):
+    """Of two worlds, beside the same policy in bfloat16."""
+    plan = replace(CACHED_QUICK, formats=("fp8_e5m2",))
+    file, path = io.StringIO(), tmp_path / "memory_cached.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.memory.benchmark.processes", lambda: 1)
+        result = CACHED.run(path, plan=plan, quick=True, console=Console(file=file, width=200))
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    bases = ("packcache, bfloat16", "changed, bfloat16", "changed, H = 1, bfloat16")
+    assert [name for name in result["variants"] if name.endswith("bfloat16")] == list(bases)
+    assert len(result["variants"]) == 9
+    assert {pair.partition(" - ")[2] for pair in result["differences"]} == set(bases)
+    # The model is good enough for right tokens to mean something.
+    assert result["variants"]["changed, bfloat16"]["scores"][CHANGED]["mean"] > 0.8
+    for name in (*result["variants"], *MEASURES.values()):
+        assert name.split(",")[0] in file.getvalue()
+
+
+def test_more_in_as_many_bytes_is_judged_beyond_the_interval():
+    result = results.memory_cached()
+    pair = "changed, int8_per_token_head, equal bytes - changed, bfloat16"
+    for mean, met in ((0.021, True), (0.019, False), (-0.03, False)):
+        result["differences"][pair][RETURNED] = {"mean": mean, "ci95": 0.02}
+        (target,) = (own for own in cached.targets(result) if (own["pair"], own["measure"]) == (pair, RETURNED))
+        assert target["met"] is met
+    assert all("equal bytes" in own["pair"] for own in cached.targets(result))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--cache", "int4"], "--cache must be one of"),
+        (["--cache", "fp8_e4m3", "--plot", "a.png"], "--plot draws a curve a policy, which --cache has none of"),
+    ],
+)
+def test_formats_that_there_are_none_of_are_refused_first(arguments: list[str], sentence: str):
+    called = CliRunner().invoke(app, ["bench", "memory", *arguments])
+    assert called.exit_code == 2
+    assert sentence in " ".join(called.output.split())

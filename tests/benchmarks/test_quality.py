@@ -23,11 +23,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
 from benchmarks.protocol import Benchmark
+from benchmarks.quality.benchmark import CACHED as QUALITY_CACHED
 from benchmarks.quality.benchmark import CAUSAL as QUALITY
 from benchmarks.quality.benchmark import GUIDED as QUALITY_GUIDED
 from benchmarks.quality.benchmark import MASKED as QUALITY_MASKED
 from benchmarks.quality.decoder import Second, VideoCache, generate
-from benchmarks.quality.generators import Causal, Guided, Masked
+from benchmarks.quality.generators import Cached, Causal, Guided, Masked
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
 from benchmarks.quality.runs import COPY, TRUTH, QualityPlan
@@ -454,6 +455,34 @@ def test_guided_videos_are_compared_with_those_without_guidance(tmp_path):
     assert stored["full-cache-guidance-0.1"] != stored["full-cache"]
 
 
+def test_caches_of_fewer_bits_are_compared_with_bfloat16(monkeypatch, tmp_path):
+    plan = QualityPlan(generator=Cached(formats=("fp8_e5m2",)), videos=2, trained_frames=3)
+    result = QUALITY_CACHED.run_in(tmp_path, plan=plan, console=Console(file=io.StringIO(), width=100))
+
+    kinds = ("bfloat16", "fp8_e5m2", "fp8_e5m2, equal bytes")
+    names = [f"{name}, {kind}" for name in ("packcache", "changed") for kind in kinds]
+    assert list(result["scores"]) == [*names, TRUTH, COPY]
+    assert list(result["differences"]) == [
+        f"{name}, {kind} - {name}, bfloat16" for name in ("packcache", "changed") for kind in kinds[1:]
+    ]
+    assert [own["cache"] for own in result["variants"].values()] == [*("bfloat16", "fp8_e5m2", "fp8_e5m2")] * 2
+    base, same, larger = (result["variants"][name] for name in names[:3])
+    assert same["config"] == base["config"] != larger["config"]
+    assert same["bytes"] == base["bytes"] // 2
+    assert {target["goal"] for target in result["targets"]} == {
+        f"{name}, {kinds[2]} better than {name}, {kinds[0]}" for name in ("packcache", "changed")
+    }
+    assert {target["measure"] for target in result["targets"]} <= {"identity", "identity_after_occlusion"}
+    for target in result["targets"]:
+        assert target["met"] == (target["mean"] > target["ci95"])
+    assert {path.suffix for path in tmp_path.glob("quality_cached.*")} == {".json", ".csv", *FORMATS}
+    # The model is as sure of what it says as to say it from a cache of 8 bits; from one of nothing it cannot.
+    (variant,), seeds = plan.generator.policies_in_formats[0].same, range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 1)
+    rounded = plan.generator.maker(variant, 1)(seeds).tolist()
+    monkeypatch.setattr("benchmarks.formats.rounded_to", lambda dtype, numbers: torch.zeros_like(numbers))
+    assert plan.generator.maker(variant, 1)(seeds).tolist() != rounded
+
+
 def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
     """Where nobody knows what heads find, everything is computed: of the same two streams."""
     generator = Guided(scales=(0.3,))
@@ -473,6 +502,7 @@ def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
         (["--masked"], Masked, 50, 40),
         (["--masked", "--videos", "3"], Masked, 3, 40),
         (["--guidance", "1.5", "--guidance", "2"], Guided, 50, 16),
+        (["--cache", "fp8_e4m3", "--videos", "9"], Cached, 9, 16),
     ],
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
@@ -483,6 +513,8 @@ def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generat
     ((out, plan),) = plans
     assert out == tmp_path
     assert type(plan.generator) is generator
+    if generator is Cached:
+        assert plan.generator.formats == ("fp8_e4m3",)
     if generator is Guided:
         assert plan.generator.scales == (1.5, 2)
     assert (plan.videos, plan.frames) == (videos, frames)
@@ -526,9 +558,15 @@ def test_a_policy_that_cannot_be_compared_is_named_first(tmp_path, name, sentenc
         (["--guidance", "1"], "--guidance: 1 is no guidance, which is compared anyway, leave it out"),
         (["--guidance", "2", "--guidance", "2.0"], "--guidance: 2 is given twice, leave one out"),
         (["--guidance", "2", "--masked"], "the masked one is always guided: leave --masked out"),
+        (
+            ["--cache", "int4"],
+            "--cache must be one of int8_per_token_head, fp8_per_token_head, fp8_e4m3, fp8_e5m2, not",
+        ),
+        (["--cache", "fp8_e4m3", "--cache", "fp8_e4m3"], "--cache: fp8_e4m3 is given twice, leave one out"),
+        (["--cache", "fp8_e4m3", "--masked"], "--cache is for the yardsticks of the causal model: leave --masked,"),
     ],
 )
-def test_guidance_that_there_is_none_of_is_refused_first(tmp_path, arguments, sentence):
+def test_what_there_is_none_of_is_refused_first(tmp_path, arguments, sentence):
     called = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path / "out"), *arguments])
     assert called.exit_code == 2
     assert sentence in " ".join(called.output.split())

@@ -124,7 +124,7 @@ def test_every_number_with_a_spread_is_in_the_csv(folder: Path):
                 assert {str(own) for own in value if own is not None} <= values, path
             elif set(path) & {*CLOCKS} and isinstance(value, list):
                 assert any(float(own) == pytest.approx(median(value), rel=1e-12) for own in values if own), path
-        assert spreads or part.name in ("serve", "calibrate", "calibrate-masked", "model", "gpu", "play")
+        assert spreads or part.name in ("serve", "calibrate", "calibrate-masked", "model", "gpu", "play", "bytes")
 
 
 def test_every_sample_of_a_load_is_within_its_row(folder: Path):
@@ -260,6 +260,13 @@ def test_tables_are_whole_and_pictures_are_there(folder: Path, copy: Path):
             ("differences", "changed, guidance 3 - changed", "identity", "frames 1-2"),
             {"mean": 0.9876, "ci95": 0.1},
         ),
+        (
+            "quality_cached.json",
+            ("differences", "changed, fp8_e4m3 - changed, bfloat16", "identity", "frames 1-2"),
+            {"mean": 0.9876, "ci95": 0.1},
+        ),
+        ("memory_cached.json", ("variants", "changed, bfloat16", "bytes"), 9876 * 1024),
+        ("bytes.json", ("cases", "floats", "engines", "bfloat16", "at_once"), 9.87),
         ("quality_masked.json", ("scores", "packcache", "tokens_right", "spans", "frames 1-2", "mean"), 0.9876),
         ("quality_masked.json", ("model", "options", "steps"), 9),
         ("calibrate.json", ("fit", "rho"), 0.9876),

@@ -384,7 +384,8 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
             "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions, "
-            "videos, guidance, precision; to take the layout alone, say policy: packcache beside it, or leave decay out",
+            "videos, guidance, precision; to take the layout alone, say policy: packcache beside it, or leave decay "
+            "out",
         ),
         (
             "full",
