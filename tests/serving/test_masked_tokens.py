@@ -7,9 +7,10 @@ reference came so near to another token that rounding could choose it, the reque
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import Full
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.families.schedule import schedule
 from vllm_packcache.hooks.canvas import configure
 from vllm_packcache.reference import LumosReference, QuantisedLumosReference, generate_masked, make_random_lumos
 
@@ -147,14 +149,20 @@ def generate(llm: Any, *cases: Case) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def staggered(llm: Any, cases: list[Case], steps_between: int) -> list[list[int]]:
-    """Generated tokens of requests that come one after another, so many steps apart."""
+def staggered(llm: Any, cases: list[Case], steps_between: int, preempted_at: Sequence[int] = ()) -> list[list[int]]:
+    """Generated tokens of requests that come one after another, so many steps apart.
+
+    Before the steps of ``preempted_at`` all are preempted.
+    """
     engine, waiting, done = llm.llm_engine, list(enumerate(cases)), {}
+    steps = count()
     while waiting or engine.has_unfinished_requests():
         if waiting:
             index, case = waiting.pop(0)
             engine.add_request(f"staggered-{index}", {"prompt_token_ids": case.ids}, params(case))
         for _ in range(steps_between):
+            if next(steps) in preempted_at:
+                assert engine.engine_core.engine_core.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 if output.finished:
                     done[output.request_id] = list(output.outputs[0].token_ids)
@@ -286,6 +294,11 @@ BAD = [
     ({"grid": [1, 1]}, "two visual tokens"),
     ({"condition_frames": 2}, "conditioning images"),
     ({"guidance": "much"}, "packcache_guidance"),
+    ({"refresh": 0}, "packcache_refresh must be 1 or more and at most 1000, not 0"),
+    ({"refresh": 2.5}, "packcache_refresh"),
+    ({"reuse": 2}, "packcache_reuse must lie between 0 and 1, not 2"),
+    ({"guidance": 1, "guidance_interval": 2}, "packcache_guidance_interval is 2, and with a guidance of 1"),
+    ({"guidance_from": 0.9}, "packcache_guidance_from .* leave none of 3 passes"),
     ({"colour": 1}, "packcache_colour is no known option"),
     ({"policy": "sliding_window"}, "the policy of this server"),
 ]
@@ -363,6 +376,67 @@ def serve_on_two_ranks(
     return serve
 
 
+LESS = {
+    "settled rows": Case(20).having(frames=3, steps=8, guidance=3, seed=11, refresh=3),
+    "reused passes": Case(5, given=1).having(frames=3, steps=8, guidance=2, seed=12, reuse=0.2),
+    "every third pass unguided": Case(6).having(frames=3, steps=7, guidance=4, seed=13, guidance_interval=3),
+    "guidance in the middle": Case(8, (3, 5), 1).having(
+        frames=2, steps=8, guidance=3, seed=14, guidance_from=0.25, guidance_until=0.75
+    ),
+    "all of it": Case(9, (5, 3), 3).having(
+        frames=3, steps=9, guidance=4, seed=15, condition_frames=1, refresh=3, reuse=0.1, guidance_interval=2
+    ),
+    "without guidance": Case(1, (3, 3)).having(frames=4, steps=7, guidance=1, seed=16, refresh=8, reuse=0.15),
+}
+"""Requests that leave out a part of what is computed (see `vllm_packcache.families.schedule`)."""
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_less_is_computed(name: str, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    """The tokens of a loop that leaves out the same; so many engine steps, and rows, as the schedule says."""
+    from vllm_packcache.worker.passes import CanvasModelState
+
+    ran: list[tuple[int, int]] = []
+    prepare = CanvasModelState.prepare_inputs
+
+    def watched(*args: Any) -> dict[str, Any]:
+        inputs = prepare(*args)
+        ran.append((inputs["conditional_rows"], len(inputs["input_ids"]) - inputs["conditional_rows"]))
+        return inputs
+
+    monkeypatch.setattr(CanvasModelState, "prepare_inputs", watched)
+    case = LESS[name]
+    assert generate(masked_engine(), case) == [oracle(case)]
+    request = plan_of(case, repr(("packcache", CONFIG)))
+    whole = lumos.frame_layout(case.grid).tokens_per_frame
+    frame = [own.rows for own in schedule(request.options, case.grid) if own.computed]
+    frame.append((whole, whole if request.options.guided else 0))
+    assert request.frames is not None
+    assert ran[-len(frame) * request.frames :] == frame * request.frames
+    usual = case.having(refresh=1, reuse=0, guidance_interval=1, guidance_from=0, guidance_until=1)
+    assert oracle(case) != oracle(usual)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_less_is_computed_in_one_batch(ahead: bool, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    """Beside requests that compute everything; whichever passes of the others they fall together with."""
+    schedule_asynchronously(monkeypatch, ahead)
+    cases = [LESS["all of it"], TEXT_TO_VIDEO, LESS["settled rows"], LESS["without guidance"], UNGUIDED]
+    assert staggered(masked_engine(variant=ahead), cases, 3) == [oracle(case) for case in cases]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_what_is_left_out_after_a_preemption(
+    ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[int], monkeypatch: Any
+) -> None:
+    """The frame that was being made is made again from its first, whole pass; frames before it were committed whole."""
+    schedule_asynchronously(monkeypatch, ahead)
+    llm = masked_engine(variant=ahead)
+    cases = [LESS["all of it"], LESS["every third pass unguided"], LESS["settled rows"]]
+    assert staggered(llm, cases, 1, preempted_at=(5, 14)) == [oracle(case) for case in cases]
+    assert len(preemptions) == 2 * len(cases)
+
+
 ON_TWO_RANKS = {
     "text to video": TEXT_TO_VIDEO,
     "a video that is continued": CONTINUED,
@@ -370,6 +444,7 @@ ON_TWO_RANKS = {
     "kept by what changed": Case(14, (5, 9), 2).having(
         frames=3, steps=2, guidance=2, seed=9, selection="changed", window=3, history_frames=1
     ),
+    "less of it": LESS["all of it"],
 }
 
 

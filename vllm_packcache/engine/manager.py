@@ -83,7 +83,8 @@ class Held:
         frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
         quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
         decided: tokens, from the start, of which the policy has said what they read.
-        passes: that have been scheduled of the frame being made, where frames are made in passes.
+        passes: that have been scheduled of the frame being made, where frames are made in passes; those that compute
+            nothing are not scheduled.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """

@@ -289,6 +289,14 @@ class CanvasRequest(VideoRequest):
         return self.streams[1].plan if len(self.streams) > 1 else None
 
     @property
+    def grid(self) -> Grid:
+        """Of its frames."""
+        grid = self.conditional.layout.frame.grid
+        assert grid is not None, "a frame is made of rows and columns"
+        rows, columns = grid
+        return rows, columns
+
+    @property
     def text_tokens(self) -> int:
         """Tokens before the first picture."""
         layout = self.conditional.layout

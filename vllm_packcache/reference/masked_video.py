@@ -96,7 +96,9 @@ class MaskedVideo:
             raise ValueError("grid is needed: a frame is made of rows and columns")
         if layout.frame != lumos.frame_layout(layout.frame.grid):
             raise ValueError(f"the frame's special tokens are not those of this model: {layout.frame}")
-        self._offsets = torch.from_numpy(lumos.visual_offsets(layout.frame.grid).copy())
+        rows, columns = layout.frame.grid
+        self._grid = rows, columns
+        self._offsets = torch.from_numpy(lumos.visual_offsets(self._grid).copy())
         if len(self._offsets) < 2:
             raise ValueError("grid must have two visual tokens at least: one stays masked until the last step")
         self.first_frame = lumos.given_frames(prompt_ids, layout)
@@ -118,12 +120,11 @@ class MaskedVideo:
         Returns:
             int64, [F], its ids, and float64, [steps, 2], its margins.
         """
-        grid, options = self.plan.layout.frame.grid, self.options
-        assert grid is not None
-        ids = torch.from_numpy(lumos.masked_frame(grid))
+        options = self.options
+        ids = torch.from_numpy(lumos.masked_frame(self._grid))
         making = [_Making(stream, frame) for stream in self._streams]
         margins = []
-        for step, own in enumerate(schedule(options, tuple(grid))):
+        for step, own in enumerate(schedule(options, self._grid)):
             for stream, rows in zip(making, own.rows, strict=False):
                 if rows:
                     stream.compute(ids, whole=rows == len(ids))

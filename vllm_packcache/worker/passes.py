@@ -39,7 +39,7 @@ from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.worker.keys.layout import cached_keys, settle_scales
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary
-from vllm_packcache.worker.sampler import Canvas, CanvasSampler
+from vllm_packcache.worker.sampler import Asked, Canvas, CanvasSampler
 
 if TYPE_CHECKING:
     from vllm.config.compilation import CUDAGraphMode
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
 _AXES = 3
+
+NO_SLOT = -1
+"""Keys of a token with this slot are written nowhere."""
 
 
 class Picture(NamedTuple):
@@ -89,9 +92,14 @@ class Rows(NamedTuple):
     queries: int
 
     @classmethod
-    def of(cls, picture: Picture, ids: Tensor) -> Rows:
-        """The rows of a pass of ``picture``: one."""
-        return cls(ids, picture.positions, picture.slots, picture.blocks, np.array([picture.seq_len]), len(ids))
+    def of(cls, picture: Picture, ids: Tensor, asked: Asked | None = None) -> Rows:
+        """The rows of a pass of ``picture``, with ids [F]: one, of all its tokens or of those that are asked for."""
+        positions, slots = picture.positions, picture.slots
+        if asked is not None and asked.some is not None:
+            assert asked.written is not None, "of some it is said whose keys are written"
+            ids, positions, slots = ids[asked.some], positions[:, asked.some], slots[asked.some]
+            slots = torch.where(asked.written, slots, NO_SLOT)
+        return cls(ids, positions, slots, picture.blocks, np.array([picture.seq_len]), len(ids))
 
 
 @dataclass
@@ -238,9 +246,9 @@ class CanvasModelState(ModelState):
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         rows: list[list[Rows]] = [[], []]
         canvases: dict[int, Canvas] = {}
-        chosen: list[Tensor] = []
-        # The unconditional streams' rows come behind all that vLLM has scheduled.
-        unconditional = input_batch.num_tokens
+        # By group, which of its rows tokens are chosen by, and how many rows it has so far.
+        chosen: list[tuple[int, Tensor]] = []
+        counts = [0, 0]
         for index, name in enumerate(input_batch.req_ids):
             video = self._videos[name]
             blocks = [table[index] for table in block_tables]
@@ -250,22 +258,26 @@ class CanvasModelState(ModelState):
             count = int(input_batch.num_scheduled_tokens[index])
             if video is None:
                 ids = input_batch.input_ids[first : first + count]
-                rows[self._groups[0]].append(self._unplanned(ids, start, blocks[self._groups[0]]))
-                continue
-            if input_batch.num_draft_tokens_per_req[index] > 0:
+                computed = iter([(self._groups[0], self._unplanned(ids, start, blocks[self._groups[0]]))])
+            elif input_batch.num_draft_tokens_per_req[index] > 0:
                 canvas = canvases[index] = video.canvas
-                if not canvas.commits:
-                    offsets = canvas.unknown_offsets()
-                    chosen += [offsets + at for at in (first, unconditional)[: len(video.streams)]]
-                computed = self._canvas_rows(video, count, blocks)
+                asked = [None, None] if canvas.commits else canvas.ask()
+                chosen += [
+                    (group, counts[group] + own.chosen)
+                    for group, own in zip(self._groups, asked, strict=True)
+                    if own is not None
+                ]
+                computed = self._canvas_rows(video, count, blocks, asked)
             elif start < video.request.text_tokens:
                 computed = self._text_rows(video, start, start + count, blocks)
             else:
                 computed = self._given_rows(video, start, start + count, blocks)
             for group, own in computed:
                 rows[group].append(own)
-                unconditional += len(own.ids) if group == self._groups[1] else 0
-        self._batch = Batch(input_batch, rows, canvases, torch.cat(chosen) if chosen else self._nothing)
+                counts[group] += len(own.ids)
+        # The unconditional streams' rows come behind all others.
+        places = [own + (counts[self._groups[0]] if group == self._groups[1] else 0) for group, own in chosen]
+        self._batch = Batch(input_batch, rows, canvases, torch.cat(places) if places else self._nothing)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         """There are none."""
@@ -329,7 +341,7 @@ class CanvasModelState(ModelState):
                 continue
             slots = torch.cat([own.slots for own in rows])
             # The layers write their keys where the runner's mapping says, which counts the tokens of one stream.
-            slot_mappings[group].fill_(-1)
+            slot_mappings[group].fill_(NO_SLOT)
             slot_mappings[group, : len(slots)] = slots
             metadata |= self._attention(rows, group, slot_mappings[:, : len(slots)], attn_groups, kv_cache_config)
         return metadata
@@ -421,8 +433,17 @@ class CanvasModelState(ModelState):
             shown = committed(ids, video.request, conditional=index == 0) if made else ids
             yield stream.group, Rows.of(picture, shown)
 
-    def _canvas_rows(self, video: CanvasState, count: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
-        """A pass of the frame that is being made."""
+    def _canvas_rows(
+        self, video: CanvasState, count: int, blocks: Sequence[Tensor], asked: Sequence[Asked | None]
+    ) -> Iterator[tuple[int, Rows]]:
+        """A pass of the frame that is being made.
+
+        Args:
+            video: whose.
+            count: tokens that vLLM has scheduled of it: a frame, however many of them are computed.
+            blocks: int32, its block table in each group.
+            asked: what is computed in each stream; the commit asks nothing, and computes all.
+        """
         canvas, layout = video.canvas, video.request.conditional.layout
         if count != layout.tokens_per_frame:
             raise RuntimeError(f"{count} tokens of a frame of {layout.tokens_per_frame}: the scheduler cut it")
@@ -434,8 +455,11 @@ class CanvasModelState(ModelState):
             ]
             video.entered = canvas.frame
         for index, (stream, picture) in enumerate(zip(video.streams, video.pictures, strict=True)):
-            ids = committed(canvas.ids, video.request, conditional=index == 0) if canvas.commits else canvas.ids
-            yield stream.group, Rows.of(picture, ids)
+            if canvas.commits:
+                ids = committed(canvas.ids, video.request, conditional=index == 0)
+                yield stream.group, Rows.of(picture, ids)
+            elif (own := asked[index]) is not None:
+                yield stream.group, Rows.of(picture, canvas.ids, own)
 
     def _picture(self, stream: StreamState, start: int, frame: int, blocks: Tensor) -> Picture:
         """Enter a picture: the window slides if it does, and what is read of the past is put together.
@@ -477,12 +501,10 @@ class CanvasModelState(ModelState):
 def committed(ids: Tensor, request: CanvasRequest, *, conditional: bool) -> Tensor:
     """The ids that a stream commits of a frame that was made, [F]; see `vllm_packcache.families.lumos.committed`."""
     options = request.options
-    layout = request.conditional.layout
-    assert layout.frame.grid is not None
     ids = ids.clone()
     if not conditional and not options.share_history:
-        ids[_on_device(tuple(layout.frame.grid), None, ids.device)] = lumos.MASK
-    ids[_on_device(tuple(layout.frame.grid), options.remask, ids.device)] = lumos.MASK
+        ids[_on_device(request.grid, None, ids.device)] = lumos.MASK
+    ids[_on_device(request.grid, options.remask, ids.device)] = lumos.MASK
     return ids
 
 
