@@ -14,6 +14,7 @@ from benchmarks.engine_process import EngineFailed, EngineProcess
 from benchmarks.masked.plan import APART, BATCH, BATCH_RATIOS, BLOCK_SIZE, RATIOS, TOGETHER, MaskedPlan, MeasuredVideo
 from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS, PARTS, Made, MaskedEngine, MaskedSettings
 from benchmarks.model import write_config
+from vllm_packcache.families.schedule import computed_passes
 
 Frame = Mapping[str, Mapping[str, list[float]]]
 """Seconds by clock and by what they are of, ``passes`` or `PARTS`: of each pass of a frame, the commit the last."""
@@ -118,7 +119,7 @@ class Bench:
         frames: dict[str, list[Frame]] = {name: [] for name in cases}
         peaks: dict[str, int] = dict.fromkeys(cases, 0)
         as_decided = True
-        for name in _in_turn(list(cases), plan.rounds):
+        for name in in_turn(list(cases), plan.rounds):
             video = cases[name]
             made = self._made(video)
             frames[name].append(frame_of(made, plan.steps))
@@ -148,11 +149,16 @@ class Bench:
             "blocks_as_decided": as_decided,
         }
 
+    def frame(self, video: MeasuredVideo) -> Frame:
+        """Make a frame, however many passes of it are computed."""
+        options = self._plan.planned(video).options
+        return frame_of(self._made(video), computed_passes(options, video.grid) - 1)
+
     def batch(self) -> dict[str, Any]:
         """Time the frames of some videos in one batch, and of the same videos one after another."""
         plan, video = self._plan, self._plan.batch
         frames: dict[str, list[Frame]] = {name: [] for name in BATCH}
-        for name in _in_turn(BATCH, plan.batch_rounds):
+        for name in in_turn(BATCH, plan.batch_rounds):
             if name == TOGETHER:
                 frames[name].append(frame_of(self._made(video, plan.videos), plan.steps))
             else:
@@ -211,7 +217,7 @@ def _by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list
     return {what: [list(own) for own in zip(*(frame[what] for frame in rounds), strict=True)] for what in rounds[0]}
 
 
-def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
     """All names in every round, each round in another order."""
     for number in range(rounds):
         turn = number % len(names)

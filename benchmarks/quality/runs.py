@@ -206,7 +206,8 @@ def _key(variant: Variant) -> str:
     server = variant.server
     guidance = [] if variant.scale == 1 else [variant.scale]
     cache = [] if variant.cache == FLOAT32.name else [variant.cache]
-    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance, *cache], sort_keys=True)
+    made = [dict(variant.made)] if variant.made else []
+    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance, *cache, *made], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
@@ -248,6 +249,7 @@ def described(plan: QualityPlan) -> dict[str, Any]:
             "live_tokens": variant.live_tokens(plan.trained_frames - 1),
             **({} if variant.scale == 1 else {"guidance": variant.scale}),
             **({} if variant.cache == FLOAT32.name else in_bytes(variant, plan.trained_frames)),
+            **plan.generator.about(variant),
         }
         for variant in plan.generator.variants.named
     }

@@ -48,6 +48,7 @@ from vllm_packcache.families import DECODER, LUMOS, Family
 from vllm_packcache.families import actions as codings
 from vllm_packcache.families.actions import ActionCoding
 from vllm_packcache.families.base import Prompt
+from vllm_packcache.families.lumos import MaskedOptions
 
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
@@ -64,6 +65,9 @@ CANVAS_OPTION = "diffusion_canvas_length"
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
 
+PASSES_KEY = "passes"
+"""Key of a configuration that says how frames are made in passes where a request does not."""
+
 DEEPEST = 4
 """Lists and mappings inside each other that an option's value may be made of."""
 
@@ -75,7 +79,7 @@ PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
-_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig, PrecisionConfig)
+_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig, PrecisionConfig, MaskedOptions)
 
 
 def is_video_key(key: object) -> bool:
@@ -278,6 +282,7 @@ class ServerConfig:
         videos: over HTTP: whether there are any, and how long they are kept.
         guidance: of causal videos; None: none is guided.
         precision: in how many bits older frames are held.
+        passes: how frames are made in passes where a request does not say it; None: as published.
     """
 
     policy: Policy
@@ -290,6 +295,7 @@ class ServerConfig:
     videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
     guidance: GuidanceConfig | None = None
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    passes: MaskedOptions | None = None
 
     @classmethod
     def parse(
@@ -324,13 +330,13 @@ class ServerConfig:
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
-        guidance, precision = (options.pop(name, None) for name in (GUIDANCE_KEY, PRECISION_KEY))
+        guidance, precision, passes = (options.pop(name, None) for name in (GUIDANCE_KEY, PRECISION_KEY, PASSES_KEY))
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY, PRECISION_KEY),
+            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY, PRECISION_KEY, PASSES_KEY),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -354,6 +360,7 @@ class ServerConfig:
             _parse_part(VideosConfig, videos, "videos"),
             _parse_guidance(guidance, family, layout),
             _parse_part(PrecisionConfig, precision, PRECISION_KEY),
+            _parse_passes(passes, family, layout),
         )
         try:
             config.fingerprint()
@@ -412,6 +419,8 @@ class ServerConfig:
             mapping[GUIDANCE_KEY] = said or True
         if self.precision != PrecisionConfig():
             mapping[PRECISION_KEY] = self.precision.model_dump(mode="json")
+        if self.passes is not None:
+            mapping[PASSES_KEY] = dataclasses.asdict(self.passes)
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -632,11 +641,23 @@ class ServerConfig:
         others = [{name: own.pop(name) for name in names if name in own} for names in fields[1:]]
         try:
             parts = zip(options, [own, *others], strict=True)
-            read: list[Any] = [_validate(model, _with_flags(model, part)) for model, part in parts]
+            read: list[Any] = [
+                _validate(model, self._with_usual(model, _with_flags(model, part))) for model, part in parts
+            ]
         except ValidationError as error:
             known = [*chain.from_iterable(fields), *sorted(of_policy)]
             raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
         return self._request_policy(read[0].policy, changed), read
+
+    def _with_usual(self, model: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options of a class that a request gives, with those of the server where it does not."""
+        if self.passes is None or not isinstance(self.passes, model):
+            return given
+        usual = dataclasses.asdict(self.passes)
+        if given.get("guidance") == 1:
+            # Who asks for none does not say how often, and is not to be refused for it.
+            usual = {name: value for name, value in usual.items() if not name.startswith("guidance_")}
+        return {**usual, **given}
 
     @property
     def request_options(self) -> list[str]:
@@ -795,6 +816,20 @@ def _parse_guidance(value: object, family: Family, layout: LayoutConfig | None) 
     return parsed
 
 
+def _parse_passes(value: object, family: Family, layout: LayoutConfig | None) -> MaskedOptions | None:
+    if value is None:
+        return None
+    # Where no model is named, as before one is there, its frames tell whose they are.
+    maker = family
+    if family == DECODER and layout is not None:
+        maker = families.describing(layout.frame_layout(), layout.axis_scale)
+    if MaskedOptions not in maker.options:
+        raise ConfigError(
+            f"{CONFIG_KEY}: {PASSES_KEY} is for models that make a frame in passes, and this one does not: leave it out"
+        )
+    return _parse_part(MaskedOptions, value, PASSES_KEY)
+
+
 def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
     """A part of a configuration that has options of its own."""
     if part is None:
@@ -804,7 +839,7 @@ def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
     try:
         return _validate(model, part)
     except ValidationError as error:
-        raise ConfigError(_describe(error, f"{CONFIG_KEY}: {name}.", list(model.model_fields), "")) from None
+        raise ConfigError(_describe(error, f"{CONFIG_KEY}: {name}.", _fields_of(model), "")) from None
 
 
 _RESERVED = {
@@ -814,6 +849,7 @@ _RESERVED = {
     "videos",
     GUIDANCE_KEY,
     PRECISION_KEY,
+    PASSES_KEY,
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }
@@ -910,7 +946,8 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
             f"{shown(owner)}"
         )
-    return {name: options[name] for name in ("layout", "sessions", "videos", GUIDANCE_KEY) if name in options}
+    others = ("layout", "sessions", "videos", GUIDANCE_KEY, PASSES_KEY)
+    return {name: options[name] for name in others if name in options}
 
 
 def _layout_alone(option: str) -> str:
