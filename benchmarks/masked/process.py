@@ -127,12 +127,12 @@ class MaskedEngine(Engine):
         import torch
 
         from vllm_packcache.worker.passes import CanvasModelState
-        from vllm_packcache.worker.sampler import CanvasSampler
+        from vllm_packcache.worker.sampler import Canvas
 
         self._watch = Watch(torch.cuda.synchronize if self._on_gpu else lambda: None)
         self._engine.apply_model(self._watch.install)
         self._engine.step = self._watch.step(self._engine.step)
-        CanvasSampler._choose = self._watch.timed(CHOOSING, CanvasSampler._choose)  # type: ignore[method-assign]
+        Canvas.choose = self._watch.timed(CHOOSING, Canvas.choose)  # type: ignore[method-assign]
         CanvasModelState._picture = self._watch.timed(ENTERING, CanvasModelState._picture)  # type: ignore[method-assign]
         for layer in self._engine.vllm_config.compilation_config.static_forward_context.values():
             # Memory that was never written to is one page of zeros, and is read from the processor's cache.

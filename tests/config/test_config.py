@@ -46,19 +46,19 @@ def refusal(call) -> str:
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos, guidance",
+            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos, guidance, precision",
         ),
         (
             "sliding_window",
             {"decay": 1},
             "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
-            "positions, sessions, videos, guidance",
+            "positions, sessions, videos, guidance, precision",
         ),
         (
             "full",
             {"window": 4},
             "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, "
-            "sessions, videos, guidance",
+            "sessions, videos, guidance, precision",
         ),
         (
             "packcache",
@@ -395,7 +395,7 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance",
+            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance, precision",
         ),
     ],
 )

@@ -320,8 +320,9 @@ def test_newlines_are_masked_like_visual_tokens_and_special_tokens_never():
 
 def test_the_defaults_are_the_published_ones():
     assert MaskedOptions() == MaskedOptions(
-        seed=0, steps=50, guidance=15.0, temperature=1.0, remask=0.7, reset_temperature=False, share_history=True
-    )
+        seed=0, steps=50, guidance=15.0, temperature=1.0, remask=0.7, reset_temperature=False, share_history=True,
+        refresh=1, reuse=0.0, guidance_interval=1, guidance_from=0.0, guidance_until=1.0,
+    )  # fmt: skip
     assert MaskedOptions().guided
     assert not MaskedOptions(guidance=1).guided
 

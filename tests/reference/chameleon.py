@@ -116,7 +116,7 @@ PUBLISHED = Variant()
 
 
 class BruteForce:
-    """The loop for one request."""
+    """The loop for one request. A pass that computes anything computes whole frames; what is drawn by is kept."""
 
     def __init__(
         self,
@@ -141,6 +141,8 @@ class BruteForce:
                 image = ids[first : first + video.layout.tokens_per_frame]
                 ids[first : first + len(image)] = lumos.committed(np.array(image), options.remask).tolist()
                 self.streams[stream] = (video, ids)
+        # Where not everything is computed anew, a known token stays known.
+        self.published = (options.reuse, options.guidance_interval) == (0, 1)
         self.first = (len(prompt) - plan.layout.condition_tokens) // plan.layout.tokens_per_frame
 
     def generate(self, frames: int) -> list[list[int]]:
@@ -148,6 +150,8 @@ class BruteForce:
         for frame in range(self.first, self.first + frames):
             ids = lumos.masked_frame(self.grid).tolist()
             tau = self.options.temperature
+            self.kept: list[torch.Tensor | None] = [None, None]
+            self.computed = self.unknown = self.first_guided = 0
             for step in range(self.options.steps):
                 ratio = (step + 1) / self.options.steps
                 tau *= 1 - ratio
@@ -166,10 +170,10 @@ class BruteForce:
     def step(self, frame: int, step: int, ids: list[int], tau: float) -> list[int]:
         """Token after token, in the words of the published code."""
         visual = [place for place, token in enumerate(ids) if token == 9003 or token >= 65536]
-        conditional, *unconditional = (self.frame_logits(stream, ids)[visual] for stream in range(len(self.streams)))
-        logits = conditional
-        if unconditional:
-            logits = unconditional[0] + self.options.guidance * (conditional - unconditional[0])
+        self.look(step, ids, visual)
+        logits, unconditional = self.kept
+        if self.guides(step):
+            logits = unconditional + self.options.guidance * (logits - unconditional)
         probabilities = logits.softmax(-1).tolist()
         noise = lumos.step_noise(self.options.seed, frame, step, len(visual))
         proposed, confidence, known = list(ids), [], 0
@@ -190,9 +194,28 @@ class BruteForce:
             scheduled = int((len(visual) * published_schedule(step, self.options.steps)).floor())
             cut = sorted(confidence)[max(1, min(len(visual) - known - 1, scheduled))]
             for number, place in enumerate(visual):
-                if confidence[number] < cut:
+                if confidence[number] < cut and (self.published or ids[place] == 9003):
                     proposed[place] = 9003
         return proposed
+
+    def look(self, step: int, ids: list[int], visual: list[int]) -> None:
+        """Compute anew what this step is to see anew, of whole frames."""
+        unknown = ids.count(9003)
+        starts = self.guides(step) and self.kept[1] is None
+        if step and not starts and (self.unknown - unknown) / len(visual) < self.options.reuse:
+            return
+        self.unknown = unknown
+        self.kept[0] = self.frame_logits(0, ids)[visual]
+        if starts:
+            self.first_guided = self.computed
+        if self.guides(step) and (self.computed - self.first_guided) % self.options.guidance_interval == 0:
+            self.kept[1] = self.frame_logits(1, ids)[visual]
+        self.computed += 1
+
+    def guides(self, step: int) -> bool:
+        options = self.options
+        inside = options.guidance_from * options.steps <= step < options.guidance_until * options.steps
+        return len(self.streams) > 1 and inside
 
     def frame_logits(self, stream: int, ids: list[int]) -> torch.Tensor:
         """Logits at the tokens of the frame being made, [F, V]."""

@@ -232,6 +232,75 @@ def test_every_option_does_in_the_loop_what_it_says(make, chameleon, changed):
     assert made != make(count=len(made))
 
 
+LESS = {"steps": 8, "count": 3}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reuse": 0.25},
+        {"reuse": 1.0},
+        {"guidance_interval": 3},
+        {"guidance_interval": 1000},
+        {"guidance_from": 0.4},
+        {"guidance_until": 0.5},
+        {"reuse": 0.2, "guidance_interval": 2, "guidance_from": 0.25, "guidance_until": 0.9},
+        {"reuse": 0.3, "guidance": 1},
+    ],
+    ids=str,
+)
+def test_less_is_computed_as_stated(make, chameleon, changed):
+    """Logits that are used again are those of a pass that computed everything anew."""
+    made = make(**LESS, **changed)
+
+    assert made == brute(chameleon, **LESS, **changed)
+    assert made != make(**LESS, guidance=changed.get("guidance", 3.0))
+
+
+def test_in_a_single_layer_nothing_settles_late(tmp_path):
+    """Its keys and values are of a token's id alone: there leaving out what is settled changes nothing."""
+    model = LumosReference.load(make_random_lumos(tmp_path, layers=1))
+    changes: list[dict] = [{}, {"refresh": 3}, {"refresh": 1000}]
+    videos = [
+        generate_masked(model, TEXT, 3, plan(TEXT, PACKED), options(steps=8, **own), BLOCK_SIZE) for own in changes
+    ]
+
+    assert videos[0].token_ids == videos[1].token_ids == videos[2].token_ids
+
+
+def test_settled_rows_show(make):
+    assert make(**LESS, refresh=8) != make(**LESS)
+
+
+@pytest.mark.parametrize("changed", [{}, {"reuse": 0.2, "guidance_interval": 2}], ids=str)
+def test_what_is_computed_is_what_is_masked_or_was_when_it_was_computed_last(model, monkeypatch, changed):
+    ran: list[tuple] = []
+    run = LumosReference.run
+
+    def watched(self, ids, start, cache, at, mask, some=None):
+        rows = list(range(len(ids))) if some is None else some.tolist()
+        ran.append((cache.data_ptr(), start, ids.tolist(), rows))
+        return run(self, ids, start, cache, at, mask, some)
+
+    monkeypatch.setattr(LumosReference, "run", watched)
+    asked = options(steps=8, refresh=3, **changed)
+    video = MaskedVideo(model, TEXT, 1, plan(TEXT, Full()), asked, BLOCK_SIZE)
+    ran.clear()
+    ids, _ = video.make(0)
+    video.commit(0, ids)
+
+    for stream in {cache for cache, *_ in ran}:
+        *passes, commit = [(ids, rows) for cache, _, ids, rows in ran if cache == stream]
+        assert len(commit[1]) == 19
+        own = len([other for other in ran if other[0] == stream])
+        assert len([rows for _, rows in passes if len(rows) == 19]) >= (own - 1) // 3
+        assert len(passes[0][1]) == 19
+        for (before, _), (ids, rows) in pairwise(passes):
+            if len(rows) < 19:
+                assert rows == [place for place, id in enumerate(before) if id == lumos.MASK]
+                assert {place for place, id in enumerate(ids) if id == lumos.MASK} < set(rows)
+
+
 @pytest.mark.parametrize("variant", [Variant(causal_commit=True), Variant(unconditional_text=True)], ids=str)
 def test_a_loop_that_is_not_the_published_one_makes_another_video(make, chameleon, variant):
     made = make()

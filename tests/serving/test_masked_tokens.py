@@ -7,9 +7,10 @@ reference came so near to another token that rounding could choose it, the reque
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from vllm_packcache.engine.manager import record_of
 from vllm_packcache.engine.metrics import PREFIX
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.families.schedule import computed_passes, schedule
 from vllm_packcache.hooks.canvas import configure
 from vllm_packcache.reference import LumosReference, QuantisedLumosReference, generate_masked, make_random_lumos
 
@@ -149,14 +151,20 @@ def generate(llm: Any, *cases: Case) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def staggered(llm: Any, cases: list[Case], steps_between: int) -> list[list[int]]:
-    """Generated tokens of requests that come one after another, so many steps apart."""
+def staggered(llm: Any, cases: list[Case], steps_between: int, preempted_at: Sequence[int] = ()) -> list[list[int]]:
+    """Generated tokens of requests that come one after another, so many steps apart.
+
+    Before the steps of ``preempted_at`` all are preempted.
+    """
     engine, waiting, done = llm.llm_engine, list(enumerate(cases)), {}
+    steps = count()
     while waiting or engine.has_unfinished_requests():
         if waiting:
             index, case = waiting.pop(0)
             engine.add_request(f"staggered-{index}", {"prompt_token_ids": case.ids}, params(case))
         for _ in range(steps_between):
+            if next(steps) in preempted_at:
+                assert engine.engine_core.engine_core.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 if output.finished:
                     done[output.request_id] = list(output.outputs[0].token_ids)
@@ -280,6 +288,52 @@ def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any,
     assert len(turned) == 2 * (frames - 3)
 
 
+@pytest.mark.parametrize("options", [{"steps": 4}, {"steps": 6, "refresh": 3, "reuse": 0.2, "guidance_interval": 2}])
+def test_history_is_written_once_a_frame_and_read_by_all_its_passes(
+    options: dict[str, Any], masked_engine: Any, monkeypatch: Any
+) -> None:
+    """Between the passes of a frame no number of the cache changes but in its own blocks; all read the same others.
+
+    What is shared over passes: Ca2-VDM, arXiv 2411.16375.
+    """
+    llm = masked_engine()
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    state, execute = runner.model_state, type(runner).execute_model
+    seen: dict[int, list[Any]] = {}
+
+    def cached() -> torch.Tensor:
+        """[layers, blocks, numbers]: both streams have blocks of the same memory."""
+        return torch.stack([layer.kv_cache.flatten(1) for own in state._layers for layer in own])
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = cached()
+        output = execute(*args, **kwargs)
+        if state._batch.canvases:
+            (video,) = state._videos.values()
+            changed = set((before != cached()).any(2).any(0).nonzero()[:, 0].tolist())
+            rows = [own for group in state._groups for own in state._batch.rows[group]]
+            seen.setdefault(video.canvas.frame, []).append((changed, video.pictures, rows))
+        return output
+
+    monkeypatch.setattr(type(runner), "execute_model", watched)
+    case = TEXT_TO_VIDEO.having(frames=5, **options)
+    generate(llm, case)
+    steps = computed_passes(plan_of(case, repr(("packcache", CONFIG))).options, case.grid)
+    assert [len(passes) for passes in seen.values()] == [steps] * 5
+    for frame, passes in seen.items():
+        for index, (changed, pictures, rows) in enumerate(passes):
+            own = {block for picture in pictures for block in (picture.slots // BLOCK).tolist()}
+            history = {block for picture in pictures for block in picture.blocks.tolist()} - own
+            turned = changed - own
+            assert turned <= history
+            # A window of two frames slides before the fourth, and turns what is kept: the one time that it is written.
+            assert bool(turned) == (index == 0 and frame >= 3)
+            assert rows
+            for row in rows:
+                assert any(row.blocks is picture.blocks for picture in pictures)
+                assert row.seq_lens.tolist() in [[picture.seq_len] for picture in pictures]
+
+
 BAD = [
     ({"steps": 0}, "packcache_steps must be 1 or more"),
     ({"steps": 2.5}, "packcache_steps"),
@@ -288,6 +342,11 @@ BAD = [
     ({"grid": [1, 1]}, "two visual tokens"),
     ({"condition_frames": 2}, "conditioning images"),
     ({"guidance": "much"}, "packcache_guidance"),
+    ({"refresh": 0}, "packcache_refresh must be 1 or more and at most 1000, not 0"),
+    ({"refresh": 2.5}, "packcache_refresh"),
+    ({"reuse": 2}, "packcache_reuse must lie between 0 and 1, not 2"),
+    ({"guidance": 1, "guidance_interval": 2}, "packcache_guidance_interval is 2, and with a guidance of 1"),
+    ({"guidance_from": 0.9}, "packcache_guidance_from .* leave none of 3 passes"),
     ({"colour": 1}, "packcache_colour is no known option"),
     ({"policy": "sliding_window"}, "the policy of this server"),
 ]
@@ -365,6 +424,67 @@ def serve_on_two_ranks(
     return serve
 
 
+LESS = {
+    "settled rows": Case(20).having(frames=3, steps=8, guidance=3, seed=11, refresh=3),
+    "reused passes": Case(5, given=1).having(frames=3, steps=8, guidance=2, seed=12, reuse=0.2),
+    "every third pass unguided": Case(6).having(frames=3, steps=7, guidance=4, seed=13, guidance_interval=3),
+    "guidance in the middle": Case(8, (3, 5), 1).having(
+        frames=2, steps=8, guidance=3, seed=14, guidance_from=0.25, guidance_until=0.75
+    ),
+    "all of it": Case(9, (5, 3), 3).having(
+        frames=3, steps=9, guidance=4, seed=15, condition_frames=1, refresh=3, reuse=0.1, guidance_interval=2
+    ),
+    "without guidance": Case(1, (3, 3)).having(frames=4, steps=7, guidance=1, seed=16, refresh=8, reuse=0.15),
+}
+"""Requests that leave out a part of what is computed (see `vllm_packcache.families.schedule`)."""
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_less_is_computed(name: str, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    """The tokens of a loop that leaves out the same; so many engine steps, and rows, as the schedule says."""
+    from vllm_packcache.worker.passes import CanvasModelState
+
+    ran: list[tuple[int, int]] = []
+    prepare = CanvasModelState.prepare_inputs
+
+    def watched(*args: Any) -> dict[str, Any]:
+        inputs = prepare(*args)
+        ran.append((inputs["conditional_rows"], len(inputs["input_ids"]) - inputs["conditional_rows"]))
+        return inputs
+
+    monkeypatch.setattr(CanvasModelState, "prepare_inputs", watched)
+    case = LESS[name]
+    assert generate(masked_engine(), case) == [oracle(case)]
+    request = plan_of(case, repr(("packcache", CONFIG)))
+    whole = lumos.frame_layout(case.grid).tokens_per_frame
+    frame = [own.rows for own in schedule(request.options, case.grid) if own.computed]
+    frame.append((whole, whole if request.options.guided else 0))
+    assert request.frames is not None
+    assert ran[-len(frame) * request.frames :] == frame * request.frames
+    usual = case.having(refresh=1, reuse=0, guidance_interval=1, guidance_from=0, guidance_until=1)
+    assert oracle(case) != oracle(usual)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_less_is_computed_in_one_batch(ahead: bool, masked_engine: Any, oracle: Any, monkeypatch: Any) -> None:
+    """Beside requests that compute everything; whichever passes of the others they fall together with."""
+    schedule_asynchronously(monkeypatch, ahead)
+    cases = [LESS["all of it"], TEXT_TO_VIDEO, LESS["settled rows"], LESS["without guidance"], UNGUIDED]
+    assert staggered(masked_engine(variant=ahead), cases, 3) == [oracle(case) for case in cases]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_what_is_left_out_after_a_preemption(
+    ahead: bool, masked_engine: Any, oracle: Any, preemptions: list[int], monkeypatch: Any
+) -> None:
+    """The frame that was being made is made again from its first, whole pass; frames before it were committed whole."""
+    schedule_asynchronously(monkeypatch, ahead)
+    llm = masked_engine(variant=ahead)
+    cases = [LESS["all of it"], LESS["every third pass unguided"], LESS["settled rows"]]
+    assert staggered(llm, cases, 1, preempted_at=(5, 14)) == [oracle(case) for case in cases]
+    assert len(preemptions) == 2 * len(cases)
+
+
 ON_TWO_RANKS = {
     "text to video": TEXT_TO_VIDEO,
     "a video that is continued": CONTINUED,
@@ -372,6 +492,7 @@ ON_TWO_RANKS = {
     "kept by what changed": Case(14, (5, 9), 2).having(
         frames=3, steps=2, guidance=2, seed=9, selection="changed", window=3, history_frames=1
     ),
+    "less of it": LESS["all of it"],
 }
 
 

@@ -29,12 +29,15 @@ from pydantic.errors import PydanticUserError
 from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError, named, shown
 from vllm_packcache.config.guidance import GUIDANCE_KEY, GuidanceConfig, Scale
+from vllm_packcache.config.precision import PRECISION_KEY, PrecisionConfig
 from vllm_packcache.config.sessions import SessionsConfig
 from vllm_packcache.config.sources import CONFIG_KEY, check_finite, load_mapping
 from vllm_packcache.config.videos import STORE_FLAG, STORE_KEY, TOKENIZER_FLAG, TOKENIZER_KEY, VideosConfig
 from vllm_packcache.core import policies
+from vllm_packcache.core.encoded import Encoding
 from vllm_packcache.core.grammar import LARGEST_ID, FrameGrammar, FrameIds, IdRange, VideoGrammar, grammar_of
 from vllm_packcache.core.layout import MAX_FRAMES, FrameLayout, VideoLayout
+from vllm_packcache.core.packing import Packing
 from vllm_packcache.core.plan import REQUEST_PREFIX as REQUEST_PREFIX
 from vllm_packcache.core.plan import Plan, Stream, Turn, VideoRequest
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
@@ -72,7 +75,7 @@ PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
-_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig)
+_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig, PrecisionConfig)
 
 
 def is_video_key(key: object) -> bool:
@@ -274,6 +277,7 @@ class ServerConfig:
         sessions: how long they wait and live.
         videos: over HTTP: whether there are any, and how long they are kept.
         guidance: of causal videos; None: none is guided.
+        precision: in how many bits older frames are held.
     """
 
     policy: Policy
@@ -285,6 +289,7 @@ class ServerConfig:
     sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
     videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
     guidance: GuidanceConfig | None = None
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
 
     @classmethod
     def parse(
@@ -319,13 +324,13 @@ class ServerConfig:
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
-        guidance = options.pop(GUIDANCE_KEY, None)
+        guidance, precision = (options.pop(name, None) for name in (GUIDANCE_KEY, PRECISION_KEY))
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY),
+            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY, PRECISION_KEY),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -348,6 +353,7 @@ class ServerConfig:
             _parse_part(SessionsConfig, sessions, "sessions"),
             _parse_part(VideosConfig, videos, "videos"),
             _parse_guidance(guidance, family, layout),
+            _parse_part(PrecisionConfig, precision, PRECISION_KEY),
         )
         try:
             config.fingerprint()
@@ -404,6 +410,8 @@ class ServerConfig:
         if self.guidance is not None:
             said = self.guidance.model_dump(mode="json", exclude_defaults=True)
             mapping[GUIDANCE_KEY] = said or True
+        if self.precision != PrecisionConfig():
+            mapping[PRECISION_KEY] = self.precision.model_dump(mode="json")
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -412,6 +420,18 @@ class ServerConfig:
     def streams(self) -> int:
         """Most streams of a request, each of which has blocks of its own."""
         return max(self.family.streams, 1 if self.guidance is None else 2)
+
+    def encoding(self, kv_heads: int, head_size: int, page_bytes: int) -> Encoding | None:
+        """How much room older frames take in a layer; None: as much as they took when they were new.
+
+        Args:
+            kv_heads: of a rank.
+            head_size: channels of a head.
+            page_bytes: of a block in the layer.
+        """
+        if not self.precision.encodes:
+            return None
+        return Encoding(Packing(self.precision.history, kv_heads, head_size), page_bytes)
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> Plan | None:
         """What a request keeps.
@@ -793,6 +813,7 @@ _RESERVED = {
     "sessions",
     "videos",
     GUIDANCE_KEY,
+    PRECISION_KEY,
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }

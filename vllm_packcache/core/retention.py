@@ -65,6 +65,20 @@ SECOND_BLOCKS = "_packcache_second_blocks"
 """Attribute of a step's schedule: what is `Written`, by request."""
 
 
+class Unit(NamedTuple):
+    """A frame that is held in fewer bits: see `vllm_packcache.core.encoded`.
+
+    Args:
+        frame: its number.
+        blocks: the logical blocks with its tag, whose tokens are read.
+        held: those that it lives in, the first of them.
+    """
+
+    frame: int
+    blocks: range
+    held: range
+
+
 class LiveSegment(NamedTuple):
     """The queries ``[start, stop)`` of one frame and the blocks they read.
 
@@ -134,6 +148,20 @@ class Retention:
             for other in range(max((known + 1 for known in self._decided if known < frame), default=0), frame):
                 self._keep_in_mind(other)
         return self._keep_in_mind(frame)
+
+    def plain(self, frame: int) -> BlockIndices:
+        """Those blocks of `past` that are read as they were written."""
+        return self.past(frame)
+
+    def units(self, frame: int) -> tuple[Unit, ...]:
+        """What of the past is read encoded while ``frame`` is made, the oldest first."""
+        del frame
+        return ()
+
+    def leaving(self, frame: int) -> Unit | None:
+        """What is to be encoded when ``frame`` is finished; None: nothing."""
+        del frame
+        return None
 
     def forget(self, frames: int, gone: range) -> None:
         """Some old frames are not counted any more: what comes behind them moves into their place.

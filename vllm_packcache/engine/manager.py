@@ -83,7 +83,8 @@ class Held:
         frame_ends: the request's token with which the next frame begins: before it, nothing is to be freed.
         quiet_until: the request's token up to which no more blocks are held, and no frame ends: nothing is to be told.
         decided: tokens, from the start, of which the policy has said what they read.
-        passes: that have been scheduled of the frame being made, where frames are made in passes.
+        passes: that have been scheduled of the frame being made, where frames are made in passes; those that compute
+            nothing are not scheduled.
         blocks: logical blocks.
         dropped_blocks: how many of them the policy has freed.
     """
@@ -159,6 +160,7 @@ class RetentionManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: RetentionSpec, *, enable_caching: bool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, enable_caching=enable_caching, **kwargs)
+        self._spec = kv_cache_spec
         self._config: ServerConfig = kv_cache_spec.server_config
         self.stream = kv_cache_spec.stream
         self._tokens_ahead = kv_cache_spec.tokens_ahead
@@ -531,7 +533,7 @@ class RetentionManager(FullAttentionManager):
         if made.as_stock:
             return None
         tokens = partial(_tokens_of, request, stream) if plan.policy.reads_tokens else None
-        retention = Retention(plan.layout, plan.policy, self.block_size, tokens)
+        retention = self._spec.retention_of(plan.layout, plan.policy, tokens)
         held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
         held.enter(CONDITION)
         record.phase = held.phase

@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 
 from vllm_packcache.engine.manager import RetentionManager, retention_managers
 from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.families.schedule import computed_passes
 
 
 class _WholePictures(Scheduler):
@@ -52,10 +53,10 @@ class _WholePictures(Scheduler):
             request = self.requests[name]
             made = managers[0].request(request)
             assert isinstance(made, CanvasRequest), "every request of such a model is one"
+            steps = computed_passes(made.options, made.grid)
             for manager in managers:
                 if (video := manager.video(request)) is not None:
-                    # One more than steps: the last pass commits the frame.
-                    video.passes = (video.passes + 1) % (made.options.steps + 1)
+                    video.passes = (video.passes + 1) % steps
 
 
 class CanvasScheduler(_WholePictures, DiffusionScheduler):

@@ -19,6 +19,10 @@ from vllm_packcache import families
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import POLICY_KEY, LayoutConfig, ServerConfig, read_config
 from vllm_packcache.config.videos import VideosConfig
+from vllm_packcache.core.encoded import Encoding, retention_of
+from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.policies import Policy
+from vllm_packcache.core.policies.base import Tokens
 from vllm_packcache.core.retention import Retention
 
 
@@ -67,6 +71,15 @@ class RetentionSpec(FullAttentionSpec):
         """The frame that the pool must have room for at start; None: the server knows of none."""
         return self.server_config.layout
 
+    @property
+    def encoding(self) -> Encoding | None:
+        """How much room older frames take in a layer; None: as much as they took when they were new."""
+        return self.server_config.encoding(self.num_kv_heads, self.head_size, self.page_size_bytes)
+
+    def retention_of(self, layout: VideoLayout, policy: Policy, tokens: Tokens | None = None) -> Retention:
+        """What a video keeps in blocks of this spec; see `Retention`."""
+        return retention_of(layout, policy, self.block_size, self.encoding, tokens)
+
     def most_blocks(self, max_model_len: int) -> int:
         """Blocks that the pool must have room for at start: those of the longest video in the server's layout.
 
@@ -77,7 +90,7 @@ class RetentionSpec(FullAttentionSpec):
         config, layout = self.server_config, self.usual_layout
         bounds = [cdiv(max_model_len, self.block_size)]
         if layout is not None:
-            usual = Retention(layout.shortest_condition(), config.policy, self.block_size)
+            usual = self.retention_of(layout.shortest_condition(), config.policy)
             bound = usual.most_blocks(self.tokens_ahead)
             if bound is not None:
                 bounds.append(bound)

@@ -167,6 +167,16 @@ class MaskedOptions:
             every frame begins with ``temperature``.
         share_history: published is True: both streams commit the same tokens. False: the unconditional stream commits
             nothing but mask tokens where visual ones are, which the public code's comments say was meant.
+        refresh: every so many computed passes the model computes the whole frame, in between only what is not settled;
+            at most `MAX_STEPS`. 1, as published: always the whole frame.
+        reuse: a pass before which a smaller share of the frame's tokens became known, since the last computed pass, is
+            not computed, but draws anew by what that one has left. 0, as published: every pass is computed.
+        guidance_interval: the unconditional stream is computed in every so-many-th computed pass; at most `MAX_STEPS`.
+            1, as published: in each.
+        guidance_from: share of the passes before which there is no guidance; published is 0.
+        guidance_until: share of the passes from which on there is none; published is 1.
+
+    What is computed then, in which pass, is in `vllm_packcache.families.schedule`.
 
     Raises:
         ValueError: a number is impossible; the message names it.
@@ -182,6 +192,11 @@ class MaskedOptions:
     remask: float = 0.7
     reset_temperature: bool = False
     share_history: bool = True
+    refresh: int = 1
+    reuse: float = 0.0
+    guidance_interval: int = 1
+    guidance_from: float = 0.0
+    guidance_until: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -198,11 +213,38 @@ class MaskedOptions:
             )
         if not 0 <= self.remask <= 1:
             raise ValueError(f"remask must lie between 0 and 1, not {shown(self.remask)}")
+        for name in ("refresh", "guidance_interval"):
+            if not 1 <= (number := getattr(self, name)) <= MAX_STEPS:
+                raise ValueError(f"{name} must be 1 or more and at most {MAX_STEPS}, not {shown(number)}")
+        for name in ("reuse", "guidance_from", "guidance_until"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {shown(share)}")
+        if not self.guided:
+            for name, usual in (("guidance_interval", 1), ("guidance_from", 0), ("guidance_until", 1)):
+                if (given := getattr(self, name)) != usual:
+                    raise ValueError(
+                        f"{name} is {shown(given)}, and with a guidance of 1 there is no unconditional stream: leave "
+                        "it out"
+                    )
+        elif not any(map(self.guides, range(self.steps))):
+            raise ValueError(
+                f"guidance_from {shown(self.guidance_from)} and guidance_until {shown(self.guidance_until)} leave none "
+                f"of {self.steps} passes with guidance: give a guidance of 1 instead"
+            )
 
     @property
     def guided(self) -> bool:
         """Whether there is an unconditional stream."""
         return self.guidance != 1
+
+    def guides(self, step: int) -> bool:
+        """Whether tokens are drawn with guidance in a step."""
+        return self.guided and self.guidance_from <= step / self.steps < self.guidance_until
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every pass draws by what it computed itself and of the whole frame, as published."""
+        return (self.refresh, self.reuse, self.guidance_interval) == (1, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -245,6 +287,14 @@ class CanvasRequest(VideoRequest):
     def unconditional(self) -> Plan | None:
         """Of the stream that begins with the video; None: the request is not guided."""
         return self.streams[1].plan if len(self.streams) > 1 else None
+
+    @property
+    def grid(self) -> Grid:
+        """Of its frames."""
+        grid = self.conditional.layout.frame.grid
+        assert grid is not None, "a frame is made of rows and columns"
+        rows, columns = grid
+        return rows, columns
 
     @property
     def text_tokens(self) -> int:

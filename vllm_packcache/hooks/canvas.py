@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from vllm_packcache.config.errors import ConfigError, named
+from vllm_packcache.config.errors import ConfigError, named, shown
 from vllm_packcache.config.formats import CANVAS_BACKENDS, check_masked
+from vllm_packcache.config.precision import PRECISION_KEY
 from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
+from vllm_packcache.core.encoded import EncodedRetention, Encoding
+from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.policies import Policy
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
 from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
@@ -149,6 +153,7 @@ def configure(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"--diffusion-config: canvas_length is {canvas}, and a frame has {frame} tokens: leave the option out"
         )
+    check_precision(config, vllm_config)
     # By this vLLM knows a model that denoises.
     model.hf_config.canvas_length = canvas
 
@@ -206,6 +211,47 @@ def configure(vllm_config: VllmConfig) -> None:
     installed = sorted(found.name for found in entry_points(group="vllm.logits_processors"))
     if installed:
         logger.warning("Logits processors that are installed have no effect on this model: %s", ", ".join(installed))
+
+
+def encoding_in(vllm_config: VllmConfig, config: ServerConfig) -> Encoding | None:
+    """How much room older frames take in a layer of a rank; None: as much as when they were new."""
+    model = vllm_config.model_config
+    heads, channels = model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()
+    page = vllm_config.cache_config.block_size * heads * 2 * channels * model.dtype.itemsize
+    return config.encoding(heads, channels, page)
+
+
+def check_precision(config: ServerConfig, vllm_config: VllmConfig) -> None:
+    """Check that older frames can be encoded.
+
+    Raises:
+        ConfigError: the cache has another format already, or the policy drops parts of frames.
+    """
+    if not config.precision.encodes:
+        return
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ConfigError(
+            f"{CONFIG_KEY}: {PRECISION_KEY}.history encodes what is in the model's precision, and --kv-cache-dtype is "
+            f"{shown(cache_dtype)}: leave one of the two out"
+        )
+    if config.grid is not None:
+        check_whole(VideoLayout(lumos.frame_layout(config.grid), 0), config.policy, vllm_config, config)
+
+
+def check_whole(layout: VideoLayout, policy: Policy, vllm_config: VllmConfig, config: ServerConfig) -> None:
+    """Check that a policy keeps older frames whole or not at all, where they are encoded.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    encoding = encoding_in(vllm_config, config)
+    if encoding is None:
+        return
+    try:
+        EncodedRetention(layout, policy, vllm_config.cache_config.block_size, encoding).check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 SEED = f"give {REQUEST_PREFIX}seed"
@@ -343,7 +389,9 @@ class CanvasServing(Serving):
                 f"max_tokens is {wanted}, and a frame has {frame} tokens: give {REQUEST_PREFIX}frames, or a multiple "
                 "of it"
             )
-        _check_blocks(plan, total, vllm_config, pool_blocks(vllm_config))
+        for stream in plan.streams:
+            check_whole(stream.plan.layout, stream.plan.policy, vllm_config, config)
+        _check_blocks(plan, total, vllm_config, config)
         params.max_tokens = wanted
         params.extra_args = {**(params.extra_args or {}), CANVAS_OPTION: frame}
 
@@ -367,12 +415,13 @@ class CanvasServing(Serving):
         params.ignore_eos = True
 
 
-def _check_blocks(plan: CanvasRequest, total: int, vllm_config: VllmConfig, available: int | None) -> None:
+def _check_blocks(plan: CanvasRequest, total: int, vllm_config: VllmConfig, config: ServerConfig) -> None:
+    available = pool_blocks(vllm_config)
     if available is None:
         return
     block_size = vllm_config.cache_config.block_size
     ahead = steps_ahead(vllm_config) * vllm_config.diffusion_config.canvas_length
-    blocks = held_blocks(plan.streams, total, block_size, ahead)
+    blocks = held_blocks(plan.streams, total, block_size, ahead, encoding_in(vllm_config, config))
     if blocks > available:
         options = ", ".join(f"{REQUEST_PREFIX}{field.name}" for field in fields(plan.conditional.policy))
         raise ConfigError(

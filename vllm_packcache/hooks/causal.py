@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.guidance import GUIDANCE_KEY
+from vllm_packcache.config.precision import PRECISION_KEY
 from vllm_packcache.config.server import (
     CONFIG_FLAG,
     POLICY_FLAG,
@@ -71,6 +72,11 @@ class CausalServing(Serving):
                     f"{POLICY_FLAG}: {model.model} {reason}: serve a decoder with full attention and RoPE in every "
                     f"layer, or start without {POLICY_FLAG}"
                 )
+        if config.precision.encodes:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: {PRECISION_KEY}.history is for models that make frames in passes, and {model.model} "
+                "reads its cache with every token, where all blocks have one format: choose one with --kv-cache-dtype"
+            )
         if config.layout is not None and config.layout.axis_scale is not None and not model.uses_mrope:
             raise ConfigError(
                 f"{CONFIG_FLAG}: layout: axis_scale is for positions with three axes, and {model.model} has one: leave "

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_packcache.config.server import ServerConfig, family_of
+from vllm_packcache.core.encoded import Encoding, retention_of
 from vllm_packcache.core.plan import Role, Stream
-from vllm_packcache.core.retention import Retention
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -98,7 +98,9 @@ def steps_ahead(vllm_config: VllmConfig) -> int:
     return vllm_config.max_concurrent_batches - 1
 
 
-def held_blocks(streams: Sequence[Stream], total: int, block_size: int, ahead: int) -> int:
+def held_blocks(
+    streams: Sequence[Stream], total: int, block_size: int, ahead: int, encoding: Encoding | None = None
+) -> int:
     """Blocks that a request of ``total`` tokens holds at most, in all its streams.
 
     Args:
@@ -106,10 +108,11 @@ def held_blocks(streams: Sequence[Stream], total: int, block_size: int, ahead: i
         total: tokens of the request.
         block_size: tokens of a KV-cache block.
         ahead: tokens that may be scheduled before a step has been processed.
+        encoding: how much room older frames take; None: as much as when they were new.
     """
     blocks = 0
     for stream in streams:
-        most = Retention(stream.plan.layout, stream.plan.policy, block_size).most_blocks(ahead)
+        most = retention_of(stream.plan.layout, stream.plan.policy, block_size, encoding).most_blocks(ahead)
         length = -(-stream.own_tokens(total) // block_size)
         blocks += length if most is None else min(length, most)
     return blocks

@@ -11,7 +11,7 @@ Source: Lumos-1, arXiv 2507.08801, and its public inference code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.nn.functional import layer_norm, linear
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -31,6 +32,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from vllm_packcache.core.positions import Float64, Int64, mm_rope_axes
 from vllm_packcache.families.lumos import HEAD_NORM_EPS, VISUAL_BEGIN, LumosConfig
+from vllm_packcache.worker.history.store import History, Read
 
 UNUSED_WEIGHTS = ("model.vqmodel.", "rotary_emb.inv_freq")
 """In the names of what a checkpoint may carry beside the model: Chameleon's image tokenizer, tables of old exports."""
@@ -40,6 +42,25 @@ class StreamAttention(Attention):
     """vLLM's attention over the cache of one of the two streams."""
 
     stream: ClassVar[int]
+    reads: Sequence[Read] | None = None
+    """How the rows of a step read, one after the other; None: all of them read the cache as it is."""
+    history: History | None = None
+    """Of the frames that are encoded."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the rows read, [n, heads x D], once their keys and values are written."""
+        if self.reads is None:
+            return super().forward(query, key, value, *args, **kwargs)
+        unified_kv_cache_update(key, value, self.layer_name)
+        output = torch.empty_like(query)
+        for rows, metadata, past in self.reads:
+            cache = self.kv_cache
+            if past is not None:
+                assert self.history is not None, "what is encoded has been encoded by somebody"
+                cache = self.history.gather(self, past)
+            own = (query[rows], key[rows], value[rows], cache, metadata[self.layer_name])
+            self.impl.forward(self, *own, output=output[rows])
+        return output.flatten(1)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
         """The spec of this stream's cache: streams must not come to share a group of caches."""
@@ -299,6 +320,12 @@ class LumosForConditionalGeneration(nn.Module, SupportsQuant):
     def rotary(self) -> tuple[Float64, Int64]:
         """How keys are rotated: ``frequencies`` and ``axis_of`` of `MMRotary`, whose docstring says what pairs are."""
         return self.model.rotary.frequencies, self.model.rotary.axis_of
+
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """By what keys at ``positions`` [3, n] are turned: cosines and sines for `rotate`."""
+        return self.model.rotary(positions)
+
+    rotate = staticmethod(rotate)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings [n, hidden] of ids [n]."""

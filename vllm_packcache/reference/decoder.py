@@ -46,6 +46,7 @@ class Decoder:
         start: int,
         cache: Tensor,
         attend: Callable[[Tensor, Tensor], Tensor],
+        places: Tensor | None = None,
     ) -> Tensor:
         """Compute the tokens ``[start, start + n)``, write their keys and values to ``cache``.
 
@@ -55,12 +56,13 @@ class Decoder:
             cache: of `new_cache`.
             attend: from queries [n, H, D], un-rotated, and the cache of a layer [2, T, G, D] to what the queries read,
                 [n, H, D].
+            places: int64, [n], indices of the tokens where they do not follow each other.
 
         Returns:
             float32, [n, hidden], after the last norm.
         """
         config = self.config
-        stop = start + len(token_ids)
+        where = torch.arange(start, start + len(token_ids)) if places is None else places
         hidden = self._weights["model.embed_tokens.weight"][torch.as_tensor(token_ids)]
 
         def attention(normed: Tensor, prefix: str, cached: Tensor) -> Tensor:
@@ -68,8 +70,8 @@ class Decoder:
                 self._linear(normed, f"{prefix}.{name}_proj").unflatten(-1, (-1, config.head_dim)) for name in "qkv"
             )
             queries, keys = self._head_norm(queries, f"{prefix}.q_norm"), self._head_norm(keys, f"{prefix}.k_norm")
-            cached[0, start:stop] = keys
-            cached[1, start:stop] = values
+            cached[0, where] = keys
+            cached[1, where] = values
             return self._linear(attend(queries, cached).flatten(1), f"{prefix}.o_proj")
 
         def mlp(normed: Tensor, prefix: str) -> Tensor:

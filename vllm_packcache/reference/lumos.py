@@ -46,7 +46,9 @@ class LumosReference(Decoder):
         """
         return cls(LumosConfig.from_json(read_config(path)), read_weights(path))
 
-    def run(self, token_ids: Tensor, start: int, cache: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def run(
+        self, token_ids: Tensor, start: int, cache: Tensor, at: Tensor, mask: Tensor, some: Tensor | None = None
+    ) -> Tensor:
         """Compute the tokens ``[start, start + n)``, write their keys and values to ``cache``.
 
         Args:
@@ -55,16 +57,19 @@ class LumosReference(Decoder):
             cache: of `new_cache`.
             at: [axes, start + n], the positions of these and all earlier tokens while they are computed.
             mask: bool, [n, start + n]: which key each of them sees.
+            some: int64, [m], which of the n tokens are computed; of the others is seen what ``cache`` has. None: all.
 
         Returns:
-            float32, [n, hidden]: for `visual_logits`.
+            float32, [m, hidden]: for `visual_logits`.
         """
         stop = start + len(token_ids)
+        rows = torch.arange(len(token_ids)) if some is None else some
         return self.hidden_states(
-            token_ids,
+            token_ids[rows],
             start,
             cache,
-            lambda queries, cached: self.attention(queries, at[:, start:], cached[:, :stop], at, mask),
+            lambda queries, cached: self.attention(queries, at[:, start + rows], cached[:, :stop], at, mask[rows]),
+            start + rows,
         )
 
     def visual_logits(self, hidden: Tensor) -> Tensor:

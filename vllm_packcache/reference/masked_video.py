@@ -1,5 +1,8 @@
 """The published loop of Lumos-1, literally: two streams, steps that unmask, a commit that masks again.
 
+And the same with less of it computed (see `vllm_packcache.families.schedule`), no less literally: what is left out
+stays in a stream's cache, and among its last states, as it was.
+
 One request at a time. Each stream keeps its whole history; the method is a mask and positions, which change with the
 frame and not with the pass. A pass of a frame writes over what the pass before it wrote, which is the published cutting
 of the cache back to the frame's start.
@@ -9,18 +12,20 @@ Source: Lumos-1, arXiv 2507.08801, and its public inference code; PackCache, arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_packcache.core.blocks import BlockMap
 from vllm_packcache.core.layout import CONDITION
 from vllm_packcache.core.plan import Plan
 from vllm_packcache.core.positions import Positions
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions, StepNoise
+from vllm_packcache.families.schedule import schedule
 from vllm_packcache.reference.lumos import LumosReference
 from vllm_packcache.reference.visibility import frame_visibility, positions
 
@@ -39,6 +44,10 @@ class Step(NamedTuple):
     ids: Tensor
     drawing_margin: float
     masking_margin: float
+
+
+Fading = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From keys before RoPE and values of a layer, float32 [n, G, D], to what is left of them in an older frame."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class MaskedVideo:
         plan: layout, policy and positions of the conditional stream; those of the unconditional one follow.
         options: of the request.
         block_size: tokens of a KV-cache block.
+        fading: what becomes of a frame's blocks when it is no longer the newest; None: nothing.
 
     Raises:
         ValueError: the prompt is not of this layout, or nothing can be masked in its frames.
@@ -86,13 +96,16 @@ class MaskedVideo:
         plan: Plan,
         options: MaskedOptions,
         block_size: int = 32,
+        fading: Fading | None = None,
     ) -> None:
         layout = plan.layout
         if layout.frame.grid is None:
             raise ValueError("grid is needed: a frame is made of rows and columns")
         if layout.frame != lumos.frame_layout(layout.frame.grid):
             raise ValueError(f"the frame's special tokens are not those of this model: {layout.frame}")
-        self._offsets = torch.from_numpy(lumos.visual_offsets(layout.frame.grid).copy())
+        rows, columns = layout.frame.grid
+        self._grid = rows, columns
+        self._offsets = torch.from_numpy(lumos.visual_offsets(self._grid).copy())
         if len(self._offsets) < 2:
             raise ValueError("grid must have two visual tokens at least: one stays masked until the last step")
         self.first_frame = lumos.given_frames(prompt_ids, layout)
@@ -100,12 +113,12 @@ class MaskedVideo:
         self.plan = plan
         self._model = model
         prompt = torch.tensor(prompt_ids)
-        self._conditional = _Stream(model, prompt, frames, plan, block_size)
+        self._conditional = _Stream(model, prompt, frames, plan, block_size, fading)
         self._unconditional: _Stream | None = None
         if options.guided:
             without_text = unconditional_plan(plan)
             start = layout.condition_tokens - without_text.layout.condition_tokens
-            self._unconditional = _Stream(model, prompt[start:], frames, without_text, block_size)
+            self._unconditional = _Stream(model, prompt[start:], frames, without_text, block_size, fading)
 
     @torch.inference_mode()
     def make(self, frame: int) -> tuple[Tensor, Tensor]:
@@ -114,21 +127,25 @@ class MaskedVideo:
         Returns:
             int64, [F], its ids, and float64, [steps, 2], its margins.
         """
-        assert self.plan.layout.frame.grid is not None
-        ids = torch.from_numpy(lumos.masked_frame(self.plan.layout.frame.grid))
+        options = self.options
+        ids = torch.from_numpy(lumos.masked_frame(self._grid))
+        making = [_Making(stream, frame) for stream in self._streams]
         margins = []
-        for step in range(self.options.steps):
-            noise = lumos.step_noise(self.options.seed, frame, step, len(self._offsets))
-            tau = lumos.temperature(self.options, frame - self.first_frame, step)
-            done = unmask(self._guided_logits(frame, ids), ids[self._offsets], noise, step, self.options.steps, tau)
+        for step, own in enumerate(schedule(options, self._grid)):
+            for stream, rows in zip(making, own.rows, strict=False):
+                if rows:
+                    stream.compute(ids, whole=rows == len(ids))
+            noise = lumos.step_noise(options.seed, frame, step, len(self._offsets))
+            tau = lumos.temperature(options, frame - self.first_frame, step)
+            logits = self._logits([stream.states for stream in making[: 2 if own.guided else 1]])
+            done = unmask(logits, ids[self._offsets], noise, step, options.steps, tau, forgets=options.fresh)
             ids[self._offsets] = done.ids
             margins.append(done[1:])
         return ids, torch.tensor(margins, dtype=torch.float64)
 
     def states(self, frame: int, ids: Tensor) -> list[Tensor]:
         """One pass of a frame [F], which the next writes over: states of all streams [F, hidden], conditional first."""
-        streams = (self._conditional, self._unconditional)
-        return [stream.picture(frame, ids) for stream in streams if stream is not None]
+        return [stream.picture(frame, ids) for stream in self._streams]
 
     @torch.inference_mode()
     def commit(self, frame: int, ids: Tensor) -> None:
@@ -139,9 +156,8 @@ class MaskedVideo:
             ids: [F].
         """
         # What a policy reads are the ids that the request gets, whatever is committed of them.
-        for stream in (self._conditional, self._unconditional):
-            if stream is not None:
-                stream.token_ids += ids.tolist()
+        for stream in self._streams:
+            stream.token_ids += ids.tolist()
         self._conditional.picture(frame, self._committed(ids))
         if self._unconditional is not None:
             if not self.options.share_history:
@@ -152,11 +168,18 @@ class MaskedVideo:
     def _committed(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(lumos.committed(ids.numpy(), self.options.remask))
 
-    def _guided_logits(self, frame: int, ids: Tensor) -> Tensor:
-        """Logits of the visual ids at the visual tokens, [N, V]: ``u + s (c - u)``. Source: arXiv 2207.12598."""
-        conditional, *unconditional = (
-            self._model.visual_logits(states[self._offsets]) for states in self.states(frame, ids)
-        )
+    @property
+    def _streams(self) -> list[_Stream]:
+        """The conditional one first."""
+        return [stream for stream in (self._conditional, self._unconditional) if stream is not None]
+
+    def _logits(self, states: Sequence[Tensor]) -> Tensor:
+        """Logits of the visual ids at the visual tokens, [N, V]: ``u + s (c - u)``. Source: arXiv 2207.12598.
+
+        Args:
+            states: [F, hidden], of the conditional stream, and of the unconditional one where there is guidance.
+        """
+        conditional, *unconditional = (self._model.visual_logits(own[self._offsets]) for own in states)
         if not unconditional:
             return conditional
         return self.options.guidance * (conditional - unconditional[0]) + unconditional[0]
@@ -169,6 +192,7 @@ def generate_masked(
     plan: Plan,
     options: MaskedOptions,
     block_size: int = 32,
+    fading: Fading | None = None,
 ) -> MaskedGeneration:
     """Make the frames that follow a prompt.
 
@@ -179,6 +203,7 @@ def generate_masked(
         plan: layout, policy and positions of the request.
         options: how they are made.
         block_size: tokens of a KV-cache block.
+        fading: of older frames, see `MaskedVideo`.
 
     Raises:
         ValueError: the prompt is not of this layout, or there are no frames to make.
@@ -186,7 +211,7 @@ def generate_masked(
     if frames < 1:
         raise ValueError(f"frames must be 1 or more, not {frames}")
     given = lumos.given_frames(prompt_ids, plan.layout)
-    video = MaskedVideo(model, prompt_ids, given + frames, plan, options, block_size)
+    video = MaskedVideo(model, prompt_ids, given + frames, plan, options, block_size, fading)
     made, margins = [], []
     for frame in range(given, given + frames):
         ids, margin = video.make(frame)
@@ -196,7 +221,16 @@ def generate_masked(
     return MaskedGeneration(torch.stack(made), torch.stack(margins))
 
 
-def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: int, tau: float) -> Step:
+def unmask(
+    logits: Tensor,
+    current: Tensor,
+    noise: StepNoise,
+    step: int,
+    steps: int,
+    tau: float,
+    *,
+    forgets: bool = True,
+) -> Step:
     """One step: draw every unknown token, mask the least confident ones again.
 
     What is as confident as the token that cuts is not masked, so ties leave fewer unknown than the schedule says. Known
@@ -210,6 +244,7 @@ def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: 
         step: 0 to ``steps`` - 1; the last one masks nothing.
         steps: S.
         tau: temperature of the confidence's noise.
+        forgets: whether a known token may be masked again. False: none is, as nothing was computed to draw it by.
     """
     probabilities = logits.softmax(-1)
     sums = probabilities.double().cumsum(-1)
@@ -227,7 +262,7 @@ def unmask(logits: Tensor, current: Tensor, noise: StepNoise, step: int, steps: 
     confidence = drawn.clamp(min=lumos.LEAST_PROBABILITY).log() + tau * torch.from_numpy(noise.gumbel)
     ascending = confidence.sort().values
     cut = ascending[lumos.still_masked(step, steps, len(current), int(unknown.sum()))]
-    again = confidence < cut
+    again = (confidence < cut) & (unknown | forgets)
     masking_margin = (cut - confidence[again].max()).item() if again.any() else float("inf")
     return Step(torch.where(again, lumos.MASK, proposed), drawing_margin, masking_margin)
 
@@ -241,10 +276,20 @@ class _Stream:
         frames: of the layout.
         plan: of this stream.
         block_size: tokens of a KV-cache block.
+        fading: of older frames.
     """
 
-    def __init__(self, model: LumosReference, prompt: Tensor, frames: int, plan: Plan, block_size: int) -> None:
-        self._model, self._plan, self._block_size = model, plan, block_size
+    def __init__(
+        self,
+        model: LumosReference,
+        prompt: Tensor,
+        frames: int,
+        plan: Plan,
+        block_size: int,
+        fading: Fading | None,
+    ) -> None:
+        self._model, self._plan, self._block_size, self._fading = model, plan, block_size, fading
+        self._faded = 0
         layout = plan.layout
         self._cache = model.new_cache(layout.frame_start(frames))
         self.token_ids: list[int] = prompt.tolist()
@@ -256,19 +301,63 @@ class _Stream:
         for frame in range((len(prompt) - layout.condition_tokens) // layout.tokens_per_frame):
             self.picture(frame, prompt[layout.frame_start(frame) : layout.frame_start(frame + 1)])
 
-    def picture(self, frame: int, ids: Tensor) -> Tensor:
+    def picture(self, frame: int, ids: Tensor, some: Tensor | None = None) -> Tensor:
         """One pass of a frame [F]: every token sees the live history and the whole frame.
 
+        Args:
+            frame: its number.
+            ids: [F].
+            some: int64, [m], which of them are computed; None: all.
+
         Returns:
-            float32, [F, hidden].
+            float32, [m, hidden].
         """
+        self._fade(frame)
         seen = frame_visibility(self._plan, self._block_size, frame, self.token_ids)
-        return self._run(ids, self._plan.layout.frame_start(frame), frame, seen[None])
+        return self._run(ids, self._plan.layout.frame_start(frame), frame, seen[None], some)
+
+    def _fade(self, frame: int) -> None:
+        """The blocks of frames fade that are older than the newest while ``frame`` is made, each once."""
+        blocks_of = BlockMap(self._plan.layout, self._block_size).frame_blocks
+        while self._fading is not None and self._faded < frame - 1:
+            blocks = blocks_of(self._faded)
+            self._faded += 1
+            tokens = slice(blocks.start * self._block_size, blocks.stop * self._block_size)
+            for keys, values in self._cache if blocks else ():
+                keys[tokens], values[tokens] = self._fading(keys[tokens], values[tokens])
 
     @torch.inference_mode()
-    def _run(self, ids: Tensor, start: int, frame: int, mask: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, start: int, frame: int, mask: Tensor, some: Tensor | None = None) -> Tensor:
         at = positions(self._plan, self._block_size, start + len(ids), frame)
-        return self._model.run(ids, start, self._cache, at, mask.expand(len(ids), -1))
+        return self._model.run(ids, start, self._cache, at, mask.expand(len(ids), -1), some)
+
+
+class _Making:
+    """A frame that is being made, in one stream.
+
+    Args:
+        stream: which.
+        frame: its number.
+
+    Attributes:
+        states: float32, [F, hidden]: of every token what was computed of it last.
+    """
+
+    def __init__(self, stream: _Stream, frame: int) -> None:
+        self._stream, self._frame = stream, frame
+        self._masked: Tensor | None = None
+        self.states = torch.empty(0)
+
+    def compute(self, ids: Tensor, *, whole: bool) -> None:
+        """A pass of ids [F]: of all of them, or of those that were masked when this was done last."""
+        if whole:
+            self.states = self._stream.picture(self._frame, ids)
+        else:
+            assert self._masked is not None, "the first pass of a frame is whole"
+            (some,) = self._masked.nonzero(as_tuple=True)
+            if len(some):
+                self.states[some] = self._stream.picture(self._frame, ids, some)
+        self._masked = ids == lumos.MASK
 
 
 def unconditional_plan(plan: Plan) -> Plan:

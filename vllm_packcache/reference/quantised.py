@@ -86,9 +86,13 @@ class QuantisedLumosReference(LumosReference):
         # Of each cache: where its keys are.
         self._at: dict[int, Tensor] = {}
 
-    def run(self, token_ids: Tensor, start: int, cache: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def run(
+        self, token_ids: Tensor, start: int, cache: Tensor, at: Tensor, mask: Tensor, some: Tensor | None = None
+    ) -> Tensor:
         """See `LumosReference.run`."""
         stop, moved = start + len(token_ids), None
+        rows = torch.arange(len(token_ids)) if some is None else some
+        places = start + rows
         if start:
             moved = at[:, :start] - self._at[cache.data_ptr()][:, :start]
         self._at[cache.data_ptr()] = at
@@ -96,11 +100,11 @@ class QuantisedLumosReference(LumosReference):
         def attend(queries: Tensor, cached: Tensor) -> Tensor:
             if moved is not None:
                 slide(cached[0, :start], moved, self.rotate, self._turned)
-            cached[0, start:stop] = self._written(self.rotate(cached[0, start:stop], at[:, start:]))
-            cached[1, start:stop] = self._written(cached[1, start:stop])
-            return self.attention(queries, at[:, start:], cached[:, :stop], torch.zeros_like(at), mask)
+            cached[0, places] = self._written(self.rotate(cached[0, places], at[:, places]))
+            cached[1, places] = self._written(cached[1, places])
+            return self.attention(queries, at[:, places], cached[:, :stop], torch.zeros_like(at), mask[rows])
 
-        return self.hidden_states(token_ids, start, cache, attend)
+        return self.hidden_states(token_ids[rows], start, cache, attend, places)
 
 
 def slide(keys: Tensor, moved: Tensor, rotate: Callable[[Tensor, Tensor], Tensor], turned: Rounding) -> None:

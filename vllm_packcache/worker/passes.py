@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import chain
+from functools import cached_property, lru_cache, partial
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,9 +37,10 @@ from vllm_packcache.core.positions import Int64
 from vllm_packcache.core.retention import Decision, Retention
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.worker.history.store import Encoded, History, Leaving, Past, Read, Turn
 from vllm_packcache.worker.keys.layout import cached_keys, settle_scales
 from vllm_packcache.worker.keys.rotation import KeyRotation, Rotary
-from vllm_packcache.worker.sampler import Canvas, CanvasSampler
+from vllm_packcache.worker.sampler import Asked, Canvas, CanvasSampler
 
 if TYPE_CHECKING:
     from vllm.config.compilation import CUDAGraphMode
@@ -52,21 +53,28 @@ if TYPE_CHECKING:
 
 _AXES = 3
 
+NO_SLOT = -1
+"""Keys of a token with this slot are written nowhere."""
+
 
 class Picture(NamedTuple):
     """What all passes of one picture in one stream have in common.
 
     Attributes:
         blocks: int32, [live blocks]: what its tokens read, their own blocks at the end.
-        seq_len: live tokens in them.
+        seq_len: live tokens in them, and in what is encoded.
         positions: int64, [3, F].
         slots: int64, [F]: where its keys are written.
+        past: the same as ``blocks``, and what of the past is encoded; None: nothing is.
+        leaving: the frame that is to be encoded when this one is committed; None: none is.
     """
 
     blocks: Tensor
     seq_len: int
     positions: Tensor
     slots: Tensor
+    past: Past | None
+    leaving: Leaving | None
 
 
 class Rows(NamedTuple):
@@ -79,6 +87,7 @@ class Rows(NamedTuple):
         blocks: int32, [b]: those of the row that reads most.
         seq_lens: what each row reads, [rows].
         queries: tokens of each row.
+        past: of a picture, see `Picture`.
     """
 
     ids: Tensor
@@ -87,11 +96,17 @@ class Rows(NamedTuple):
     blocks: Tensor
     seq_lens: Int64
     queries: int
+    past: Past | None = None
 
     @classmethod
-    def of(cls, picture: Picture, ids: Tensor) -> Rows:
-        """The rows of a pass of ``picture``: one."""
-        return cls(ids, picture.positions, picture.slots, picture.blocks, np.array([picture.seq_len]), len(ids))
+    def of(cls, picture: Picture, ids: Tensor, asked: Asked | None = None) -> Rows:
+        """The rows of a pass of ``picture``, with ids [F]: one, of all its tokens or of those that are asked for."""
+        positions, slots = picture.positions, picture.slots
+        if asked is not None and asked.some is not None:
+            assert asked.written is not None, "of some it is said whose keys are written"
+            ids, positions, slots = ids[asked.some], positions[:, asked.some], slots[asked.some]
+            slots = torch.where(asked.written, slots, NO_SLOT)
+        return cls(ids, positions, slots, picture.blocks, np.array([picture.seq_len]), len(ids), picture.past)
 
 
 @dataclass
@@ -140,6 +155,20 @@ class CanvasState:
     entered: int = CONDITION
 
 
+class Left(NamedTuple):
+    """A frame of a video that the last step has made one to be encoded.
+
+    Attributes:
+        video: whose.
+        group: the KV cache group of the stream.
+        frame: where it is.
+    """
+
+    video: CanvasState
+    group: int
+    frame: Leaving
+
+
 @dataclass(frozen=True)
 class Batch:
     """A step.
@@ -169,6 +198,8 @@ class CanvasModelState(ModelState):
         assert config is not None, "a family of canvases is always on"
         self._config = config
         self._videos: dict[str, CanvasState | None] = {}
+        self._history: History | None = None
+        self._left: list[Left] = []
         self._batch: Batch | None = None
         self._nothing = torch.empty(0, dtype=torch.int64, device=self.device)
 
@@ -186,7 +217,8 @@ class CanvasModelState(ModelState):
         if sorted(streams, key=str) != [0, 1]:
             raise RuntimeError(f"a family of canvases has a KV cache group for each stream, not {len(groups)} groups")
         self._groups = (streams.index(0), streams.index(1))
-        self._block_size = groups[0].kv_cache_spec.block_size
+        self._specs = [group.kv_cache_spec for group in groups]
+        self._block_size = self._specs[0].block_size
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [[layers[name] for name in group.layer_names] for group in groups]
         for layer in chain.from_iterable(self._layers):
@@ -194,6 +226,9 @@ class CanvasModelState(ModelState):
         if self._config.positions == "rebase":
             for layer in chain.from_iterable(self._layers):
                 cached_keys(layer)
+        encoding = self._specs[0].encoding
+        if encoding is not None:
+            self._history = History(encoding.packing, self._block_size, self.model.rotate)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request comes, or comes back after a preemption."""
@@ -207,7 +242,7 @@ class CanvasModelState(ModelState):
         assert isinstance(request, CanvasRequest), "every request of such a model is one"
         layout = request.conditional.layout
         streams = [
-            StreamState(own, Retention(own.plan.layout, own.plan.policy, self._block_size), group)
+            StreamState(own, self._specs[group].retention_of(own.plan.layout, own.plan.policy), group)
             for own, group in zip(request.streams, self._groups, strict=False)
         ]
         tokens = np.array(new_req_data.prefill_token_ids, dtype=np.int64)
@@ -236,11 +271,13 @@ class CanvasModelState(ModelState):
     ) -> None:
         """Put together what a step computes; cached keys move where a window slides."""
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        # Before anything of this step is written: blocks that encoding frees may be another request's by now.
+        self._encode_what_left()
         rows: list[list[Rows]] = [[], []]
         canvases: dict[int, Canvas] = {}
-        chosen: list[Tensor] = []
-        # The unconditional streams' rows come behind all that vLLM has scheduled.
-        unconditional = input_batch.num_tokens
+        # By group, which of its rows tokens are chosen by, and how many rows it has so far.
+        chosen: list[tuple[int, Tensor]] = []
+        counts = [0, 0]
         for index, name in enumerate(input_batch.req_ids):
             video = self._videos[name]
             blocks = [table[index] for table in block_tables]
@@ -250,22 +287,26 @@ class CanvasModelState(ModelState):
             count = int(input_batch.num_scheduled_tokens[index])
             if video is None:
                 ids = input_batch.input_ids[first : first + count]
-                rows[self._groups[0]].append(self._unplanned(ids, start, blocks[self._groups[0]]))
-                continue
-            if input_batch.num_draft_tokens_per_req[index] > 0:
+                computed = iter([(self._groups[0], self._unplanned(ids, start, blocks[self._groups[0]]))])
+            elif input_batch.num_draft_tokens_per_req[index] > 0:
                 canvas = canvases[index] = video.canvas
-                if not canvas.commits:
-                    offsets = canvas.unknown_offsets()
-                    chosen += [offsets + at for at in (first, unconditional)[: len(video.streams)]]
-                computed = self._canvas_rows(video, count, blocks)
+                asked = [None, None] if canvas.commits else canvas.ask()
+                chosen += [
+                    (group, counts[group] + own.chosen)
+                    for group, own in zip(self._groups, asked, strict=True)
+                    if own is not None
+                ]
+                computed = self._canvas_rows(video, count, blocks, asked)
             elif start < video.request.text_tokens:
                 computed = self._text_rows(video, start, start + count, blocks)
             else:
                 computed = self._given_rows(video, start, start + count, blocks)
             for group, own in computed:
                 rows[group].append(own)
-                unconditional += len(own.ids) if group == self._groups[1] else 0
-        self._batch = Batch(input_batch, rows, canvases, torch.cat(chosen) if chosen else self._nothing)
+                counts[group] += len(own.ids)
+        # The unconditional streams' rows come behind all others.
+        places = [own + (counts[self._groups[0]] if group == self._groups[1] else 0) for group, own in chosen]
+        self._batch = Batch(input_batch, rows, canvases, torch.cat(places) if places else self._nothing)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         """There are none."""
@@ -325,13 +366,28 @@ class CanvasModelState(ModelState):
             )
         metadata: dict[str, Any] = {}
         for group, rows in enumerate(batch.rows):
+            for layer in self._layers[group]:
+                layer.reads = None
             if not rows:
                 continue
             slots = torch.cat([own.slots for own in rows])
             # The layers write their keys where the runner's mapping says, which counts the tokens of one stream.
-            slot_mappings[group].fill_(-1)
+            slot_mappings[group].fill_(NO_SLOT)
             slot_mappings[group, : len(slots)] = slots
-            metadata |= self._attention(rows, group, slot_mappings[:, : len(slots)], attn_groups, kv_cache_config)
+            attend = partial(self._attention, group=group, attn_groups=attn_groups, kv_cache_config=kv_cache_config)
+            if all(own.past is None for own in rows):
+                metadata |= attend(rows, slot_mappings=slot_mappings[:, : len(slots)])
+                continue
+            reads = []
+            first = 0
+            for together in _read_together(rows):
+                some = slice(first, first + sum(len(own.ids) for own in together))
+                reads.append(Read(some, attend(together, slot_mappings=slot_mappings[:, some]), together[0].past))
+                first = some.stop
+            for layer in self._layers[group]:
+                layer.reads = reads
+                layer.history = self._history
+            metadata |= reads[0].metadata
         return metadata
 
     def _attention(
@@ -347,10 +403,11 @@ class CanvasModelState(ModelState):
         queries = np.concatenate([np.full(len(own.seq_lens), own.queries) for own in rows])
         starts = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(queries, out=starts[1:])
-        table = torch.zeros(len(lengths), max(len(own.blocks) for own in rows), dtype=torch.int32, device=self.device)
+        tables = [own.blocks if own.past is None else self._scratch_table(own.past) for own in rows]
+        table = torch.zeros(len(lengths), max(map(len, tables)), dtype=torch.int32, device=self.device)
         first = 0
-        for own in rows:
-            table[first : first + len(own.seq_lens), : len(own.blocks)] = own.blocks
+        for own, blocks in zip(rows, tables, strict=True):
+            table[first : first + len(own.seq_lens), : len(blocks)] = blocks
             first += len(own.seq_lens)
         return build_attn_metadata(
             attn_groups=[own if index == group else [] for index, own in enumerate(attn_groups)],
@@ -367,6 +424,18 @@ class CanvasModelState(ModelState):
             kv_cache_config=kv_cache_config,
             causal=False,
         )
+
+    def _scratch_table(self, past: Past) -> Tensor:
+        return torch.arange(past.blocks, dtype=torch.int32, device=self.device)
+
+    def _encode_what_left(self) -> None:
+        """Encode the frames behind which another one has been committed in the last step."""
+        left, self._left = self._left, []
+        for video, group, frame in left:
+            # It may have ended, or have been preempted.
+            if any(video is running for running in self._videos.values()):
+                assert self._history is not None, "nothing leaves where nothing is encoded"
+                self._history.encode(self._layers[group], frame)
 
     def _canvases_of(self, input_batch: InputBatch) -> dict[int, Canvas] | None:
         """The canvases of a step; None: it is one that vLLM profiles memory with."""
@@ -419,10 +488,20 @@ class CanvasModelState(ModelState):
         for index, stream in enumerate(video.streams):
             picture = self._picture(stream, start - stream.start, frame, blocks[stream.group])
             shown = committed(ids, video.request, conditional=index == 0) if made else ids
+            self._leave(video, stream, picture)
             yield stream.group, Rows.of(picture, shown)
 
-    def _canvas_rows(self, video: CanvasState, count: int, blocks: Sequence[Tensor]) -> Iterator[tuple[int, Rows]]:
-        """A pass of the frame that is being made."""
+    def _canvas_rows(
+        self, video: CanvasState, count: int, blocks: Sequence[Tensor], asked: Sequence[Asked | None]
+    ) -> Iterator[tuple[int, Rows]]:
+        """A pass of the frame that is being made.
+
+        Args:
+            video: whose.
+            count: tokens that vLLM has scheduled of it: a frame, however many of them are computed.
+            blocks: int32, its block table in each group.
+            asked: what is computed in each stream; the commit asks nothing, and computes all.
+        """
         canvas, layout = video.canvas, video.request.conditional.layout
         if count != layout.tokens_per_frame:
             raise RuntimeError(f"{count} tokens of a frame of {layout.tokens_per_frame}: the scheduler cut it")
@@ -434,8 +513,17 @@ class CanvasModelState(ModelState):
             ]
             video.entered = canvas.frame
         for index, (stream, picture) in enumerate(zip(video.streams, video.pictures, strict=True)):
-            ids = committed(canvas.ids, video.request, conditional=index == 0) if canvas.commits else canvas.ids
-            yield stream.group, Rows.of(picture, ids)
+            if canvas.commits:
+                ids = committed(canvas.ids, video.request, conditional=index == 0)
+                self._leave(video, stream, picture)
+                yield stream.group, Rows.of(picture, ids)
+            elif (own := asked[index]) is not None:
+                yield stream.group, Rows.of(picture, canvas.ids, own)
+
+    def _leave(self, video: CanvasState, stream: StreamState, picture: Picture) -> None:
+        """Note what is to be encoded when this step has committed ``picture``."""
+        if picture.leaving is not None:
+            self._left.append(Left(video, stream.group, picture.leaving))
 
     def _picture(self, stream: StreamState, start: int, frame: int, blocks: Tensor) -> Picture:
         """Enter a picture: the window slides if it does, and what is read of the past is put together.
@@ -450,17 +538,40 @@ class CanvasModelState(ModelState):
         stop = start + layout.tokens_per_frame
         past, first = np.empty(0, dtype=np.int64), 0
         if frame != CONDITION:
-            past, first = stream.retention.past(frame), stream.retention.blocks.tail_start(frame)
+            past, first = stream.retention.plain(frame), stream.retention.blocks.tail_start(frame)
             if positions.slides(start):
                 self._rotations[stream.group].slide(stream.retention, positions, start, blocks)
         logical = np.concatenate([past, np.arange(first, -(-stop // self._block_size))])
         tokens = np.arange(start, stop)
+        read = blocks[async_tensor_h2d(logical, device=self.device)]
+        encoded = [
+            Encoded(self._of(blocks, unit.held), len(unit.blocks), self._turn(stream, frame, unit.blocks))
+            for unit in stream.retention.units(frame)
+        ]
+        leaving, unit = None, stream.retention.leaving(frame)
+        if unit is not None:
+            turn = self._turn(stream, frame, unit.blocks)
+            leaving = Leaving(self._of(blocks, unit.blocks), len(unit.held), turn)
+        live = len(past) + sum(unit.blocks for unit in encoded)
         return Picture(
-            blocks[async_tensor_h2d(logical, device=self.device)],
-            len(past) * self._block_size + stop - first * self._block_size,
+            read,
+            live * self._block_size + stop - first * self._block_size,
             async_tensor_h2d(positions.of(tokens, positions.window_start(frame)), device=self.device),
             self._slots(async_tensor_h2d(tokens, device=self.device), blocks),
+            Past(read[: len(past)].long(), encoded, read[len(past) :].long()) if encoded else None,
+            leaving,
         )
+
+    def _of(self, blocks: Tensor, logical: range) -> Tensor:
+        """Ids of a run of logical blocks, int64."""
+        return blocks[logical.start : logical.stop].long()
+
+    def _turn(self, stream: StreamState, frame: int, logical: range) -> Turn:
+        """Of the positions that the tokens of some blocks have while ``frame`` is made."""
+        positions = stream.plan.positions
+        tokens = np.arange(logical.start * self._block_size, logical.stop * self._block_size)
+        at = positions.of(tokens, positions.window_start(frame))
+        return self.model.turn(async_tensor_h2d(at, device=self.device))
 
     def _slots(self, tokens: Tensor, blocks: Tensor) -> Tensor:
         return blocks[tokens // self._block_size].long() * self._block_size + tokens % self._block_size
@@ -474,15 +585,22 @@ class CanvasModelState(ModelState):
         return [KeyRotation.of(rotary, map(cached_keys, layers)) for layers in self._layers]
 
 
+def _read_together(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
+    """``rows`` in runs of one attention call each: a scratch has what one picture reads."""
+    for encoded, own in groupby(rows, lambda own: own.past is not None):
+        if encoded:
+            yield from ([alone] for alone in own)
+        else:
+            yield list(own)
+
+
 def committed(ids: Tensor, request: CanvasRequest, *, conditional: bool) -> Tensor:
     """The ids that a stream commits of a frame that was made, [F]; see `vllm_packcache.families.lumos.committed`."""
     options = request.options
-    layout = request.conditional.layout
-    assert layout.frame.grid is not None
     ids = ids.clone()
     if not conditional and not options.share_history:
-        ids[_on_device(tuple(layout.frame.grid), None, ids.device)] = lumos.MASK
-    ids[_on_device(tuple(layout.frame.grid), options.remask, ids.device)] = lumos.MASK
+        ids[_on_device(request.grid, None, ids.device)] = lumos.MASK
+    ids[_on_device(request.grid, options.remask, ids.device)] = lumos.MASK
     return ids
 
 

@@ -4,12 +4,18 @@ The same step as `vllm_packcache.reference.masked_video.unmask`, for a batch and
 many tokens are unknown before a step is known beforehand, ties aside, and no others are looked at. The logits of so
 many tokens over all visual ids would be a gigabyte, so they are made and used some rows at a time.
 
+A pass that computes nothing (see `vllm_packcache.families.schedule`) is no step of the engine: it is done right after
+the one whose hidden states it draws by. Where a pass leaves out the unconditional stream, the last hidden states of it
+are kept: of the tokens that were unknown then, 33 MB of a frame at 384p with a width of 4,096 in bfloat16. Logits are
+made of them anew, because those would be sixteen times as many numbers.
+
 Source: Lumos-1, arXiv 2507.08801, and its public inference code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +26,43 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import CanvasRequest
+from vllm_packcache.families.schedule import most_unknown, schedule
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 LOGITS_AT_ONCE = 2**25
 """Numbers of one stream's logits that there are at a time: 128 MiB in float32."""
+
+
+class Asked(NamedTuple):
+    """What the model is to compute of a canvas in one stream.
+
+    Attributes:
+        some: int64, [n], the tokens of the frame; None: all F.
+        written: bool, [n], of which of them keys are written; None: of all. Where ties left fewer unknown than they
+            might be, some are computed that are settled, and only to make up the number.
+        chosen: int64, [m], by which of them tokens are chosen.
+    """
+
+    some: Tensor | None
+    written: Tensor | None
+    chosen: Tensor
+
+
+@dataclass
+class Seen:
+    """What was computed last of a canvas in one stream.
+
+    Attributes:
+        numbers: int64, [m], the visual tokens by which tokens are chosen, by their number.
+        masked: bool, [m]: which were mask tokens then; others make up the number.
+        hidden: [m, hidden]; None: not computed yet, or not used again.
+    """
+
+    numbers: Tensor
+    masked: Tensor
+    hidden: Tensor | None = None
 
 
 class Canvas:
@@ -40,50 +77,111 @@ class Canvas:
         ids: int64, [F].
         frame: its number.
         step: passes done; as many as ``request.options.steps``: what remains is the commit.
-        most_unknown: how many of its visual tokens are unknown, where ties left no fewer.
     """
 
     def __init__(self, request: CanvasRequest, frame: int, device: torch.device) -> None:
-        grid = request.conditional.layout.frame.grid
-        assert grid is not None
         self.request = request
-        self._empty = torch.from_numpy(lumos.masked_frame(grid)).to(device)
-        self._offsets = torch.from_numpy(lumos.visual_offsets(grid).copy()).to(device)
+        self._empty = torch.from_numpy(lumos.masked_frame(request.grid)).to(device)
+        self._offsets = torch.from_numpy(lumos.visual_offsets(request.grid).copy()).to(device)
+        self._passes = schedule(request.options, request.grid)
+        self._unknown = most_unknown(request.options.steps, len(self._offsets))
         self._begin(frame)
 
     def _begin(self, frame: int) -> None:
         self.frame, self.step = frame, 0
         self.ids = self._empty.clone()
-        self.most_unknown = len(self._offsets)
+        self._seen: list[Seen | None] = [None, None]
 
     @property
     def commits(self) -> bool:
         """Whether the next pass is the commit."""
         return self.step == self.request.options.steps
 
-    def unknown_offsets(self) -> Tensor:
-        """Where in the frame its unknown tokens are, int64, [n]; and known ones, where ties left fewer unknown."""
-        known = self.ids[self._offsets] != lumos.MASK
-        self._asked = known.to(torch.uint8).argsort(stable=True)[: self.most_unknown]
-        return self._offsets[self._asked]
+    @property
+    def _known(self) -> Tensor:
+        return self.ids[self._offsets] != lumos.MASK
 
-    def choose(self, logits: Callable[[slice], Tensor], rows_at_once: int) -> None:
-        """Do a step: draw every unknown token, mask the least confident ones again.
+    def ask(self) -> list[Asked | None]:
+        """What the next pass computes in each stream, the conditional one first; None: nothing. It is no commit."""
+        return [self._ask(stream, rows) if rows else None for stream, rows in enumerate(self._passes[self.step].rows)]
+
+    def _ask(self, stream: int, rows: int) -> Asked:
+        known, last = self._known, self._seen[stream]
+        if rows == len(self.ids):
+            chosen = self._unknown_of(known)
+            self._seen[stream] = Seen(chosen, ~known[chosen])
+            return Asked(None, None, self._offsets[chosen])
+        assert last is not None, "what a frame has of a stream first is whole"
+        chosen = self._unknown_of(known[last.numbers])
+        numbers = last.numbers[chosen]
+        self._seen[stream] = Seen(numbers, ~known[numbers])
+        return Asked(self._offsets[last.numbers], last.masked, chosen)
+
+    def _unknown_of(self, known: Tensor) -> Tensor:
+        """Where ``known`` [n] is False: as many indices as may be; where ties left fewer, some where it is True too.
+
+        The sort is stable: whatever this is asked of, unknown tokens come in the frame's order.
+        """
+        return known.to(torch.uint8).argsort(stable=True)[: self._unknown[self.step]]
+
+    def choose(self, hidden: Tensor, visual_logits: Callable[[Tensor], Tensor], rows_at_once: int) -> int:
+        """Do the steps that a pass decides: its own, and those of the passes after it that compute nothing.
 
         Args:
-            logits: float32 [rows, V] of a part of what `unknown_offsets` gave last.
+            hidden: [n, hidden], of this canvas what `ask` asked for last, the conditional stream's first; then others'.
+            visual_logits: from [m, hidden] to float32 [m, V].
             rows_at_once: how many to ask for at a time.
+
+        Returns:
+            How many hidden states were this canvas'.
         """
-        options, count, asked = self.request.options, len(self._offsets), self._asked
-        device = self.ids.device
+        computed, first = self._passes[self.step].rows, 0
+        for seen, rows in zip(self._seen, computed, strict=True):
+            if seen is not None and rows:
+                seen.hidden = hidden[first : first + len(seen.numbers)]
+                first += len(seen.numbers)
+        while True:
+            self._step(visual_logits, rows_at_once)
+            if self.commits or self._passes[self.step].computed:
+                break
+        for stream, seen in enumerate(self._seen):
+            if seen is not None and not self._uses_again(stream):
+                seen.hidden = None
+            elif seen is not None and seen.hidden is not None and computed[stream]:
+                # Its own: what it is a part of is that of all requests of the engine's step.
+                seen.hidden = seen.hidden.clone()
+        return first
+
+    def _uses_again(self, stream: int) -> bool:
+        """Whether the next pass draws by what an earlier one computed of a stream."""
+        return not self.commits and self._passes[self.step].guided and not self._passes[self.step].rows[stream]
+
+    def _step(self, visual_logits: Callable[[Tensor], Tensor], rows_at_once: int) -> None:
+        """Do a step: draw every unknown token, mask the least confident ones again."""
+        options, count, device = self.request.options, len(self._offsets), self.ids.device
+        guided, known = self._passes[self.step].guided, self._known
+        states: list[Tensor] = []
+        chosen: list[Tensor] = []
+        numbers: list[Tensor] = []
+        for seen in self._seen[: 2 if guided else 1]:
+            assert seen is not None, "a stream that is drawn by has been asked for"
+            assert seen.hidden is not None, "and has been computed"
+            states.append(seen.hidden)
+            chosen.append(self._unknown_of(known[seen.numbers]))
+            numbers.append(seen.numbers)
+        asked = numbers[0][chosen[0]]
+
+        def logits(part: slice) -> Tensor:
+            own, *others = (visual_logits(hidden[rows[part]]) for hidden, rows in zip(states, chosen, strict=True))
+            return options.guidance * (own - others[0]) + others[0] if others else own
+
         noise = lumos.step_noise(options.seed, self.frame, self.step, count)
         uniform = async_tensor_h2d(noise.uniform, device=device)[asked]
         drawn = [
             draw(logits(part), uniform[part])
             for part in (slice(first, first + rows_at_once) for first in range(0, len(asked), rows_at_once))
         ]
-        current = self.ids[self._offsets]
-        unknown = current == lumos.MASK
+        current, unknown = self.ids[self._offsets], ~known
         proposed, probability = current.clone(), torch.full((count,), torch.finfo(torch.float32).max, device=device)
         proposed[asked] = lumos.VISUAL_BEGIN + torch.cat([codes for codes, _ in drawn])
         probability[asked] = torch.cat([of_codes for _, of_codes in drawn])
@@ -96,8 +194,11 @@ class Canvas:
             scheduled = lumos.still_masked(self.step, options.steps, count, count + 1)
             rank = (unknown.sum() - 1).clamp(min=1, max=scheduled)
             cut = confidence.sort().values.gather(0, rank[None])
-            proposed = torch.where(confidence < cut, lumos.MASK, proposed)
-            self.most_unknown = lumos.still_masked(self.step, options.steps, count, self.most_unknown)
+            again = confidence < cut
+            if not options.fresh:
+                # There is nothing to draw a known token by.
+                again &= unknown
+            proposed = torch.where(again, lumos.MASK, proposed)
         self.ids[self._offsets] = proposed
         self.step += 1
 
@@ -184,7 +285,7 @@ class CanvasSampler:
                 continue
             # What was scheduled is computed again in the next pass.
             counts[1, index] = len(canvas.ids)
-            first = self._choose(canvas, hidden, first)
+            first += canvas.choose(hidden[first:], self._model.visual_logits, self._rows_at_once)
         num_sampled, num_rejected = async_tensor_h2d(counts.numpy(), device=hidden.device)
         return SamplerOutput(
             sampled_token_ids=tokens,
@@ -193,19 +294,3 @@ class CanvasSampler:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
-
-    def _choose(self, canvas: Canvas, hidden: Tensor, first: int) -> int:
-        """A step of ``canvas`` by the hidden states from ``first`` on; where the next canvas' begin."""
-        count, options = canvas.most_unknown, canvas.request.options
-        conditional = hidden[first : first + count]
-        if not options.guided:
-            canvas.choose(lambda part: self._model.visual_logits(conditional[part]), self._rows_at_once)
-            return first + count
-        unconditional = hidden[first + count : first + 2 * count]
-
-        def guided(part: slice) -> Tensor:
-            without = self._model.visual_logits(unconditional[part])
-            return options.guidance * (self._model.visual_logits(conditional[part]) - without) + without
-
-        canvas.choose(guided, self._rows_at_once)
-        return first + 2 * count

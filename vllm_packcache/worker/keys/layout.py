@@ -20,8 +20,8 @@ from vllm_packcache.config.formats import SCALE_BYTES, check_turned, find
 from vllm_packcache.worker.keys.stored import AsTheyAre, Bytes, CachedKeys, PerTokenHead, Stored
 
 
-def layout_of(backend: str) -> Callable[[Attention], CachedKeys]:
-    """How the attention backend of this name stores keys.
+def layout_of(backend: str) -> Callable[..., CachedKeys]:
+    """How the attention backend of this name stores keys: asked with a layer, and whether values are meant.
 
     Raises:
         ConfigError: it is not known.
@@ -44,12 +44,21 @@ def cached_keys(layer: Attention) -> CachedKeys:
     return layout_of(layer.attn_backend.get_name())(layer)
 
 
-def row_major_keys(layer: Attention) -> CachedKeys:
-    """Key and value of a token side by side: FlashAttention, Triton, FlashInfer, FlexAttention.
+def cached_values(layer: Attention) -> CachedKeys:
+    """The values of an attention layer whose cache has been allocated, and has the model's precision.
+
+    Raises:
+        ConfigError: its backend is not known.
+    """
+    return layout_of(layer.attn_backend.get_name())(layer, True)
+
+
+def row_major_keys(layer: Attention, values: bool = False) -> CachedKeys:
+    """Key and value of a token side by side: FlashAttention, Triton, FlashInfer, FlexAttention. Its keys, or values.
 
     With a scale for each token and head, that of the key stands behind its numbers, and that of the value behind those.
     """
-    memory = layer.kv_cache[..., : layer.head_size]
+    memory = layer.kv_cache[..., layer.head_size :] if values else layer.kv_cache[..., : layer.head_size]
     numbers = _numbers(layer)
     if numbers is None or not find(layer.kv_cache_dtype).scaled:
         return CachedKeys.in_rows(memory, _bytes_or_more(numbers))
@@ -78,17 +87,19 @@ def _bytes_or_more(numbers: torch.dtype | None) -> Stored:
     return AsTheyAre() if numbers is None else Bytes(numbers)
 
 
-def cpu_keys(layer: Attention) -> CachedKeys:
-    """The keys of a block packed in its first half."""
+def cpu_keys(layer: Attention, values: bool = False) -> CachedKeys:
+    """The keys of a block packed in its first half, or the values in its second."""
     blocks, heads, block_size, _ = layer.kv_cache.shape
-    memory = layer.kv_cache.view(blocks, heads, 2 * block_size, layer.head_size)[:, :, :block_size]
-    order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, layer.kv_cache_dtype)
+    memory = layer.kv_cache.view(blocks, heads, 2 * block_size, layer.head_size).chunk(2, dim=2)[values]
+    order = cpu_key_order(layer.isa, layer.dtype, block_size, layer.head_size, layer.kv_cache_dtype, values)
     return CachedKeys(memory, order, _bytes_or_more(_numbers(layer)))
 
 
 @cache
-def cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int, cache_dtype: str = "auto") -> Tensor:
-    """`CachedKeys.order` of vLLM's CPU kernel, found by letting it store numbered keys.
+def cpu_key_order(
+    isa: str, dtype: torch.dtype, block_size: int, head_size: int, cache_dtype: str = "auto", values: bool = False
+) -> Tensor:
+    """`CachedKeys.order` of vLLM's CPU kernel, found by letting it store numbered keys, or values.
 
     The packing differs with instruction set and dtype; the kernel that writes the cache is asked, not copied.
 
@@ -98,6 +109,7 @@ def cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int,
         block_size: tokens of a block.
         head_size: channels of a key.
         cache_dtype: of the cache, as vLLM calls it.
+        values: of values, and not of keys.
     """
     numbers = torch.arange(block_size * head_size)
     found = torch.zeros_like(numbers)
@@ -109,17 +121,18 @@ def cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int,
         digit = (numbers >> shift) & ((1 << digit_bits) - 1)
         key = digit.view(block_size, 1, head_size).to(dtype)
         cached = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype if stored_as is None else torch.uint8)
-        keys, values = cached.chunk(2, dim=2)
+        halves = cached.chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(
-            key, key.clone(), keys, values, torch.arange(block_size), isa, kv_cache_dtype=cache_dtype
+            key, key.clone(), *halves, torch.arange(block_size), isa, kv_cache_dtype=cache_dtype
         )
-        found |= (keys if stored_as is None else keys.view(stored_as)).flatten().long() << shift
+        half = halves[values]
+        found |= (half if stored_as is None else half.view(stored_as)).flatten().long() << shift
     order = torch.empty_like(found)
     order[found] = numbers
     return order.view(block_size, head_size)
 
 
-_LAYOUTS: dict[str, Callable[[Attention], CachedKeys]] = {
+_LAYOUTS: dict[str, Callable[..., CachedKeys]] = {
     "CPU_ATTN": cpu_keys,
     "FLASH_ATTN": row_major_keys,
     "TRITON_ATTN": row_major_keys,
