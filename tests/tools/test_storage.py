@@ -13,6 +13,7 @@ from tests.tools.test_explain import TINY, TINY_OPTIONS, run
 from vllm_packcache.cli import app
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.formats import FORMATS
+from vllm_packcache.core.packing import HISTORY_FORMATS, Packing
 from vllm_packcache.tools.explain import explain
 from vllm_packcache.tools.storage import Shape, Storage, shown_bytes, storage
 
@@ -86,6 +87,42 @@ def test_a_picture_with_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.svg"
     run("lumos1_256p", *MODEL, "--kv-cache-dtype", "fp8", "--frames", "3", "--out", str(path))
     assert path.stat().st_size > 1000
+
+
+ENCODED = {"layout": "lumos1_256p", "window": 3, "history_frames": 3, "selection": "spatial"}
+
+
+@pytest.mark.parametrize("history", HISTORY_FORMATS)
+def test_older_frames_are_read_whole_and_take_less(history: str) -> None:
+    stored = Storage(Shape(2, 4, 64), "bfloat16", FORMATS["auto"])
+    plain = explain(json.dumps(ENCODED), "packcache", frames=6, stored=stored)
+    source = json.dumps({**ENCODED, "precision": {"history": history}})
+    encoded = explain(source, "packcache", frames=6, stored=stored)
+    assert [row.live for row in encoded.overview.tokens] == [row.live for row in plain.overview.tokens]
+    frames, page = plain.retention.blocks.frame_blocks, 16 * 4 * 2 * 64 * 2
+    packing = Packing(history, 4, 64)
+    # While frame 5 is made, frames 2 and 3 are older than the newest, 4.
+    freed = sum(len(frames(own)) + -packing.encoded_bytes(16 * len(frames(own))) // page for own in (2, 3))
+    assert freed > 0
+    assert plain.overview.blocks[5] - encoded.overview.blocks[5] == freed
+    assert f"({history}); the others are dropped." in encoded.bytes_summary[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "stored", "words"),
+    [
+        (ENCODED, None, "how many blocks an older frame takes depends on the model: give --model, or --layers"),
+        (json.loads(TINY), None, "precision is for models that make whole frames"),
+        ({**ENCODED, "history_frames": 2}, Shape(2, 4, 64), "an older frame is kept whole or dropped"),
+    ],
+)
+def test_precision_that_cannot_be_shown_is_refused(source: Any, stored: Shape | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        explain(
+            json.dumps({**source, "precision": {"history": "int4"}}),
+            "packcache",
+            stored=None if stored is None else Storage(stored, "bfloat16", FORMATS["auto"]),
+        )
 
 
 # --------------------------------------------------------------------------- which model

@@ -84,4 +84,6 @@ def view_of(retention: Retention, frame: int, blocks: int | None = None) -> Fram
     live[segment.tail_start : made] = True
     states = np.where(live, np.where(owners == CONDITION, IN_CONDITION, frame - owners), DROPPED)
     states[made:] = NOT_YET
-    return FrameView(states, owners, FrameTokens(frame, segment.live_tokens(retention.block_size), stop))
+    # Of a frame that is encoded all is read, and some blocks are held.
+    read = sum(len(unit.blocks) - len(unit.held) for unit in retention.units(frame)) * retention.block_size
+    return FrameView(states, owners, FrameTokens(frame, segment.live_tokens(retention.block_size) + read, stop))

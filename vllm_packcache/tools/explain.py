@@ -24,6 +24,7 @@ from vllm_packcache.config.errors import ConfigError, shown_path
 from vllm_packcache.config.formats import check_masked, check_turned
 from vllm_packcache.config.guidance import GuidanceConfig
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
+from vllm_packcache.core.encoded import EncodedRetention, Encoding, retention_of
 from vllm_packcache.core.layout import CONDITION, VideoLayout
 from vllm_packcache.core.positions import TIME, Int64, Positions
 from vllm_packcache.core.retention import Retention, check_policy
@@ -84,6 +85,7 @@ class Explanation:
         masked: whether frames are made in passes.
         example: whether what is kept depends on what is seen, and that is an example.
         storage: what is stored of a token; None: nobody says of which model.
+        encoding: how much room older frames take in a layer; None: as much as when they were new.
     """
 
     title: str
@@ -94,6 +96,7 @@ class Explanation:
     masked: bool = False
     example: bool = False
     storage: Storage | None = None
+    encoding: Encoding | None = None
 
     @property
     def streams(self) -> dict[str, Explanation]:
@@ -242,10 +245,21 @@ class Explanation:
         return [
             self.storage.sentence,
             f"The condition takes {shown_bytes(condition)}{both}, a whole frame {shown_bytes(frame)}"
-            f"{' in each' if both else ''}.",
+            f"{' in each' if both else ''}.{self._encoded_words}",
             f"Blocks are held whole: at most {most:,}{both}, {shown_bytes(self.bytes_of(most))}. The full cache takes "
             f"{shown_bytes(full)}: {100 * most / whole:.0f} %{other}.",
         ]
+
+    @property
+    def _encoded_words(self) -> str:
+        if self.encoding is None or self.storage is None:
+            return ""
+        blocks = self.retention.layout.tokens_per_frame // self.retention.block_size
+        held = self.encoding.held_blocks(blocks, self.retention.block_size)
+        return (
+            f" One that is older than the newest is all read, and takes {shown_bytes(self.bytes_of(held))} in {held} "
+            f"of its {blocks} whole blocks ({self.encoding.packing.format}); the others are dropped."
+        )
 
     def view(self, frame: int) -> FrameView:
         """What lives while ``frame`` is made."""
@@ -314,6 +328,16 @@ def explain(
         image_tokens = 0
     family = families.describing(frame, config.layout.axis_scale)
     masked = family.role == "canvas"
+    encoding = None
+    if config.precision.encodes:
+        if not masked:
+            raise ConfigError("precision is for models that make whole frames: leave it out")
+        if stored is None:
+            raise ConfigError(
+                "precision: how many blocks an older frame takes depends on the model: give --model, or --layers, "
+                "--kv-heads and --head-size"
+            )
+        encoding = config.encoding(stored.shape.kv_heads, stored.shape.head_size, block_size * stored.layer_bytes)
     if stored is not None:
         if masked:
             check_masked(stored.format.name)
@@ -341,9 +365,11 @@ def explain(
     def explanation(layout: VideoLayout, unconditional: Explanation | None = None) -> Explanation:
         positions = config.positions_of(layout, config.policy)
         tokens = None if ids is None else lookup(_behind(ids, condition_tokens, layout.condition_tokens))
-        retention = Retention(layout, config.policy, block_size, tokens)
+        retention = retention_of(layout, config.policy, block_size, encoding, tokens)
+        if isinstance(retention, EncodedRetention):
+            retention.check()
         check_policy(retention, frames)
-        return Explanation(title, retention, positions, frames, unconditional, masked, example, stored)
+        return Explanation(title, retention, positions, frames, unconditional, masked, example, stored, encoding)
 
     try:
         layout = VideoLayout(frame, condition_tokens, image_tokens)

@@ -53,6 +53,11 @@ class Storage:
         return self._token_bytes(self.format)
 
     @property
+    def layer_bytes(self) -> int:
+        """Of a key and a value in all heads of a layer."""
+        return self.shape.kv_heads * self.format.pair_bytes(self.shape.head_size, ITEM_BYTES[self.dtype])
+
+    @property
     def own_token_bytes(self) -> int:
         """The same in the model's own precision, as vLLM stores where it is told nothing."""
         return self._token_bytes(formats.FORMATS["auto"])
