@@ -203,10 +203,22 @@ class CanvasModelState(ModelState):
         assert config is not None, "a family of canvases is always on"
         self._config = config
         self._videos: dict[str, CanvasState | None] = {}
-        self._history: History | None = None
+        self._history = self._new_history()
         self._left: list[Left] = []
         self._batch: Batch | None = None
         self._nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def _new_history(self) -> History | None:
+        """Of frames that are encoded; None: none are."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        spec = next(layer for layer in layers if hasattr(layer, "stream")).get_kv_cache_spec(self.vllm_config)
+        encoding = spec.encoding
+        if encoding is None:
+            return None
+        layout, policy = spec.usual_layout.shortest_condition(), self._config.policy
+        most = Retention(layout, policy, spec.block_size).most_blocks()
+        blocks = -(-self.max_model_len // spec.block_size) if most is None else most
+        return History(encoding.packing, spec.block_size, self.model.rotate, blocks * encoding.page_bytes)
 
     def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
         """See `vllm_packcache.worker.sampler`."""
@@ -232,9 +244,6 @@ class CanvasModelState(ModelState):
         if self._config.positions == "rebase":
             for layer in chain.from_iterable(self._layers):
                 cached_keys(layer)
-        encoding = self._specs[0].encoding
-        if encoding is not None:
-            self._history = History(encoding.packing, self._block_size, self.model.rotate)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request comes, or comes back after a preemption."""
@@ -348,6 +357,9 @@ class CanvasModelState(ModelState):
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """As many rows as a step has when all its requests are guided."""
         del num_reqs
+        if self._history is not None:
+            # While memory is profiled, so that it is counted.
+            self._history.reserve(self._history.usual_bytes, self.device)
         return {
             "input_ids": torch.zeros(2 * num_tokens, dtype=torch.int64, device=self.device),
             "positions": torch.zeros(_AXES, 2 * num_tokens, dtype=torch.int64, device=self.device),

@@ -99,21 +99,23 @@ class History:
         packing: the format.
         block_size: tokens of a block.
         rotate: turns heads [n, heads, D] by a `Turn`.
+        usual_bytes: of the scratch, where videos are as the server knows them.
     """
 
     packing: Packing
     block_size: int
     rotate: Callable[[Tensor, Turn], Tensor]
+    usual_bytes: int
 
     def __post_init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, blocks: int, page_bytes: int, device: torch.device) -> None:
-        """Have memory for a scratch of so many blocks before it is needed, and be counted while memory is profiled."""
-        if self._memory.numel() < blocks * page_bytes:
+    def reserve(self, size: int, device: torch.device) -> None:
+        """Have memory for a scratch of ``size`` bytes."""
+        if self._memory.numel() < size:
             # The old one first: both at a time would be more than is ever needed.
             self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(blocks * page_bytes, dtype=torch.uint8, device=device)
+            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
 
     def encode(self, layers: Sequence[Any], leaving: Leaving) -> None:
         """Encode a frame in all ``layers``, into the first of its blocks."""
@@ -131,8 +133,9 @@ class History:
         """What a picture reads in a layer, [blocks, ...] as the layer's cache; of use until this is called again."""
         cache = layer.kv_cache
         pages = _pages(cache)
-        self.reserve(past.blocks, pages.shape[1] * pages.element_size(), cache.device)
-        room = self._memory.view(pages.dtype)[: past.blocks * pages.shape[1]].view(past.blocks, -1)
+        size = past.blocks * pages.shape[1] * pages.element_size()
+        self.reserve(size, cache.device)
+        room = self._memory[:size].view(pages.dtype).view(past.blocks, -1)
         strides = (pages.shape[1], *cache.stride()[1:])
         scratch = room.view(cache.dtype).as_strided((past.blocks, *cache.shape[1:]), strides)
         torch.index_select(pages, 0, past.plain, out=room[: len(past.plain)])
