@@ -363,6 +363,7 @@ def test_the_overrides_are_found() -> None:
         "preprocess_state",
         "remove_request",
         "remove_skipped_blocks",
+        "take_pending_cow_copies",
     }
 
 

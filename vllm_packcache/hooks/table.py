@@ -418,10 +418,12 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _SCHEDULER,
         "schedule(self, throttle_prefills): running, "
-        "_reserve_prefill_lookahead, allocate_slots, _reserve_prefill_lookahead, allocate_slots, "
-        "scheduled_spec_decode_tokens, _update_after_schedule",
+        "_reserve_prefill_lookahead, allocate_slots, _handle_blocked_waiting_request, _get_local_prefix_cache_hit, "
+        "_reserve_prefill_lookahead, allocate_slots, scheduled_spec_decode_tokens, take_kv_cache_block_copies, "
+        "_free_cow_retained_blocks, _update_after_schedule",
         "scheduler: chunks end after every other bound, of running and of waiting requests; a step tells the workers "
-        "what lives of videos whose policy reads tokens; passes of a canvas are counted as they are scheduled",
+        "what lives of videos whose policy reads tokens; passes of a canvas are counted as they are scheduled; a fork "
+        "waits for what another one computes, finds it, and has copied what it writes to",
         wrapper="vllm_packcache.engine.manager:tell_workers",
         ends=_RETENTION,
     ),
@@ -788,13 +790,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _RUNNER_V2,
         "execute_model(scheduler_output, dummy_run, ...): finish_requests, add_requests, update_requests, "
-        "prepare_inputs, prepare_attn, preprocess_state, prepare_attn, prepare_inputs, run_fullgraph",
+        "apply_staged_writes, prepare_inputs, prepare_attn, preprocess_state, prepare_attn, prepare_inputs, "
+        "run_fullgraph",
         "V2 runner: requests end and come, slots are mapped, metadata is built, inputs are made, the model runs",
     ),
     Hook(
         _RUNNER_V2,
-        "update_requests(self, scheduler_output): scheduled_cached_reqs",
-        "V2 runner: what the scheduler tells of requests, when they are known",
+        "update_requests(self, scheduler_output): scheduled_cached_reqs, append_block_ids, "
+        "copy_kv_cache_blocks_inplace",
+        "V2 runner: what the scheduler tells of requests, when they are known and blocks of forks have been copied",
         wrapper="vllm_packcache.worker.runner_v2:hear_decisions",
     ),
     Hook(
@@ -956,12 +960,6 @@ HOOKS: tuple[Hook, ...] = (
         "masked: the request whose videos they are",
     ),
     Hook(
-        _SCHEDULER,
-        "schedule: _handle_blocked_waiting_request, _get_local_prefix_cache_hit, allocate_slots, "
-        "take_kv_cache_block_copies, _free_cow_retained_blocks",
-        "masked: a fork waits for what another one computes, finds it, and has copied what it writes to",
-    ),
-    Hook(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "_apply_cow(self, request_id, block_idx, source_block, cow_block): req_blocks, _pending_cow_copies, ref_cnt; "
         "take_pending_cow_copies(self): _pending_cow_copies",
@@ -972,12 +970,6 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.core.block_pool:BlockPool",
         "touch(self, blocks): ref_cnt; get_new_blocks(self, num_blocks)",
         "masked: blocks that several videos hold",
-    ),
-    Hook(
-        _RUNNER_V2,
-        "update_requests: append_block_ids, copy_kv_cache_blocks_inplace; "
-        "execute_model: update_requests, apply_staged_writes",
-        "masked: copies are made before anything of a step runs, and block tables are written after",
     ),
     # Guided videos
     Hook(
