@@ -61,7 +61,7 @@ def _measured(result: Result) -> str:
         f"engines with KV pools of the same size in bytes, in {listed([*names, BASE])}: a one-layer model with one "
         f"head of {plan['model']['head_size']} channels, the rule of the paper. Counted are those that run at each "
         "step at which others wait. As they begin together more are let in than stay: the mean has that in it, more "
-        f"of it where a queue takes longer, the median has not.{left_out}"
+        f"of it where a queue takes more rounds, the median has not.{left_out}"
     )
 
 

@@ -269,7 +269,8 @@ class Cached(Causal):
         return (
             "greedy, float32, generated from the condition alone; keys and values are rounded when they are written, "
             "keys once more whenever the window slides, and read as they are then; fp8_e4m3 is rounded to nearest, as "
-            "on GPUs"
+            "on GPUs; equal bytes: the longest history whose blocks, condition and newest frame included, take no more "
+            "than those of the same policy in bfloat16, the window of the paper's rule as much longer"
         )
 
     @cached_property
