@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,8 @@ from vllm_packcache.config.sources import CONFIG_KEY, load_mapping, presets
 from vllm_packcache.core.layout import FrameLayout, VideoLayout
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, SlidingWindow
 from vllm_packcache.core.positions import Positions
-from vllm_packcache.families import DECODER, LUMOS
+from vllm_packcache.families import DECODER, LUMOS, lumos
+from vllm_packcache.families.lumos import CanvasRequest, MaskedOptions
 
 PACKCACHE_OPTIONS = "history_frames, window, decay, gamma_text, gamma_condition, selection, changed_tokens, episodes"
 LAYOUT_OPTIONS = (
@@ -46,19 +48,19 @@ def refusal(call) -> str:
             "packcache",
             {"windoww": 4},
             "kv_cache_policy_config: windoww is no option of policy 'packcache': its options are "
-            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos, guidance",
+            f"{PACKCACHE_OPTIONS}, layout, positions, sessions, videos, guidance, passes",
         ),
         (
             "sliding_window",
             {"decay": 1},
             "kv_cache_policy_config: decay is no option of policy 'sliding_window': its options are window, layout, "
-            "positions, sessions, videos, guidance",
+            "positions, sessions, videos, guidance, passes",
         ),
         (
             "full",
             {"window": 4},
             "kv_cache_policy_config: window is no option of policy 'full': its options are layout, positions, "
-            "sessions, videos, guidance",
+            "sessions, videos, guidance, passes",
         ),
         (
             "packcache",
@@ -345,7 +347,7 @@ def test_another_policy_takes_a_presets_layout_alone(name, policy):
 
     assert taken == ServerConfig.parse(policy, load_mapping(name))
     # What an operator can write instead.
-    others = {part: load_mapping(name).get(part) for part in ("sessions", "guidance")}
+    others = {part: load_mapping(name).get(part) for part in ("sessions", "guidance", "passes")}
     alone = ServerConfig.parse(policy, {"layout": name, **others})
     assert taken.layout is not None
     assert taken.layout == alone.layout
@@ -384,18 +386,20 @@ def test_an_owner_of_options_that_nobody_knows_is_refused(policy, owner, shown):
             "sliding_window",
             {"decay": 0.5, "layout": GRID},
             "decay is no option of policy 'sliding_window': its options are window, layout, positions, sessions, "
-            "videos, guidance; to take the layout alone, say policy: packcache beside it, or leave decay out",
+            "videos, guidance, passes; to take the layout alone, say policy: packcache beside it, or leave decay out",
         ),
         (
             "full",
             {"sink_tokens": 4, "layout": "demo"},
             "sink_tokens is no option of policy 'full': its options are layout, positions, sessions, videos, "
-            "guidance; to take the layout alone, say policy: attention_sink beside it, or leave sink_tokens out",
+            "guidance, passes; to take the layout alone, say policy: attention_sink beside it, or leave sink_tokens "
+            "out",
         ),
         (
             "full",
             {"decai": 0.5, "layout": GRID},
-            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance",
+            "decai is no option of policy 'full': its options are layout, positions, sessions, videos, guidance, "
+            "passes",
         ),
     ],
 )
@@ -911,6 +915,55 @@ def test_a_wrong_guidance_of_a_server_is_refused_in_one_sentence(guidance, famil
     config = {"layout": GRID if family is DECODER else {"grid": [8, 8]}, "guidance": guidance}
     said = refusal(lambda: ServerConfig.parse("packcache", config, family=family))
     assert said == f"kv_cache_policy_config: {message}"
+
+
+PASSES = {"steps": 20, "refresh": 8, "guidance_interval": 2}
+
+
+def made_in(extra_args: dict[str, Any], passes: dict[str, Any] | None = PASSES) -> MaskedOptions:
+    """How a server of such passes makes the frames of a request."""
+    server = ServerConfig.parse("packcache", {"layout": {"grid": [3, 4]}, "passes": passes}, family=LUMOS)
+    made = server.request(extra_args, lumos.text_prompt([5], 1, 8))
+    assert isinstance(made, CanvasRequest)
+    return made.options
+
+
+def test_a_server_says_how_frames_are_made_where_a_request_does_not():
+    assert made_in({}) == MaskedOptions(steps=20, refresh=8, guidance_interval=2)
+    own = {"packcache_steps": 50, "packcache_refresh": 1, "packcache_share_history": 0, "packcache_seed": 3}
+    assert made_in(own) == MaskedOptions(guidance_interval=2, share_history=False, seed=3)
+    # Who asks for no guidance does not ask for some of it.
+    assert made_in({"packcache_guidance": 1}) == MaskedOptions(steps=20, refresh=8, guidance=1)
+    assert made_in({}, {}) == made_in({}, None) == MaskedOptions()
+    assert "packcache_guidance_interval" in refusal(
+        lambda: made_in({"packcache_guidance": 1, "packcache_guidance_interval": 2})
+    )
+
+
+def test_another_process_is_told_how_frames_are_made():
+    server = ServerConfig.parse("packcache", {"layout": {"grid": [3, 4]}, "passes": PASSES}, family=LUMOS)
+    assert ServerConfig.parse("packcache", server.as_mapping(), family=LUMOS) == server
+    assert server.passes == MaskedOptions(**PASSES)
+
+
+@pytest.mark.parametrize(
+    ("passes", "family", "message"),
+    [
+        (3, LUMOS, "passes must be a mapping, not 3"),
+        ({"steps": 0}, LUMOS, "passes.steps must be 1 or more and at most 1000, not 0"),
+        ({"refresh": "8"}, LUMOS, "passes.refresh: input should be a valid integer, not '8'"),
+        (
+            PASSES,
+            DECODER,
+            "passes is for models that make a frame in passes, and this one does not: leave it out",
+        ),
+    ],
+)
+def test_wrong_passes_of_a_server_are_refused_in_one_sentence(passes, family, message):
+    config = {"layout": {"grid": [8, 8]}, "passes": passes}
+    assert refusal(lambda: ServerConfig.parse("packcache", config, family=family)) == (
+        f"kv_cache_policy_config: {message}"
+    )
 
 
 def test_frames_that_a_servers_negative_prompt_is_not_for_need_one():

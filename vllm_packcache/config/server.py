@@ -45,6 +45,7 @@ from vllm_packcache.families import DECODER, LUMOS, Family
 from vllm_packcache.families import actions as codings
 from vllm_packcache.families.actions import ActionCoding
 from vllm_packcache.families.base import Prompt
+from vllm_packcache.families.lumos import MaskedOptions
 
 POLICY_KEY = "kv_cache_policy"
 """Key of ``additional_config`` (and, with dashes, the flag) that names the policy."""
@@ -61,6 +62,9 @@ CANVAS_OPTION = "diffusion_canvas_length"
 OWNER_KEY = "policy"
 """Key of a configuration that says whose options it holds."""
 
+PASSES_KEY = "passes"
+"""Key of a configuration that says how frames are made in passes where a request does not."""
+
 DEEPEST = 4
 """Lists and mappings inside each other that an option's value may be made of."""
 
@@ -72,7 +76,7 @@ PositionMode = Literal["rebase", "absolute"]
 """``rebase``: time is counted from the oldest frame of the window; ``absolute``: from the start of the sequence."""
 
 
-_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig)
+_Part = TypeVar("_Part", SessionsConfig, VideosConfig, GuidanceConfig, MaskedOptions)
 
 
 def is_video_key(key: object) -> bool:
@@ -274,6 +278,7 @@ class ServerConfig:
         sessions: how long they wait and live.
         videos: over HTTP: whether there are any, and how long they are kept.
         guidance: of causal videos; None: none is guided.
+        passes: how frames are made in passes where a request does not say it; None: as published.
     """
 
     policy: Policy
@@ -285,6 +290,7 @@ class ServerConfig:
     sessions: SessionsConfig = dataclasses.field(default_factory=SessionsConfig)
     videos: VideosConfig = dataclasses.field(default_factory=VideosConfig)
     guidance: GuidanceConfig | None = None
+    passes: MaskedOptions | None = None
 
     @classmethod
     def parse(
@@ -319,13 +325,13 @@ class ServerConfig:
         options = _options_of(policy, load_mapping(source))
         layout = cls._parse_layout(options.pop("layout", None))
         positions, sessions, videos = (options.pop(name, None) for name in ("positions", "sessions", "videos"))
-        guidance = options.pop(GUIDANCE_KEY, None)
+        guidance, passes = options.pop(GUIDANCE_KEY, None), options.pop(PASSES_KEY, None)
         parsed = _parse_policy(
             policy_class,
             options,
             CONFIG_KEY,
             name=policy,
-            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY),
+            also=("layout", "positions", "sessions", "videos", GUIDANCE_KEY, PASSES_KEY),
             way_out=_layout_alone if layout else None,
         )
         for option, value in options.items():
@@ -348,6 +354,7 @@ class ServerConfig:
             _parse_part(SessionsConfig, sessions, "sessions"),
             _parse_part(VideosConfig, videos, "videos"),
             _parse_guidance(guidance, family, layout),
+            _parse_passes(passes, family, layout),
         )
         try:
             config.fingerprint()
@@ -404,6 +411,8 @@ class ServerConfig:
         if self.guidance is not None:
             said = self.guidance.model_dump(mode="json", exclude_defaults=True)
             mapping[GUIDANCE_KEY] = said or True
+        if self.passes is not None:
+            mapping[PASSES_KEY] = dataclasses.asdict(self.passes)
         if self.layout is not None:
             mapping["layout"] = self.layout.model_dump(mode="json", exclude_none=True)
         return mapping
@@ -612,11 +621,23 @@ class ServerConfig:
         others = [{name: own.pop(name) for name in names if name in own} for names in fields[1:]]
         try:
             parts = zip(options, [own, *others], strict=True)
-            read: list[Any] = [_validate(model, _with_flags(model, part)) for model, part in parts]
+            read: list[Any] = [
+                _validate(model, self._with_usual(model, _with_flags(model, part))) for model, part in parts
+            ]
         except ValidationError as error:
             known = [*chain.from_iterable(fields), *sorted(of_policy)]
             raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None
         return self._request_policy(read[0].policy, changed), read
+
+    def _with_usual(self, model: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options of a class that a request gives, with those of the server where it does not."""
+        if self.passes is None or not isinstance(self.passes, model):
+            return given
+        usual = dataclasses.asdict(self.passes)
+        if given.get("guidance") == 1:
+            # Who asks for none does not say how often, and is not to be refused for it.
+            usual = {name: value for name, value in usual.items() if not name.startswith("guidance_")}
+        return {**usual, **given}
 
     @property
     def request_options(self) -> list[str]:
@@ -775,6 +796,20 @@ def _parse_guidance(value: object, family: Family, layout: LayoutConfig | None) 
     return parsed
 
 
+def _parse_passes(value: object, family: Family, layout: LayoutConfig | None) -> MaskedOptions | None:
+    if value is None:
+        return None
+    # Where no model is named, as before one is there, its frames tell whose they are.
+    maker = family
+    if family == DECODER and layout is not None:
+        maker = families.describing(layout.frame_layout(), layout.axis_scale)
+    if MaskedOptions not in maker.options:
+        raise ConfigError(
+            f"{CONFIG_KEY}: {PASSES_KEY} is for models that make a frame in passes, and this one does not: leave it out"
+        )
+    return _parse_part(MaskedOptions, value, PASSES_KEY)
+
+
 def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
     """A part of a configuration that has options of its own."""
     if part is None:
@@ -784,7 +819,7 @@ def _parse_part(model: type[_Part], part: object, name: str) -> _Part:
     try:
         return _validate(model, part)
     except ValidationError as error:
-        raise ConfigError(_describe(error, f"{CONFIG_KEY}: {name}.", list(model.model_fields), "")) from None
+        raise ConfigError(_describe(error, f"{CONFIG_KEY}: {name}.", _fields_of(model), "")) from None
 
 
 _RESERVED = {
@@ -793,6 +828,7 @@ _RESERVED = {
     "sessions",
     "videos",
     GUIDANCE_KEY,
+    PASSES_KEY,
     *_RequestOptions.model_fields,
     *(name for model in LUMOS.options for name in _fields_of(model)),
 }
@@ -889,7 +925,8 @@ def _options_of(policy: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_KEY}: {OWNER_KEY} must be the policy whose options these are, one of {', '.join(known)}, not "
             f"{shown(owner)}"
         )
-    return {name: options[name] for name in ("layout", "sessions", "videos", GUIDANCE_KEY) if name in options}
+    others = ("layout", "sessions", "videos", GUIDANCE_KEY, PASSES_KEY)
+    return {name: options[name] for name in others if name in options}
 
 
 def _layout_alone(option: str) -> str:
