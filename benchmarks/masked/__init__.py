@@ -22,6 +22,8 @@ timed, and nothing is reckoned.
 **The floor** is the same ratio of floating-point operations: of the layers' matrices, of the output layer and of
 attention over what is read. Where attention is slower an operation than matrices are, the ratio of times lies above it.
 
+**Less computed** in the passes (``--passes``): see `benchmarks.masked.passes`.
+
 **Memory** is counted in blocks, which the engine says, and given for the model that is reported.
 """
 
@@ -41,8 +43,11 @@ def command(
         Path | None, typer.Option("--plot", help="Draw ratios, goals and memory, as a PNG or SVG.")
     ] = None,
     quick: Quick = False,
+    passes: Annotated[
+        bool, typer.Option("--passes", help="Frames of which less is computed: settled rows, reused passes.")
+    ] = False,
 ) -> None:
     """Time a frame of a masked model (Lumos-1), all its passes, with and without packcache."""
-    from benchmarks.masked.benchmark import MASKED
+    from benchmarks.masked.benchmark import MASKED, PASSES
 
-    MASKED.run(json_path, plot_path, quick=quick)
+    (PASSES if passes else MASKED).run(json_path, plot_path, quick=quick)

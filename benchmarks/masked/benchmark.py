@@ -10,7 +10,7 @@ import torch
 from benchmarks.decode.plan import described
 from benchmarks.decode.samples import CPU
 from benchmarks.goals import judged
-from benchmarks.masked import plot, report
+from benchmarks.masked import passes, plot, report
 from benchmarks.masked.plan import BLOCK_SIZE, ON_CPU, ON_GPU, POLICY, PUBLISHED_FRAMES, QUICK, SEED, MaskedPlan
 from benchmarks.masked.runs import Bench, rates, readings
 from benchmarks.protocol import Benchmark, Session
@@ -99,5 +99,20 @@ MASKED = Benchmark(
     long=report.long,
     short=report.short,
     draw=plot.draw,
+    same=lambda result, plan, quick: result.get("quick") == quick,
+)
+
+PASSES = Benchmark(
+    name="masked-passes",
+    title="A masked frame with less computed",
+    place=3,
+    plan=passes.sizes,
+    measure=passes.measure,
+    judged={"targets": passes.targets},
+    goals=passes.goals,
+    rows=passes.rows,
+    long=passes.long,
+    short=passes.short,
+    draw=passes.draw,
     same=lambda result, plan, quick: result.get("quick") == quick,
 )

@@ -14,6 +14,7 @@ from benchmarks.engine_process import EngineFailed, EngineProcess
 from benchmarks.masked.plan import APART, BATCH, BATCH_RATIOS, BLOCK_SIZE, RATIOS, TOGETHER, MaskedPlan, MeasuredVideo
 from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS, PARTS, Made, MaskedEngine, MaskedSettings
 from benchmarks.model import write_config
+from vllm_packcache.families.schedule import computed_passes
 
 Frame = Mapping[str, Mapping[str, list[float]]]
 """Seconds by clock and by what they are of, ``passes`` or `PARTS`: of each pass of a frame, the commit the last."""
@@ -118,7 +119,7 @@ class Bench:
         frames: dict[str, list[Frame]] = {name: [] for name in cases}
         peaks: dict[str, int] = dict.fromkeys(cases, 0)
         as_decided = True
-        for name in _in_turn(list(cases), plan.rounds):
+        for name in in_turn(list(cases), plan.rounds):
             video = cases[name]
             made = self._made(video)
             frames[name].append(frame_of(made, plan.steps))
@@ -148,11 +149,16 @@ class Bench:
             "blocks_as_decided": as_decided,
         }
 
+    def frame(self, video: MeasuredVideo) -> Frame:
+        """Make a frame, however many passes of it are computed."""
+        options = self._plan.planned(video).options
+        return frame_of(self._made(video), computed_passes(options, video.grid) - 1)
+
     def batch(self) -> dict[str, Any]:
         """Time the frames of some videos in one batch, and of the same videos one after another."""
         plan, video = self._plan, self._plan.batch
         frames: dict[str, list[Frame]] = {name: [] for name in BATCH}
-        for name in _in_turn(BATCH, plan.batch_rounds):
+        for name in in_turn(BATCH, plan.batch_rounds):
             if name == TOGETHER:
                 frames[name].append(frame_of(self._made(video, plan.videos), plan.steps))
             else:
@@ -181,11 +187,11 @@ class Bench:
         ratios: Mapping[str, tuple[str, str]],
     ) -> dict[str, Any]:
         """Seconds of every pass; of all passes together; of the frame that is reported; and ratios of these."""
-        passes = _by_clock(frames, lambda _, own: own)
-        timed = _by_clock(frames, lambda _, own: sum(own["passes"]))
-        whole = _by_clock(frames, lambda name, own: reckoned(own, self._plan, videos[name]))
+        passes = by_clock(frames, lambda _, own: own)
+        timed = by_clock(frames, lambda _, own: sum(own["passes"]))
+        whole = by_clock(frames, lambda name, own: reckoned(own, self._plan, videos[name]))
         return {
-            "passes": {clock: {name: _by_pass(own) for name, own in passes[clock].items()} for clock in CLOCKS},
+            "passes": {clock: {name: by_pass(own) for name, own in passes[clock].items()} for clock in CLOCKS},
             "as_timed": timed | {"ratios": ratios_of(timed, ratios)},
             "whole_frame": whole | {"ratios": ratios_of(whole, ratios)},
         }
@@ -197,7 +203,7 @@ class Bench:
         return made
 
 
-def _by_clock(
+def by_clock(
     frames: Mapping[str, Sequence[Frame]], of: Callable[[str, Mapping[str, list[float]]], Any]
 ) -> dict[str, dict[str, list[Any]]]:
     """What ``of`` makes of the name and the seconds of every frame, by clock and name."""
@@ -206,12 +212,12 @@ def _by_clock(
     }
 
 
-def _by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list[float]]]:
+def by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list[float]]]:
     """Samples of all rounds, by what they are of and by pass."""
     return {what: [list(own) for own in zip(*(frame[what] for frame in rounds), strict=True)] for what in rounds[0]}
 
 
-def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
     """All names in every round, each round in another order."""
     for number in range(rounds):
         turn = number % len(names)

@@ -30,24 +30,43 @@ def command(
             "packcache and changed are compared with it and without; may be given several times."
         ),
     ] = None,
+    passes: Annotated[
+        bool,
+        typer.Option("--passes", help="With --masked: quality against what is computed of a frame's passes."),
+    ] = False,
+    made: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --passes: options of requests that are compared besides, such as steps=8,refresh=4; may be "
+            "given several times."
+        ),
+    ] = None,
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
-    from benchmarks.quality.benchmark import CAUSAL, GUIDED, MASKED
-    from benchmarks.quality.generators import Causal, Generator, Guided, Masked
+    from benchmarks.quality.benchmark import CAUSAL, GUIDED, MASKED, PASSES
+    from benchmarks.quality.generators import Causal, Generator, Guided, Masked, Passes, made_of
     from benchmarks.quality.runs import QualityPlan
     from vllm_packcache.config.errors import ConfigError
 
     if masked and guidance:
         raise ConfigError("--guidance is for the causal model, the masked one is always guided: leave --masked out")
+    if passes and not masked:
+        raise ConfigError("--passes is for the masked model: give --masked too")
+    if made and not passes:
+        raise ConfigError("--made is for what passes compute: give --passes too")
+    if passes and policy:
+        raise ConfigError("--policy: passes are compared under one policy, the default: leave it out")
     policies = tuple(policy or ())
     generator: Generator
     if guidance:
         benchmark, generator = GUIDED, Guided(policies, tuple(guidance))
+    elif passes:
+        benchmark, generator = PASSES, Passes(also=tuple(map(made_of, made or ())))
     elif masked:
         benchmark, generator = MASKED, Masked(policies=policies)
     else:
         benchmark, generator = CAUSAL, Causal(policies)
-    # A policy that there is none of is refused here, before anything is made.
+    # A policy or an option that there is none of is refused here, before anything is made.
     typer.echo(f"comparing {', '.join(variant.name for variant in generator.variants.named)}")
     plan = QualityPlan(generator=generator, videos=videos or 0)
     benchmark.run_in(out, plan=plan)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from benchmarks.protocol import Benchmark, Draw, Session, in_formats
-from benchmarks.quality import plot, report
-from benchmarks.quality.generators import Causal, Guided, Masked
+from benchmarks.quality import passes, plot, report
+from benchmarks.quality.deviation import deviations
+from benchmarks.quality.generators import Causal, Guided, Masked, Passes
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
 from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
@@ -25,7 +27,8 @@ def measure(plan: QualityPlan, session: Session) -> dict[str, Any]:
     parts.mkdir(exist_ok=True)
     processes = os.cpu_count() or 1
     videos = generate_all(plan, parts, processes, session.console)
-    plot.draw_videos(strips(plan, videos), session.folder / plot.PICTURES[plan.generator.benchmark].videos)
+    if strip := plot.PICTURES[plan.generator.benchmark].videos:
+        plot.draw_videos(strips(plan, videos), session.folder / strip)
     return {
         "machine": {"processes": processes, "threads_per_process": 1},
         "model": plan.generator.described,
@@ -40,6 +43,12 @@ def measure(plan: QualityPlan, session: Session) -> dict[str, Any]:
         ],
         **summary(plan, videos),
     }
+
+
+def measure_passes(plan: QualityPlan, session: Session) -> dict[str, Any]:
+    """The same of frames made in passes, and how far logits are from those of passes with nothing left out."""
+    assert isinstance(plan.generator, Passes)
+    return measure(plan, session) | {"deviations": deviations(plan.generator)}
 
 
 def targets(result: Result) -> list[dict[str, Any]]:
@@ -117,4 +126,21 @@ MASKED = replace(
     plan=lambda quick: QualityPlan(generator=Masked()),
     also=_drawn(Masked.benchmark),
     made=_made(Masked.benchmark),
+)
+
+PASSES = replace(
+    CAUSAL,
+    name=Passes.benchmark,
+    title="Quality against what is computed",
+    place=5,
+    required=False,
+    plan=lambda quick: QualityPlan(generator=Passes()),
+    measure=measure_passes,
+    judged={"targets": passes.targets},
+    rows=lambda result: chain(report.rows(result), passes.rows(result)),
+    long=passes.long,
+    short=passes.short,
+    also={f"{stem(Passes.benchmark)}.csv": plot.write_csv}
+    | in_formats(plot.PICTURES[Passes.benchmark].chart, passes.draw),
+    made=(),
 )

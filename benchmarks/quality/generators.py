@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,12 @@ from benchmarks.quality.variants import (
     Variant,
     Variants,
     all_variants,
+    in_passes,
     policies_only,
     yardsticks,
 )
 from benchmarks.training.live import SPARSELY
+from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.scores import sequence, true_frames
@@ -41,7 +44,11 @@ from vllm_packcache.demo.tokenizer import (
 from vllm_packcache.demo.world import make_world
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
+from vllm_packcache.families.schedule import computed_passes, schedule
 from vllm_packcache.tools.machine import sha256
+
+if TYPE_CHECKING:
+    from benchmarks.training.masked_sparse_video import Request
 
 Int64 = npt.NDArray[np.int64]
 
@@ -93,6 +100,11 @@ class Generator(ABC):
     @abstractmethod
     def described(self) -> Mapping[str, Any]:
         """What of it decides what is made."""
+
+    def about(self, variant: Variant) -> Mapping[str, Any]:
+        """What else is to be said of a variant."""
+        del variant
+        return {}
 
     @abstractmethod
     def is_sparse(self, variant: Variant, frames: int) -> bool:
@@ -288,6 +300,14 @@ class Masked(Generator):
         plan = variant.plan(_MOST_TEXT + masked_tokenizer.FRAME.tokens_per_frame)
         return self.checkpoint is None and masked_sparse_video.is_computable(plan, BLOCK_SIZE, frames)
 
+    def request(self, variant: Variant, frames: int, seed: int) -> Request:
+        """What a world's video is made of."""
+        from benchmarks.training.masked_sparse_video import Request
+
+        world, text = make_world(seed), masked_tokenizer.build_text_tokenizer()
+        ids = masked_tokenizer.prompt(world.prompt, frames, text) + masked_tokenizer.world_frame(world, 0).tolist()
+        return Request(ids, variant.plan(len(ids)), replace(self.options, **variant.made, seed=seed))
+
     def maker(self, variant: Variant, frames: int) -> Make:
         """With the published loop, of the bundled model sparsely, else on live tokens only."""
         from benchmarks.quality.live_lumos import LiveLumos
@@ -295,13 +315,8 @@ class Masked(Generator):
         from benchmarks.training.masked_bundle import load_bundle
         from vllm_packcache.reference.masked_video import generate_masked
 
-        text, offset = masked_tokenizer.build_text_tokenizer(), VideoTokenizer().visual_offset
-
-        def request(seed: int) -> masked_sparse_video.Request:
-            world = make_world(seed)
-            ids = masked_tokenizer.prompt(world.prompt, frames, text) + masked_tokenizer.world_frame(world, 0).tolist()
-            return masked_sparse_video.Request(ids, variant.plan(len(ids)), replace(self.options, seed=seed))
-
+        offset = VideoTokenizer().visual_offset
+        request = partial(self.request, variant, frames)
         if self.is_sparse(variant, frames):
             small = load_bundle()
             return lambda seeds: (
@@ -317,6 +332,154 @@ class Masked(Generator):
             return np.stack([lumos.codes_of_frame(ids, masked_tokenizer.GRID_SHAPE) for ids in made.frames.numpy()])
 
         return lambda seeds: np.stack([make(seed) for seed in seeds]) + offset
+
+
+_GUIDED = replace(bundle.OPTIONS, steps=8, guidance=1.5)
+
+
+@dataclass(frozen=True)
+class Passes(Masked):
+    """The bundled masked model, of whose passes something is left out, beside fewer plain passes.
+
+    Args:
+        whole: numbers of passes that something is left out of.
+        fewer: plain numbers of passes besides.
+        less: what is left out, by number of passes.
+        also: options of requests that are compared besides.
+        looked_at: worlds, and frames of each, whose logits are looked at.
+    """
+
+    options: MaskedOptions = _GUIDED
+    whole: tuple[int, ...] = (8, 16)
+    fewer: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 12)
+    less: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=lambda: LESS, hash=False)
+    also: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    looked_at: tuple[int, int] = (10, 1)
+
+    benchmark = "quality-passes"
+
+    @property
+    def lengths(self) -> int:
+        """The trained length."""
+        return 1
+
+    @cached_property
+    def variants(self) -> Variants:
+        """One policy, the default."""
+        sink = -(-_MOST_TEXT // BLOCK_SIZE) * BLOCK_SIZE
+        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame, sink)
+        fewer, less = list(self.fewer), {steps: list(own) for steps, own in self.less.items()}
+        for own in self.also:
+            steps = own.get("steps", self.options.steps)
+            if steps not in (*self.whole, *fewer):
+                fewer.append(steps)
+            if left_out := {name: value for name, value in own.items() if name != "steps"}:
+                less.setdefault(steps, []).append(left_out)
+        variants = in_passes(shape, self.whole, fewer, less)
+        # What is wrong with it is known before hours have passed.
+        for variant in variants.named:
+            self.options_of(variant)
+        return variants
+
+    @property
+    def how(self) -> str:
+        """What all have in common, and what a cost is."""
+        return (
+            f"image to video, float32, guidance {self.options.guidance:g}, under the default policy; noise depends on "
+            "the world, the frame and the step; rows are those that the model computes of a frame, in both streams and "
+            f"with the commit; {SPARSELY}"
+        )
+
+    def options_of(self, variant: Variant) -> MaskedOptions:
+        """How a variant's frames are made.
+
+        Raises:
+            ConfigError: an option is none, or impossible.
+        """
+        try:
+            return replace(self.options, **variant.made)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--made: {error}") from None
+
+    def about(self, variant: Variant) -> Mapping[str, Any]:
+        """How its frames are made, and what they cost."""
+        return {"made": dict(variant.made), **cost(self.options_of(variant), masked_tokenizer.GRID_SHAPE)._asdict()}
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Each with the same number of whole passes, and with the most plain passes that have no more rows."""
+        variants = [own for own in self.variants.named if set(own.made) != {"steps"}]
+        plain = {own.made["steps"]: own for own in self.variants.named if set(own.made) == {"steps"}}
+        rows = {steps: self.about(own)["rows"] for steps, own in plain.items()}
+        for steps, own in plain.items():
+            yield from ((own.name, plain[most].name) for most in self.whole if steps < most)
+        for own in variants:
+            yield own.name, plain[own.made["steps"]].name
+            if fewer := [steps for steps in plain if rows[steps] <= self.about(own)["rows"]]:
+                yield own.name, plain[max(fewer)].name
+
+
+LESS: Mapping[int, tuple[Mapping[str, Any], ...]] = {
+    8: (
+        {"refresh": 8},
+        {"reuse": 0.1},
+        {"reuse": 0.2},
+        {"guidance_interval": 2},
+        {"guidance_until": 0.5},
+        {"guidance_from": 0.5},
+        {"refresh": 8, "reuse": 0.1, "guidance_interval": 2},
+    ),
+    16: (
+        {"refresh": 8},
+        {"reuse": 0.05},
+        {"reuse": 0.1},
+        {"guidance_interval": 2},
+        {"refresh": 8, "reuse": 0.02, "guidance_interval": 2},
+        {"refresh": 8, "reuse": 0.05, "guidance_interval": 2},
+    ),
+}
+"""What is left out, by number of passes."""
+
+
+def made_of(text: str) -> Mapping[str, Any]:
+    """Options of requests as they are written, ``steps=8,refresh=4``.
+
+    Raises:
+        ConfigError: they are not; what an option may be is asked where frames are made.
+    """
+    names = {field.name for field in fields(MaskedOptions)} - {"seed"}
+    options: dict[str, Any] = {}
+    for own in text.split(","):
+        name, equals, value = own.strip().partition("=")
+        try:
+            number = json.loads(value) if equals else None
+        except ValueError:
+            number = None
+        if name not in names or name in options or isinstance(number, bool) or not isinstance(number, int | float):
+            raise ConfigError(
+                f"--made must be options of requests and numbers, such as steps=8,refresh=4, not {shown(text)}"
+            )
+        options[name] = number
+    return options
+
+
+class Cost(NamedTuple):
+    """What the model computes of a frame, its commit included.
+
+    Args:
+        rows: tokens of both streams that go through all layers.
+        forwards: times that the model runs.
+    """
+
+    rows: int
+    forwards: int
+
+
+def cost(options: MaskedOptions, grid: lumos.Grid) -> Cost:
+    """What frames of a grid cost that are made so."""
+    passes = schedule(options, grid)
+    commit = lumos.frame_layout(grid).tokens_per_frame * (2 if options.guided else 1)
+    return Cost(commit + sum(sum(own.rows) for own in passes), computed_passes(options, grid))
 
 
 _USUAL_TEXT, _MOST_TEXT = 21, 24

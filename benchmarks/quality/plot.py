@@ -42,7 +42,7 @@ class Pictures(NamedTuple):
 
     Args:
         chart: quality over the frames, or over scales of guidance.
-        videos: one world under every variant.
+        videos: one world under every variant; empty: there is none.
     """
 
     chart: str
@@ -53,6 +53,7 @@ PICTURES = {
     "quality": Pictures("by_frame", "videos"),
     "quality-guided": Pictures("quality_guided", "videos_guided"),
     "quality-masked": Pictures("quality_masked", "videos_masked"),
+    "quality-passes": Pictures("quality_passes", ""),
 }
 """By benchmark, so that all can lie in one folder."""
 

@@ -203,7 +203,8 @@ def _key(variant: Variant) -> str:
     """What decides what comes out."""
     server = variant.server
     guidance = [] if variant.scale == 1 else [variant.scale]
-    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance], sort_keys=True)
+    made = [dict(variant.made)] if variant.made else []
+    return json.dumps([server.as_mapping(), server.fingerprint(), *guidance, *made], sort_keys=True)
 
 
 def _path(folder: Path, generator: Generator, work: _Work, seeds: range) -> Path:
@@ -244,6 +245,7 @@ def described(plan: QualityPlan) -> dict[str, Any]:
             "config": variant.server.as_mapping(),
             "live_tokens": variant.live_tokens(plan.trained_frames - 1),
             **({} if variant.scale == 1 else {"guidance": variant.scale}),
+            **plan.generator.about(variant),
         }
         for variant in plan.generator.variants.named
     }

@@ -7,7 +7,7 @@ tokens of the past when a frame begins, to the block; what each really reads is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,6 +84,7 @@ class Variant:
         lengths: how long its videos are, in lengths of those that the model was trained on: a long video takes hours on
             a CPU, so only those that the goals are about have them.
         scale: of guidance; 1: none.
+        made: how frames are made in passes, as far as it is not what the generator says.
     """
 
     shape: Shape
@@ -94,6 +95,7 @@ class Variant:
     budget: float | None = DEFAULT_BUDGET
     lengths: int = 1
     scale: float = 1
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def guided(self, scale: float) -> Variant:
         """The same policy, which both streams of a video have; itself for a scale of 1."""
@@ -298,6 +300,40 @@ def yardsticks(shape: Shape) -> Variants:
     """The rule of the paper and the default, beside the full cache."""
     make = _Make(shape)
     return Variants(make.full(), (make.packcache(DEFAULT_BUDGET), make.changed(DEFAULT_BUDGET)))
+
+
+def in_passes(
+    shape: Shape, whole: Sequence[int], fewer: Sequence[int], less: Mapping[int, Sequence[_Made]]
+) -> Variants:
+    """The default policy, with frames made in fewer passes, or with less computed in them.
+
+    Args:
+        shape: of the videos.
+        whole: numbers of passes that less is computed of; the first is the yardstick of pictures and tables.
+        fewer: other numbers of passes.
+        less: by number of passes, the options that leave something out.
+    """
+    changed = _Make(shape).changed(DEFAULT_BUDGET)
+
+    def made(steps: int, **options: Any) -> Variant:
+        return replace(changed, name=name_of(steps, **options), lengths=1, made={"steps": steps, **options})
+
+    first, *others = whole
+    plain = tuple(made(steps) for steps in (*others, *fewer))
+    return Variants(made(first), plain + tuple(made(steps, **own) for steps, some in less.items() for own in some))
+
+
+_Made = Mapping[str, Any]
+
+
+def name_of(steps: int, **options: Any) -> str:
+    """What is said of how frames are made."""
+    return ", ".join([f"{steps} passes", *([less_of(options)] if options else [])])
+
+
+def less_of(options: _Made) -> str:
+    """What is said of what is left out."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in options.items())
 
 
 def policies_only(shape: Shape) -> Variants:
