@@ -137,6 +137,23 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels; of Lumos-1 a multiple of 32, 384.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same video; of Lumos-1 0.")] = None,
     steps: Annotated[int | None, typer.Option(help="Passes for each latent frame, of Lumos-1 alone: 50.")] = None,
+    refresh: Annotated[
+        int | None,
+        typer.Option(help="Of Lumos-1: every so many passes all of a frame is computed; 1."),
+    ] = None,
+    reuse: Annotated[
+        float | None,
+        typer.Option(help="Of Lumos-1: a pass before which a smaller share became known is not computed; 0."),
+    ] = None,
+    guidance_interval: Annotated[
+        int | None, typer.Option(help="Of Lumos-1: every so many passes are computed without the prompt too; 1.")
+    ] = None,
+    guidance_from: Annotated[
+        float | None, typer.Option(help="Of Lumos-1: share of the passes before which there is no guidance; 0.")
+    ] = None,
+    guidance_until: Annotated[
+        float | None, typer.Option(help="Of Lumos-1: share of the passes from which on there is none; 1.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="How much the prompt counts; 1: no guidance, half the work; of Lumos-1 15.")
     ] = None,
@@ -160,6 +177,11 @@ def generate(
             rate=fps,
             seed=seed,
             steps=steps,
+            refresh=refresh,
+            reuse=reuse,
+            guidance_interval=guidance_interval,
+            guidance_from=guidance_from,
+            guidance_until=guidance_until,
             guidance=guidance,
             negative=negative_prompt,
             image=image,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -82,7 +81,7 @@ def test_shows_finds_an_object_wherever_it_is():
 def test_the_bundle_is_as_good_as_its_evaluation_says(loaded):
     """One short video with the recorded options, and the sentence that decides which way things go."""
     recorded = json.loads((bundle.MODEL_DIR / "evaluation.json").read_text(encoding="utf-8"))
-    assert recorded["options"] == dataclasses.asdict(bundle.OPTIONS)
+    assert lumos.MaskedOptions(**recorded["options"]) == bundle.OPTIONS
     assert recorded["trained_frames"] == bundle.TRAINED_FRAMES
     world = make_world(scores.FIRST_HELD_OUT_SEED)
     codes = evaluate.generate(loaded, [world], 2, "packcache", [bundle.OPTIONS])[0]

@@ -61,6 +61,11 @@ MASKED = {
     "remask": _number(0, 1),
     "reset_temperature": lambda value: value in (0, 1),
     "share_history": lambda value: value in (0, 1),
+    "refresh": _integer(1, 1000),
+    "reuse": _number(0, 1),
+    "guidance_interval": _integer(1, 1000),
+    "guidance_from": _number(0, 1),
+    "guidance_until": _number(0, 1),
 }
 SAMPLING: dict[str, list[Any]] = {
     "temperature": [0, 0.7, 2.5, -1, "a", None],
@@ -123,6 +128,11 @@ GOOD: dict[str, list[Any]] = {
     "remask": [0, 0.7],
     "reset_temperature": [0, 1],
     "share_history": [True, False],
+    "refresh": [1, 3],
+    "reuse": [0, 0.2],
+    "guidance_interval": [1, 2],
+    "guidance_from": [0, 0.5],
+    "guidance_until": [0.5, 1],
 }
 """Values that are served, beside which the others are tried."""
 

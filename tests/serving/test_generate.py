@@ -231,6 +231,7 @@ def test_a_causal_model_is_guided_where_the_server_guides(causal: CausalServer, 
     ("arguments", "sentence"),
     [
         (["--steps", "5"], "--steps is of models that make frames in passes, as this server's does not: leave it out"),
+        (["--guidance-interval", "2"], "--guidance-interval is of models that make frames in passes"),
         (["--width", "64"], "--width and --height: give both, or leave both to the server"),
         (["--width", "32", "--height", "64"], "size must be 64x64, not 32x64"),
         (["--image", "no.png"], "--image no.png cannot be read: No such file or directory"),
@@ -286,14 +287,19 @@ def ids_of(codes: np.ndarray) -> list[int]:
 def test_text_to_video(tokenizer: Path, server: Server, tmp_path: Path) -> None:
     out = tmp_path / "new" / "video.mp4"
     how = ["--frames", "24", "--fps", "8", "--seed", "5", "--steps", "9", "--guidance", "3.5"]
+    how += ["--refresh", "4", "--reuse", "0.02", "--guidance-interval", "2", "--guidance-until", "0.75"]
     result = call(out, *how, to=server.url)
     assert result.exit_code == 0, result.stderr
     assert server.prompt == text(tokenizer, 3, 8)
     assert server.options == {
         **{"packcache_grid": [4, 8], "packcache_frames": 7, "packcache_condition_frames": 0},
         **{"packcache_seed": 5, "packcache_steps": 9, "packcache_guidance": 3.5},
+        **{"packcache_refresh": 4, "packcache_reuse": 0.02},
+        **{"packcache_guidance_interval": 2, "packcache_guidance_until": 0.75},
     }
-    assert server.plan.options == lumos.MaskedOptions(seed=5, steps=9, guidance=3.5)
+    assert server.plan.options == lumos.MaskedOptions(
+        seed=5, steps=9, guidance=3.5, refresh=4, reuse=0.02, guidance_interval=2, guidance_until=0.75
+    )
     # 7 latent frames are 25 frames, of which 24 were asked for.
     expected = CosmosTokenizer(tokenizer).decode(server.codes)[:24]
     np.testing.assert_array_equal(read_mp4(out), written(expected, tmp_path))
@@ -715,6 +721,8 @@ def test_no_server(tmp_path: Path) -> None:
         (["--width", "6368"], "6336 at most"),
         (["--steps", "0"], "--steps must be 1 or more and at most 1000, not 0"),
         (["--seed", "-1"], "--seed must lie between"),
+        (["--refresh", "0"], "--refresh must be 1 or more and at most 1000, not 0"),
+        (["--guidance", "1", "--guidance-from", "0.5"], "--guidance-from is 0.5, and with a guidance of 1"),
         (["--guidance", "nan"], "--guidance must lie between -1000 and 1000, not nan"),
         (["--negative-prompt", "rain"], "--negative-prompt is of models that make one token after the other"),
         (["--out", "video.avi"], "--out ends with .mp4 or .gif, not 'video.avi'"),

@@ -31,7 +31,7 @@ from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.core.policies import Full
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
-from vllm_packcache.families.schedule import schedule
+from vllm_packcache.families.schedule import computed_passes, schedule
 from vllm_packcache.hooks.canvas import configure
 from vllm_packcache.reference import LumosReference, QuantisedLumosReference, generate_masked, make_random_lumos
 
@@ -284,6 +284,52 @@ def test_history_is_compacted_once_for_all_passes_of_a_frame(masked_engine: Any,
     assert entered == [frame for frame in range(frames) for _stream in range(2)]
     # The window holds two frames: from the fourth on it slides, in both streams.
     assert len(turned) == 2 * (frames - 3)
+
+
+@pytest.mark.parametrize("options", [{"steps": 4}, {"steps": 6, "refresh": 3, "reuse": 0.2, "guidance_interval": 2}])
+def test_history_is_written_once_a_frame_and_read_by_all_its_passes(
+    options: dict[str, Any], masked_engine: Any, monkeypatch: Any
+) -> None:
+    """Between the passes of a frame no number of the cache changes but in its own blocks; all read the same others.
+
+    What is shared over passes: Ca2-VDM, arXiv 2411.16375.
+    """
+    llm = masked_engine()
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    state, execute = runner.model_state, type(runner).execute_model
+    seen: dict[int, list[Any]] = {}
+
+    def cached() -> torch.Tensor:
+        """[layers, blocks, numbers]: both streams have blocks of the same memory."""
+        return torch.stack([layer.kv_cache.flatten(1) for own in state._layers for layer in own])
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = cached()
+        output = execute(*args, **kwargs)
+        if state._batch.canvases:
+            (video,) = state._videos.values()
+            changed = set((before != cached()).any(2).any(0).nonzero()[:, 0].tolist())
+            rows = [own for group in state._groups for own in state._batch.rows[group]]
+            seen.setdefault(video.canvas.frame, []).append((changed, video.pictures, rows))
+        return output
+
+    monkeypatch.setattr(type(runner), "execute_model", watched)
+    case = TEXT_TO_VIDEO.having(frames=5, **options)
+    generate(llm, case)
+    steps = computed_passes(plan_of(case, repr(("packcache", CONFIG))).options, case.grid)
+    assert [len(passes) for passes in seen.values()] == [steps] * 5
+    for frame, passes in seen.items():
+        for index, (changed, pictures, rows) in enumerate(passes):
+            own = {block for picture in pictures for block in (picture.slots // BLOCK).tolist()}
+            history = {block for picture in pictures for block in picture.blocks.tolist()} - own
+            turned = changed - own
+            assert turned <= history
+            # A window of two frames slides before the fourth, and turns what is kept: the one time that it is written.
+            assert bool(turned) == (index == 0 and frame >= 3)
+            assert rows
+            for row in rows:
+                assert any(row.blocks is picture.blocks for picture in pictures)
+                assert row.seq_lens.tolist() in [[picture.seq_len] for picture in pictures]
 
 
 BAD = [

@@ -621,7 +621,9 @@ class ServerConfig:
         others = [{name: own.pop(name) for name in names if name in own} for names in fields[1:]]
         try:
             parts = zip(options, [own, *others], strict=True)
-            read: list[Any] = [_validate(model, self._with_usual(model, _with_flags(model, part))) for model, part in parts]
+            read: list[Any] = [
+                _validate(model, self._with_usual(model, _with_flags(model, part))) for model, part in parts
+            ]
         except ValidationError as error:
             known = [*chain.from_iterable(fields), *sorted(of_policy)]
             raise ConfigError(_describe(error, REQUEST_PREFIX, known, REQUEST_PREFIX)) from None

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_packcache.config.errors import ConfigError
-from vllm_packcache.config.server import CONFIG_FLAG, OWNER_KEY, POLICY_FLAG, ServerConfig
+from vllm_packcache.config.server import CONFIG_FLAG, OWNER_KEY, POLICY_FLAG, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.sources import load_mapping, presets
 from vllm_packcache.config.videos import STORE_FLAG, TOKENIZER_FLAG
 from vllm_packcache.core.policies import PackCache
@@ -59,6 +59,9 @@ ABOUT = "/v1/playground"
 STEPS = "num_inference_steps"
 """Its option by which a server's model makes frames in passes: of those that serve videos, a Lumos-1."""
 
+OF_PASSES = ("steps", "refresh", "reuse", "guidance_interval", "guidance_from", "guidance_until")
+"""Of `MaskedOptions`, what means nothing to other models. Only the first has a name that clients know."""
+
 _QUICK = 60.0
 """Seconds for an answer that needs no work."""
 
@@ -72,6 +75,10 @@ _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before a connection that was lost is made again, time after time, until it has told something."""
 
 
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What somebody says of a video; None: nothing.
@@ -83,7 +90,12 @@ class Wanted:
         frames: of the whole video, with what is given of it.
         rate: frames a second.
         seed: of all that is random.
-        steps: passes of a frame.
+        steps: passes of a frame; this and the next five of models that make frames in passes.
+        refresh: computed passes of a frame from one that computes all of it to the next.
+        reuse: share of a frame's tokens that must have become known for a pass to be computed.
+        guidance_interval: computed passes from one with the unconditional stream to the next.
+        guidance_from: share of a frame's passes before which there is no guidance.
+        guidance_until: share of a frame's passes from which on there is none.
         guidance: how much the prompt counts.
         negative: what is not to be seen.
         image: picture that it begins with.
@@ -100,6 +112,11 @@ class Wanted:
     rate: int | None = None
     seed: int | None = None
     steps: int | None = None
+    refresh: int | None = None
+    reuse: float | None = None
+    guidance_interval: int | None = None
+    guidance_from: float | None = None
+    guidance_until: float | None = None
     guidance: float | None = None
     negative: str | None = None
     image: Path | None = None
@@ -117,11 +134,12 @@ class Wanted:
         """
         if self.negative:
             raise ConfigError("--negative-prompt is of models that make one token after the other: leave it out")
-        said: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
+        said = {name: getattr(self, name) for name in ("seed", "guidance", *OF_PASSES)}
         try:
             options = MaskedOptions(**{name: value for name, value in said.items() if value is not None})
         except ValueError as error:
-            raise ConfigError(f"--{error}") from None
+            name, rest = str(error).split(" ", 1)
+            raise ConfigError(f"{_flag(name)} {rest}") from None
         return Asked(
             prompt=self.prompt,
             width=WIDTH if self.width is None else self.width,
@@ -140,10 +158,11 @@ class Wanted:
         Raises:
             ConfigError: half of a size is said, or what such models have not.
         """
-        if self.steps is not None:
-            raise ConfigError(
-                "--steps is of models that make frames in passes, as this server's does not: leave it out"
-            )
+        for name in OF_PASSES:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{_flag(name)} is of models that make frames in passes, as this server's does not: leave it out"
+                )
         if (self.width is None) != (self.height is None):
             raise ConfigError("--width and --height: give both, or leave both to the server")
         fields = {
@@ -202,7 +221,7 @@ class Asked:
         height: of a frame.
         frames: of the whole video, with what is given of it.
         rate: frames a second.
-        options: how it is made: seed, steps and guidance.
+        options: how it is made.
         image: picture that it begins with.
         video: video that it begins with.
 
@@ -241,7 +260,14 @@ class Asked:
             "seed": str(self.options.seed),
             STEPS: str(self.options.steps),
             "guidance_scale": str(self.options.guidance),
+            **{f"{REQUEST_PREFIX}{name}": str(getattr(self.options, name)) for name in self._left_out},
         }
+
+    @property
+    def _left_out(self) -> list[str]:
+        """Options by which less is computed than is published, and which nobody sends otherwise."""
+        usual = MaskedOptions()
+        return [name for name in OF_PASSES[1:] if getattr(self.options, name) != getattr(usual, name)]
 
     def reference(self) -> bytes | None:
         """The file that it begins with, which a server will be able to use; None: there is none.
