@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks.decode.plan import described
-from benchmarks.decode.samples import CLOCK_NAMES, CLOCKS, CPU, ratios_of
+from benchmarks.decode.samples import CLOCKS, CPU, ratios_of
 from benchmarks.goals import judged
 from benchmarks.masked.plan import BLOCK_SIZE, ON_CPU, ON_GPU, POLICY, QUICK, SEED, MaskedPlan, MeasuredVideo
 from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS, PARTS
-from benchmarks.masked.runs import Bench, Frame, in_turn
+from benchmarks.masked.report import rows_of_passes, rows_of_ratios
+from benchmarks.masked.runs import Bench, Frame, by_pass, in_turn
 from benchmarks.protocol import Session
 from benchmarks.report.markdown import Files, number, ratio, significant, with_quartiles
 from benchmarks.report.parts import (
@@ -35,7 +36,6 @@ from benchmarks.report.parts import (
     Row,
     goals_of_ratios,
     provenance,
-    row_of_ratio,
     rows_of_goals,
 )
 from benchmarks.report.table import Paragraph, Table
@@ -64,6 +64,9 @@ RATIOS = {
     "full / all of it": ("full", "all of it"),
 }
 GOALS = {"packcache / settled rows": 1.35, "packcache / all of it": 2.0, "full / all of it": 5.0}
+
+DRAWING = "drawing"
+"""Frames of the engine whose output layer is timed."""
 
 FEW_CODES = 64
 """Visual ids of the model whose layers are timed."""
@@ -144,6 +147,23 @@ def measure(plan: PassesPlan, session: Session) -> dict[str, Any]:
             engine = bench.about()
         with Bench.in_temporary_folder(plan.frame, advance) as bench:
             drawn = [bench.frame(plan.frame.last_frame()) for _ in range(plan.rounds)]
+    return {
+        "machine": gpu | {"threads_per_engine": plan.frame.threads},
+        "seed": SEED,
+        "policy": described(POLICY),
+        **found(plan, frames, drawn),
+        "engine": {"device": plan.frame.device, "block_size": BLOCK_SIZE, **engine},
+    }
+
+
+def found(plan: PassesPlan, frames: Mapping[str, Sequence[Frame]], drawn: Sequence[Frame]) -> dict[str, Any]:
+    """What follows from the frames that were timed.
+
+    Args:
+        plan: sizes.
+        frames: of `PassesPlan.cases`, one a round.
+        drawn: of the engine whose output layer is timed, one a round.
+    """
     seconds = {
         clock: [
             _seconds(plan, {name: own[turn][clock] for name, own in frames.items()}, drawn[turn][clock])
@@ -153,11 +173,8 @@ def measure(plan: PassesPlan, session: Session) -> dict[str, Any]:
     }
     whole = {clock: {name: [own["frames"][name] for own in seconds[clock]] for name in WAYS} for clock in CLOCKS}
     return {
-        "machine": gpu | {"threads_per_engine": plan.frame.threads},
-        "seed": SEED,
         "is": described_of(plan),
         "model": dataclasses.asdict(plan.frame.model) | {"kv_bytes_per_token": plan.frame.model.kv_bytes_per_token},
-        "policy": described(POLICY),
         "grid": list(plan.frame.grid),
         "tokens_per_frame": plan.frame.last_frame().tokens_per_frame,
         "frames": plan.frame.frames,
@@ -172,17 +189,13 @@ def measure(plan: PassesPlan, session: Session) -> dict[str, Any]:
             }
             for name in WAYS
         },
-        "timed": {
-            name: {
-                "rows": plan.rows(video),
-                "passes": {clock: [own[clock] for own in frames[name]] for clock in CLOCKS},
-            }
-            for name, video in plan.cases.items()
+        "rows": {name: plan.rows(video) for name, video in plan.cases.items()},
+        "passes": {
+            clock: {name: by_pass([frame[clock] for frame in own]) for name, own in {**frames, DRAWING: drawn}.items()}
+            for clock in CLOCKS
         },
-        "drawing": {clock: [own[clock][CHOOSING] for own in drawn] for clock in CLOCKS},
         "lines": {clock: [own["line"] for own in seconds[clock]] for clock in CLOCKS},
         "whole_frame": whole | {"ratios": ratios_of(whole, RATIOS)},
-        "engine": {"device": plan.frame.device, "block_size": BLOCK_SIZE, **engine},
     }
 
 
@@ -293,13 +306,11 @@ def goals(result: Result) -> list[Goal]:
 def rows(result: Result) -> Iterator[Row]:
     """Ratios, seconds, rows, and the goals."""
     yield from rows_of_goals(result["targets"])
-    for name, by_clock in result["whole_frame"]["ratios"].items():
-        for clock, words in CLOCK_NAMES.items():
-            yield row_of_ratio(name, f"ratio by {words}", "whole frame", by_clock[clock])
+    yield from rows_of_ratios(result["whole_frame"], "whole frame")
+    yield from rows_of_passes(result["passes"], "as timed")
     for name, own in result["ways"].items():
         yield Row(name, "rows of a frame", "both streams", own["rows"])
         yield Row(name, "forward passes of a frame", "", own["forwards"])
-        yield Row(name, "seconds by processor time", "whole frame", median(result["whole_frame"][CPU][name]), unit="s")
     for line in result["lines"][CPU]:
         yield Row("passes of different rows", "off their line at most", "share of the longest", line["off"])
 
@@ -357,14 +368,11 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
     yield Table(
         ("", "pass", "rows", "layers, s"),
         [
-            (
-                name,
-                number_ + 1,
-                f"{count:,}",
-                significant(median(frame[LAYERS][number_] for frame in own["passes"][CPU])),
+            (name, number_, f"{count:,}", significant(median(samples)))
+            for name, counts in result["rows"].items()
+            for number_, (count, samples) in enumerate(
+                zip(counts, result["passes"][CPU][name][LAYERS], strict=True), start=1
             )
-            for name, own in result["timed"].items()
-            for number_, count in enumerate(own["rows"])
         ],
     )
     yield from files.picture("masked_passes", "A frame with less computed in its passes")
@@ -382,12 +390,11 @@ def draw(result: Result, path: Path) -> None:
     figure = new_figure(10, 4)
     passes, ratios = figure.subplots(1, 2)
     for name, colour in (("full", "#9aa0a6"), ("packcache", "#2f6fde"), ("fewer rows", "#2f6fde")):
-        own = result["timed"][name]
-        for frame in own["passes"][CPU]:
-            passes.plot(own["rows"], frame[LAYERS], "o", color=colour, markersize=4)
-        passes.plot([], [], "o", color=colour, label=name if name == "full" else None)
+        counts = result["rows"][name]
+        for samples in zip(*result["passes"][CPU][name][LAYERS], strict=True):
+            passes.plot(counts, samples, "o", color=colour, markersize=4)
     for line in result["lines"][CPU]:
-        most = max(result["timed"]["packcache"]["rows"])
+        most = max(result["rows"]["packcache"])
         passes.plot((0, most), (line["start"], line["start"] + line["slope"] * most), color="#2f6fde", linewidth=0.8)
     passes.set(
         xlabel="rows of a pass, both streams", ylabel="layers that were timed, s", xlim=(0, None), ylim=(0, None)

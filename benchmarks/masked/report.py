@@ -46,12 +46,8 @@ def rows(result: Result) -> Iterator[Row]:
     yield from rows_of_goals(result["targets"])
     for part, place in PARTS.items():
         for key, what in WHAT.items():
-            yield from _ratios(result[part][key], f"{place}, {what}")
-        for clock, words in CLOCK_NAMES.items():
-            for name, own in result[part]["passes"][clock].items():
-                for of, passes in own.items():
-                    for number_, samples in enumerate(passes, 1):
-                        yield _seconds(name, f"seconds of {of} by {words}", f"{place}, pass {number_}", samples)
+            yield from rows_of_ratios(result[part][key], f"{place}, {what}")
+        yield from rows_of_passes(result[part]["passes"], place)
     for key, what in WHAT.items():
         for name, floor in result["last_frame"]["floors"][key].items():
             yield Row(name, "floor", f"last frame, {what}", floor)
@@ -72,7 +68,17 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(name, "check passed", "", passed)
 
 
-def _ratios(own: Mapping[str, Any], place: str) -> Iterator[Row]:
+def rows_of_passes(passes: Mapping[str, Any], place: str) -> Iterator[Row]:
+    """Seconds of every pass and of its parts, by clock and by what was made."""
+    for clock, words in CLOCK_NAMES.items():
+        for name, own in passes[clock].items():
+            for of, by_pass in own.items():
+                for number_, samples in enumerate(by_pass, 1):
+                    yield _seconds(name, f"seconds of {of} by {words}", f"{place}, pass {number_}", samples)
+
+
+def rows_of_ratios(own: Mapping[str, Any], place: str) -> Iterator[Row]:
+    """Ratios, and seconds by clock and by what was made."""
     for clock, words in CLOCK_NAMES.items():
         for name, by_clock in own["ratios"].items():
             yield row_of_ratio(name, f"ratio by {words}", place, by_clock[clock])

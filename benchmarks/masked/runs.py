@@ -187,11 +187,11 @@ class Bench:
         ratios: Mapping[str, tuple[str, str]],
     ) -> dict[str, Any]:
         """Seconds of every pass; of all passes together; of the frame that is reported; and ratios of these."""
-        passes = _by_clock(frames, lambda _, own: own)
-        timed = _by_clock(frames, lambda _, own: sum(own["passes"]))
-        whole = _by_clock(frames, lambda name, own: reckoned(own, self._plan, videos[name]))
+        passes = by_clock(frames, lambda _, own: own)
+        timed = by_clock(frames, lambda _, own: sum(own["passes"]))
+        whole = by_clock(frames, lambda name, own: reckoned(own, self._plan, videos[name]))
         return {
-            "passes": {clock: {name: _by_pass(own) for name, own in passes[clock].items()} for clock in CLOCKS},
+            "passes": {clock: {name: by_pass(own) for name, own in passes[clock].items()} for clock in CLOCKS},
             "as_timed": timed | {"ratios": ratios_of(timed, ratios)},
             "whole_frame": whole | {"ratios": ratios_of(whole, ratios)},
         }
@@ -203,7 +203,7 @@ class Bench:
         return made
 
 
-def _by_clock(
+def by_clock(
     frames: Mapping[str, Sequence[Frame]], of: Callable[[str, Mapping[str, list[float]]], Any]
 ) -> dict[str, dict[str, list[Any]]]:
     """What ``of`` makes of the name and the seconds of every frame, by clock and name."""
@@ -212,7 +212,7 @@ def _by_clock(
     }
 
 
-def _by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list[float]]]:
+def by_pass(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, list[list[float]]]:
     """Samples of all rounds, by what they are of and by pass."""
     return {what: [list(own) for own in zip(*(frame[what] for frame in rounds), strict=True)] for what in rounds[0]}
 

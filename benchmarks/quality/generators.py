@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -403,9 +403,9 @@ class Passes(Masked):
     options: MaskedOptions = _GUIDED
     whole: tuple[int, ...] = (8, 16)
     fewer: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 12)
-    less: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=lambda: LESS)
-    also: tuple[Mapping[str, Any], ...] = ()
-    looked_at: tuple[int, int] = (10, 2)
+    less: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=lambda: LESS, hash=False)
+    also: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    looked_at: tuple[int, int] = (10, 1)
 
     benchmark = "quality-passes"
 
@@ -454,7 +454,7 @@ class Passes(Masked):
 
     def about(self, variant: Variant) -> Mapping[str, Any]:
         """How its frames are made, and what they cost."""
-        return {"made": dict(variant.made), **asdict(cost(self.options_of(variant), masked_tokenizer.GRID_SHAPE))}
+        return {"made": dict(variant.made), **cost(self.options_of(variant), masked_tokenizer.GRID_SHAPE)._asdict()}
 
     @property
     def pairs(self) -> Iterator[tuple[str, str]]:
@@ -514,8 +514,7 @@ def made_of(text: str) -> Mapping[str, Any]:
     return options
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What the model computes of a frame, its commit included.
 
     Args:

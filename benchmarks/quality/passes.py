@@ -162,7 +162,7 @@ def _off(axes: Axes, result: Result, label: str) -> None:
     axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(OFF[label], loc="left", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 

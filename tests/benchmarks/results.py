@@ -21,12 +21,18 @@ from benchmarks.engine_process import Burst
 from benchmarks.guidance import benchmark as guidance_benchmark
 from benchmarks.guidance.plan import FULL as GUIDANCE_SIZES
 from benchmarks.guidance.plan import GUIDED_FULL, GUIDED_LAST, RATIOS, TWO_LAST
+from benchmarks.masked import passes as masked_passes_benchmark
+from benchmarks.masked.passes import DRAWING, PassesPlan
+from benchmarks.masked.runs import Frame
 from benchmarks.memory import cached as memory_cached_benchmark
 from benchmarks.memory.plan import CachedPlan
 from benchmarks.memory.runs import MEASURES as REMEMBERED
-from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked
+from benchmarks.quality.deviation import SETTINGS, WAYS
+from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked, Passes
 from benchmarks.quality.measures import MEASURES
+from benchmarks.quality.passes import OFF
 from benchmarks.quality.runs import QualityPlan, Videos, summary
+from benchmarks.quality.variants import less_of
 from benchmarks.registry import benchmarks
 from benchmarks.statistics import Count
 from benchmarks.videos import benchmark as videos_benchmark
@@ -115,6 +121,18 @@ def _quality(model: Generator, videos: int, trained_frames: int) -> dict[str, An
         "notes": ["greedy"],
         **summary(plan, {key: made(work.frames, work.videos) for key, work in plan.works.items()}),
     }
+    if isinstance(model, Passes):
+        result["model"] = {"name": "a model", "options": {"guidance": 1.5}}
+        result["deviations"] = [
+            {
+                "guidance": guidance,
+                "steps": steps,
+                "name": less_of(less),
+                **{label: {"mean": 0.25, "ci95": 0.1} for label in OFF},
+            }
+            for guidance, steps in SETTINGS
+            for less in WAYS
+        ]
     (benchmark,) = (own for own in benchmarks() if own.name == model.benchmark)
     return result | {name: judge(result) for name, judge in benchmark.judged.items()}
 
@@ -128,6 +146,45 @@ def quality_masked() -> dict[str, Any]:
     """The same of a masked model."""
     model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
     return json.loads(json.dumps(_quality(Masked(), 3, 2) | {"model": model}))
+
+
+def quality_passes() -> dict[str, Any]:
+    """The same of frames of which less is computed."""
+    return json.loads(json.dumps(_quality(Passes(), 3, 2)))
+
+
+def frame_of_passes(rows: list[int], start: float, slope: float, drawing: float = 0.0) -> Frame:
+    """A frame whose layers take so long to begin and for a row, and whose output layer takes so long in all."""
+    layers = [start + slope * count for count in rows]
+    drawn = [drawing, *[0.0] * (len(rows) - 1)]
+    own = {
+        "passes": [sum(parts) + 0.5 for parts in zip(layers, drawn, strict=True)],
+        "layers": layers,
+        "choosing": drawn,
+        "entering": [0.0] * len(rows),
+    }
+    return dict.fromkeys(CLOCKS, own)
+
+
+def masked_passes(plan: PassesPlan | None = None) -> dict[str, Any]:
+    """Of frames whose passes take what their rows say, two rounds."""
+    plan = plan or masked_passes_benchmark.sizes(quick=False)
+    rows = {name: plan.rows(video) for name, video in plan.cases.items()}
+    slopes = {"full": 3e-3, "packcache": 1e-3, "fewer rows": 1e-3}
+    frames = {
+        name: [frame_of_passes(own, 0.25, turn * slopes[name]) for turn in (1, 1.1)] for name, own in rows.items()
+    }
+    drawn = [frame_of_passes(rows["packcache"], 0.25, 1e-3, 30.0)] * 2
+    result = {
+        "benchmark": "masked-passes",
+        **ABOUT,
+        "quick": False,
+        "seconds": 12,
+        "engine": {"device": "cpu"},
+        **masked_passes_benchmark.found(plan, frames, drawn),
+    }
+    assert set(result["passes"][CLOCKS[0]]) == {*rows, DRAWING}
+    return json.loads(json.dumps(result | {"targets": masked_passes_benchmark.targets(result)}))
 
 
 def quality_guided() -> dict[str, Any]:
@@ -316,6 +373,8 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "quality.json": quality(),
         "quality_cached.json": quality_cached(),
         "quality_guided.json": quality_guided(),
+        "quality_passes.json": quality_passes(),
+        "masked_passes.json": masked_passes(),
         "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),
         "calibrate_masked.json": calibrate_masked(),

@@ -13,7 +13,9 @@ from vllm_packcache.config.sources import load_mapping, presets
 from vllm_packcache.core.grammar import IdRange
 from vllm_packcache.core.policies import PAPER, PackCache
 from vllm_packcache.core.retention import Retention, some_tokens
-from vllm_packcache.families.lumos import MM_ROPE_SCALE
+from vllm_packcache.families import LUMOS
+from vllm_packcache.families.lumos import MM_ROPE_SCALE, MaskedOptions
+from vllm_packcache.families.schedule import schedule
 from vllm_packcache.tools.explain import TEXT_TOKENS
 
 FRAME_TOKENS = {
@@ -25,6 +27,7 @@ FRAME_TOKENS = {
     "lumos1_256p": 1828,
     "lumos1_384p": 4084,
     "lumos1_480p": 5824,
+    "lumos1_fast": 4084,
     "mineworld_16f": 347,
     "mineworld_32f": 347,
     "play": 64,
@@ -43,7 +46,7 @@ POLICIES = {
 }
 """What changed first was measured on the demos' models; the others have the rule of the paper."""
 
-LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p")
+LUMOS1 = ("demo_masked", "lumos1_256p", "lumos1_384p", "lumos1_480p", "lumos1_fast")
 
 GIVEN = (8215, 8235), (8236, 8256), (8206, 8258), (8194, 8258), (8196, 8258), (8199, 8258), (8192, 8258)
 MINEWORLD = [*[(0, 8191)] * 336, 8257, *GIVEN, (8198, 8258), (8201, 8258), 8259]
@@ -122,6 +125,17 @@ def test_lumos1_conditioning_image_is_a_frame(name: str) -> None:
     layout = ServerConfig.parse("packcache", name).layout
     assert layout is not None
     assert layout.condition_image_tokens == FRAME_TOKENS[name]
+
+
+def test_the_fast_preset_of_lumos1_is_that_of_384p_with_less_computed() -> None:
+    fast, usual = (load_mapping(name) for name in ("lumos1_fast", "lumos1_384p"))
+    passes = fast.pop("passes")
+    assert fast == usual
+    made = ServerConfig.parse("packcache", "lumos1_fast", family=LUMOS).passes
+    assert made == MaskedOptions(**passes) == MaskedOptions(refresh=8, reuse=0.02, guidance_interval=2)
+    whole, own = (sum(sum(one.rows) for one in schedule(options, (48, 84))) for options in (MaskedOptions(), made))
+    # With the commits, which are whole.
+    assert (whole + 2 * 4084) / (own + 2 * 4084) == pytest.approx(2.8, abs=0.05)
 
 
 def test_demo_agrees_with_its_tokenizer() -> None:
