@@ -183,6 +183,19 @@ def test_preempted(
     assert all((one != other).float().mean() < 0.01 for one, other in again)
 
 
+def test_whatever_a_block_held_before(masked_engine: Any, lumos_model: Path, encoded: list[Encoded]) -> None:
+    """Bytes of a frame that was encoded may be no numbers, read as the model's."""
+    settings = config("int8")
+    llm = masked_engine(settings)
+    context = scheduler_of(llm).vllm_config.compilation_config.static_forward_context
+    for layer in context.values():
+        layer.kv_cache.fill_(float("nan"))
+    cases = [TEXT_TO_VIDEO, CONTINUED]
+    tokens = generate(llm, *cases)
+    model = LumosReference.load(lumos_model)
+    assert tokens == [expected(model, case, settings, encoded) for case in cases]
+
+
 def test_nothing_encoded_is_as_before(masked_engine: Any) -> None:
     cases = [TEXT_TO_VIDEO, IMAGE_TO_VIDEO]
     assert generate(masked_engine(config("auto")), *cases) == generate(masked_engine(KEPT), *cases)

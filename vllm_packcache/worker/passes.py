@@ -161,7 +161,7 @@ class CanvasState:
 
 
 class Left(NamedTuple):
-    """A frame of a video that the last step has made one to be encoded.
+    """A frame of a video that is to be encoded when the step has run.
 
     Attributes:
         video: whose.
@@ -297,8 +297,6 @@ class CanvasModelState(ModelState):
     ) -> None:
         """Put together what a step computes; cached keys move where a window slides."""
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
-        # Before anything of this step is written: blocks that encoding frees may be another request's by now.
-        self._encode_what_left()
         rows: list[list[Rows]] = [[], []]
         canvases: dict[int, Canvas] = {}
         # By group, which of its rows tokens are chosen by, and how many rows it has so far.
@@ -335,6 +333,14 @@ class CanvasModelState(ModelState):
         # The unconditional streams' rows come behind all others.
         places = [own + (counts[self._groups[0]] if group == self._groups[1] else 0) for group, own in chosen]
         self._batch = Batch(input_batch, rows, canvases, torch.cat(places) if places else self._nothing)
+
+    def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
+        """The step has run: frames are encoded that it made older ones.
+
+        Before the next step, in which blocks that encoding frees may be another request's.
+        """
+        super().postprocess_state(*args, **kwargs)
+        self._encode_what_left()
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         """There are none."""
@@ -460,7 +466,7 @@ class CanvasModelState(ModelState):
         return torch.arange(past.blocks, dtype=torch.int32, device=self.device)
 
     def _encode_what_left(self) -> None:
-        """Encode the frames behind which another one has been committed in the last step."""
+        """Encode the frames behind which this step has committed another one."""
         left, self._left = self._left, []
         for video, group, frame in left:
             # It may have ended, or have been preempted.
@@ -506,6 +512,7 @@ class CanvasModelState(ModelState):
             if not len(own):
                 continue
             table = blocks[stream.group]
+            self._clean(stream, int(own[0]), int(own[-1]) + 1, table)
             tokens = async_tensor_h2d(own, device=self.device)
             ids = async_tensor_h2d(video.tokens[stream.start + own[0] : stop], device=self.device)
             at = async_tensor_h2d(stream.plan.positions.of(own, 0), device=self.device)
@@ -573,6 +580,7 @@ class CanvasModelState(ModelState):
         """
         positions, layout = stream.plan.positions, stream.plan.layout
         stop = start + layout.tokens_per_frame
+        self._clean(stream, start, stop, blocks)
         past, first = np.empty(0, dtype=np.int64), 0
         if frame != CONDITION:
             past, first = stream.retention.plain(frame), stream.retention.blocks.tail_start(frame)
@@ -598,6 +606,16 @@ class CanvasModelState(ModelState):
             Past(read[: len(past)].long(), encoded, read[len(past) :].long()) if encoded else None,
             leaving,
         )
+
+    def _clean(self, stream: StreamState, start: int, stop: int, blocks: Tensor) -> None:
+        """Where a run of tokens ends within a block that it begins, clear the block: kernels read it to its end.
+
+        What they read behind the last token counts nothing, but has to be a number. Blocks in which frames were encoded
+        hold any bytes.
+        """
+        last = stop // self._block_size
+        if self._history is not None and stop % self._block_size and last * self._block_size >= start:
+            self._history.clear(self._layers[stream.group], blocks[last].long())
 
     def _of(self, blocks: Tensor, logical: range) -> Tensor:
         """Ids of a run of logical blocks, int64."""

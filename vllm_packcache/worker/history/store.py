@@ -117,6 +117,11 @@ class History:
             self._memory = torch.empty(0, dtype=torch.uint8)
             self._memory = torch.empty(size, dtype=torch.uint8, device=device)
 
+    def clear(self, layers: Sequence[Any], block: Tensor) -> None:
+        """Make all numbers of a block zeros; ``block`` is its id, on the device."""
+        for layer in layers:
+            _pages(layer.kv_cache).index_fill_(0, block[None], 0)
+
     def encode(self, layers: Sequence[Any], leaving: Leaving) -> None:
         """Encode a frame in all ``layers``, into the first of its blocks."""
         cos, sin = leaving.turn
