@@ -250,7 +250,7 @@ class Line:
     Args:
         start: of none.
         slope: of a row.
-        off: by how much the passes lie from it at most, as a share of the longest.
+        off: by how much the passes lie from it at most, as a share of the slowest.
     """
 
     start: float
@@ -312,7 +312,7 @@ def rows(result: Result) -> Iterator[Row]:
         yield Row(name, "rows of a frame", "both streams", own["rows"])
         yield Row(name, "forward passes of a frame", "", own["forwards"])
     for line in result["lines"][CPU]:
-        yield Row("passes of different rows", "off their line at most", "share of the longest", line["off"])
+        yield Row("passes of different rows", "off their line at most", "share of the slowest", line["off"])
 
 
 def _measured(result: Result) -> str:
@@ -322,7 +322,7 @@ def _measured(result: Result) -> str:
         f"{result['is']}. The model ({model['dtype']}, hidden {model['hidden']:,}, vocabulary {model['vocab']:,}) has "
         f"made-up weights. {result['layers_timed']} layer(s) were timed in passes of different rows, and what all "
         f"passes take is read from the line through them, from which none lay further than {number(100 * off, 1)} % of "
-        "the longest. Ratios are by processor time: median (quartiles)."
+        "the slowest. Ratios are by processor time: median (quartiles)."
     )
 
 
