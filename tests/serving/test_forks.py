@@ -196,14 +196,17 @@ def test_a_fork_of_a_video_goes_on_as_it_did(case: Case, frame: int, masked_engi
     assert len(set(map(tuple, tokens))) == 3
 
 
-def test_with_encoded_history_nothing_is_shared(masked_engine: Any) -> None:
+def test_with_encoded_history_the_condition_is_shared(masked_engine: Any) -> None:
     config = {**CONFIG, "layout": {"grid": [4, 7]}, "window": 3, "history_frames": 3, "precision": {"history": "int8"}}
     llm = masked_engine("packcache", config)
-    case = Case(40, (4, 7), 3).having(frames=2, steps=2, guidance=2, seed=3, condition_frames=1)
-    alone = generate(llm, *seeds(case, 2))
+    case = Case(40, (4, 7), 3).having(frames=3, steps=2, guidance=2, seed=3, condition_frames=1)
+    with watched(llm) as apart:
+        alone = generate(llm, *seeds(case, 3))
     with watched(llm) as together:
-        assert run(llm, [(case, 2)]) == [alone]
-    assert not together.copied
+        assert run(llm, [(case, 3)]) == [alone]
+    assert max(together.held) < max(apart.held)
+    # The block that the first frame begins in, of either stream, in the second and the third video.
+    assert together.copied == 2 * 2
 
 
 def test_blocks_are_the_condition_and_the_history_once_and_each_ones_own(masked_engine: Any) -> None:

@@ -264,7 +264,7 @@ class SharedBlocks:
 def waits(managers: Sequence[RetentionManager], request: Request) -> bool:
     """Whether a fork that holds no blocks waits for what another one of its request computes in this step, or later."""
     shared = managers[0].shared if managers else None
-    if shared is None or family_of(request) is None or managers[0].encodes:
+    if shared is None or family_of(request) is None:
         return False
     prompt = request.num_prompt_tokens
     for other in shared.others(request):
@@ -282,7 +282,7 @@ def find(managers: Sequence[RetentionManager], request: Request) -> int:
     A step computes a token at least. A fork that has nothing to compute but its frames has a step for its prompt's last
     token, in which the workers do nothing for it.
     """
-    if family_of(request) is None or managers[0].encodes:
+    if family_of(request) is None:
         return 0
     name, made = request.request_id, managers[0].request(request)
     streams = [
@@ -296,7 +296,9 @@ def find(managers: Sequence[RetentionManager], request: Request) -> int:
         return 0
     layout = made.conditional.layout
     given = (request.num_prompt_tokens - layout.condition_tokens) // layout.tokens_per_frame
-    for frame in dict.fromkeys((given, 0)):
+    # A frame that is encoded is written over while others read it as it was: then they have the condition in common.
+    places = (0,) if managers[0].encodes else (given, 0)
+    for frame in dict.fromkeys(places):
         for other in streams[0][0].others(request):
             try:
                 blocks = [shared.blocks_before(video, other.request_id, frame) for shared, video in streams]
