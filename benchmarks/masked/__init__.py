@@ -22,7 +22,8 @@ timed, and nothing is reckoned.
 **The floor** is the same ratio of floating-point operations: of the layers' matrices, of the output layer and of
 attention over what is read. Where attention is slower an operation than matrices are, the ratio of times lies above it.
 
-**Less computed** in the passes (``--passes``): see `benchmarks.masked.passes`.
+**Less computed** in the passes (``--passes``): see `benchmarks.masked.passes`. **Older frames in fewer bits**
+(``--history``): see `benchmarks.masked.history`.
 
 **Memory** is counted in blocks, which the engine says, and given for the model that is reported.
 """
@@ -46,8 +47,14 @@ def command(
     passes: Annotated[
         bool, typer.Option("--passes", help="Frames of which less is computed: settled rows, reused passes.")
     ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Frames that read older ones in 8, 4 and 2 bits, and as written.")
+    ] = False,
 ) -> None:
     """Time a frame of a masked model (Lumos-1), all its passes, with and without packcache."""
-    from benchmarks.masked.benchmark import MASKED, PASSES
+    from benchmarks.masked.benchmark import HISTORY, MASKED, PASSES
+    from vllm_packcache.config.errors import ConfigError
 
-    (PASSES if passes else MASKED).run(json_path, plot_path, quick=quick)
+    if passes and history:
+        raise ConfigError("--passes and --history are two benchmarks: give one of them")
+    (PASSES if passes else HISTORY if history else MASKED).run(json_path, plot_path, quick=quick)

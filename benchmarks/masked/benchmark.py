@@ -10,7 +10,7 @@ import torch
 from benchmarks.decode.plan import described
 from benchmarks.decode.samples import CPU
 from benchmarks.goals import judged
-from benchmarks.masked import passes, plot, report
+from benchmarks.masked import history, passes, plot, report
 from benchmarks.masked.plan import BLOCK_SIZE, ON_CPU, ON_GPU, POLICY, PUBLISHED_FRAMES, QUICK, SEED, MaskedPlan
 from benchmarks.masked.runs import Bench, rates, readings
 from benchmarks.protocol import Benchmark, Session
@@ -114,5 +114,20 @@ PASSES = Benchmark(
     long=passes.long,
     short=passes.short,
     draw=passes.draw,
+    same=lambda result, plan, quick: result.get("quick") == quick,
+)
+
+HISTORY = Benchmark(
+    name="masked-history",
+    title="A masked frame whose older frames are held in fewer bits",
+    place=3,
+    plan=history.sizes,
+    measure=history.measure,
+    judged={"targets": history.targets},
+    goals=history.goals,
+    rows=history.rows,
+    long=history.long,
+    short=history.short,
+    draw=history.draw,
     same=lambda result, plan, quick: result.get("quick") == quick,
 )

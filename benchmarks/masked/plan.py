@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.engine_process import Device
 from benchmarks.model import ModelShape
 from vllm_packcache.config.server import REQUEST_PREFIX, ServerConfig
-from vllm_packcache.core.policies import PAPER
+from vllm_packcache.core.policies import PAPER, Policy
 from vllm_packcache.core.retention import Retention
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
@@ -139,6 +139,8 @@ class MaskedPlan:
         videos: how many.
         device: where.
         threads: OpenMP threads.
+        policy: of the server.
+        precision: in how many bits older frames are held, as in a configuration; nothing: as they were written.
     """
 
     model: ModelShape
@@ -156,6 +158,8 @@ class MaskedPlan:
     videos: int = 4
     device: Device = "cpu"
     threads: int = 1
+    policy: Policy = POLICY
+    precision: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -216,19 +220,22 @@ class MaskedPlan:
     def additional_config(self) -> dict[str, Any]:
         """What switches the plugin on."""
         return {
-            "kv_cache_policy": POLICY.name,
-            "kv_cache_policy_config": dataclasses.asdict(POLICY) | {"layout": {"grid": list(self.grid)}},
+            "kv_cache_policy": self.policy.name,
+            "kv_cache_policy_config": dataclasses.asdict(self.policy)
+            | {"layout": {"grid": list(self.grid)}}
+            | ({"precision": dict(self.precision)} if self.precision else {}),
         }
 
     @cached_property
-    def _config(self) -> ServerConfig:
+    def config(self) -> ServerConfig:
+        """Of the server."""
         config = ServerConfig.from_additional_config(self.additional_config, LUMOS)
         assert config is not None, "a family of canvases is always on"
         return config
 
     def planned(self, video: MeasuredVideo) -> CanvasRequest:
         """What the engine makes of a request."""
-        return LUMOS.request(self._config, video.extra_args, video.ids)
+        return LUMOS.request(self.config, video.extra_args, video.ids)
 
     def live(self, video: MeasuredVideo) -> list[int]:
         """Tokens that the frame's own read, in each stream."""

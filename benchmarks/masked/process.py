@@ -14,9 +14,9 @@ from benchmarks.engine_process import Burst, Engine, EngineSettings
 from vllm_packcache.families import lumos
 from vllm_packcache.tools import interpreted
 
-LAYERS, CHOOSING, ENTERING = PARTS = ("layers", "choosing", "entering")
+LAYERS, CHOOSING, ENTERING, ENCODING = PARTS = ("layers", "choosing", "entering", "encoding")
 """Of a pass: the model's layers; the output layer and the choice of tokens; the rotation of keys, the compaction of the
-block table and the positions of a frame that is entered."""
+block table and the positions of a frame that is entered; what is encoded when a frame has been committed."""
 
 Seconds = dict[str, float]
 """By clock."""
@@ -134,6 +134,9 @@ class MaskedEngine(Engine):
         self._engine.step = self._watch.step(self._engine.step)
         Canvas.choose = self._watch.timed(CHOOSING, Canvas.choose)  # type: ignore[method-assign]
         CanvasModelState._picture = self._watch.timed(ENTERING, CanvasModelState._picture)  # type: ignore[method-assign]
+        CanvasModelState._encode_what_left = self._watch.timed(  # type: ignore[method-assign]
+            ENCODING, CanvasModelState._encode_what_left
+        )
         for layer in self._engine.vllm_config.compilation_config.static_forward_context.values():
             # Memory that was never written to is one page of zeros, and is read from the processor's cache.
             layer.kv_cache.uniform_(-1, 1)

@@ -21,6 +21,7 @@ from benchmarks.engine_process import Burst
 from benchmarks.guidance import benchmark as guidance_benchmark
 from benchmarks.guidance.plan import FULL as GUIDANCE_SIZES
 from benchmarks.guidance.plan import GUIDED_FULL, GUIDED_LAST, RATIOS, TWO_LAST
+from benchmarks.masked import history as masked_history_benchmark
 from benchmarks.masked import passes as masked_passes_benchmark
 from benchmarks.masked.passes import DRAWING, PassesPlan
 from benchmarks.masked.runs import Frame
@@ -162,6 +163,7 @@ def frame_of_passes(rows: list[int], start: float, slope: float, drawing: float 
         "layers": layers,
         "choosing": drawn,
         "entering": [0.0] * len(rows),
+        "encoding": [0.0] * len(rows),
     }
     return dict.fromkeys(CLOCKS, own)
 
@@ -185,6 +187,24 @@ def masked_passes(plan: PassesPlan | None = None) -> dict[str, Any]:
     }
     assert set(result["passes"][CLOCKS[0]]) == {*rows, DRAWING}
     return json.loads(json.dumps(result | {"targets": masked_passes_benchmark.targets(result)}))
+
+
+def masked_history() -> dict[str, Any]:
+    """Of frames that take a little longer the fewer bits there are, two rounds."""
+    plan = masked_history_benchmark.sizes(quick=False)
+    frames = {
+        name: [frame_of_passes([2 * 4084] * 2, 0.25, turn * (1 + 0.01 * more) * 1e-3) for turn in (1, 1.1)]
+        for more, name in enumerate(masked_history_benchmark.FORMATS)
+    }
+    result = {
+        "benchmark": "masked-history",
+        **ABOUT,
+        "quick": False,
+        "seconds": 12,
+        "engine": {"device": "cpu", "block_size": 32},
+        **masked_history_benchmark.found(plan, frames),
+    }
+    return json.loads(json.dumps(result | {"targets": masked_history_benchmark.targets(result)}))
 
 
 def quality_guided() -> dict[str, Any]:
@@ -374,6 +394,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "quality_cached.json": quality_cached(),
         "quality_guided.json": quality_guided(),
         "quality_passes.json": quality_passes(),
+        "masked_history.json": masked_history(),
         "masked_passes.json": masked_passes(),
         "quality_masked.json": quality_masked(),
         "calibrate.json": calibrate(),

@@ -42,6 +42,7 @@ def test_what_is_read_is_what_the_policy_keeps(
     layout = VideoLayout(FrameLayout(tokens), condition)
     plain, encoded = (retention_of(layout, policy, block_size, own) for own in (None, encoding(history, block_size)))
     assert isinstance(encoded, EncodedRetention)
+    encoded.check()
     bound, held = encoded.most_blocks(), set()
     for frame in range(12):
         units = encoded.units(frame)

@@ -126,7 +126,7 @@ class EncodedRetention(Retention):
                 "precision.history is for policies that keep whole frames, and this one chooses among their blocks: "
                 "choose another selection, such as spatial with as many history_frames as window, or another policy"
             )
-        for blocks in self._unit_sizes():
+        for blocks in filter(None, self._unit_sizes()):
             if not self._encoding.fits(blocks, self.block_size):
                 raise ValueError(
                     f"precision.history: an encoded frame of {blocks} blocks takes "
