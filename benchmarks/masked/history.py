@@ -149,7 +149,8 @@ def found(plan: HistoryPlan, frames: Mapping[str, Sequence[Frame]]) -> dict[str,
         "is": (
             f"a frame that reads a conditioning image and {KEPT} frames, all but the newest encoded, {rows} x "
             f"{columns} visual tokens ({plan.video.tokens_per_frame:,} in all), both streams of guidance, "
-            f"{plan.frame.layers} layers {plan.frame.of}, {plan.frame.steps_reported} passes and the commit, without the output layer"
+            f"{plan.frame.layers} layers {plan.frame.of}, {plan.frame.steps_reported} passes and the commit, without "
+            "the output layer"
         ),
         "model": dataclasses.asdict(plan.frame.model) | {"kv_bytes_per_token": plan.frame.model.kv_bytes_per_token},
         "frames": plan.frame.frames,
