@@ -195,6 +195,12 @@ def test_axis_scale_needs_a_model_with_axes(start: Callable[..., Any]) -> None:
     start("three-axes", additional=policy(layout=layout))
 
 
+def test_a_decoder_encodes_no_frames(start: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"precision.history is for models that make frames in passes, and .* choose"):
+        start(additional=policy(precision={"history": "int8"}))
+    start(additional=policy(precision={"history": "auto"}))
+
+
 def test_transformers_own_code_rotates_keys_itself(start: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"rotates them in Transformers' own code \(--model-impl\): set positions"):
         start(model_impl="transformers")

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vllm_packcache.config.errors import ConfigError
@@ -197,12 +197,16 @@ def print_formats(formats: Formats, console: Console) -> None:
     console.print(Text(f"Formats of the KV cache on this machine: {formats.machine}", style="bold"))
     if not formats.formats:
         return
-    table = Table("--kv-cache-dtype", "bytes", "absolute", "rebase", "masked", "attention backends", "remark")
+    # Whatever has no room, a name is to be read: it is what one would type.
+    name = Column("--kv-cache-dtype", no_wrap=True)
+    table = Table(name, "bytes", "absolute", "rebase", "masked", "attention backends, or why not")
     for own in formats.formats:
         usable = (own.absolute, own.rebase, own.masked)
         backends = ", ".join(f"{backend}{'' if backend in own.shown else '*'}" for backend in own.backends)
         cells = [Text("yes" if yes else "no", style="green" if yes else "yellow") for yes in usable]
-        table.add_row(Text(own.name), Text(str(own.bytes)), *cells, Text(backends), Text(own.remark))
+        table.add_row(
+            Text(own.name), Text(str(own.bytes)), *cells, Text("; ".join(filter(None, (backends, own.remark))))
+        )
     console.print(table)
     console.print(
         f"bytes: of a key and its value of {HEAD_SIZE} numbers, of a model of {8 * ITEM_BYTES} bits. absolute, rebase: "
