@@ -13,6 +13,9 @@ its positions are worked out once, with its first pass; all its passes read the 
 
 Attention is causal in text alone. A token of text is an attention row of its own, and a picture is one: a row's queries
 all see the same keys, so no mask is needed, and rows of different requests go together whatever they are of.
+
+Where older frames are held in fewer bits, a picture that reads some is an attention call of its own, over a scratch
+(`vllm_packcache.worker.history`); what leaves the newest place is encoded when the step has run that committed another.
 """
 
 from __future__ import annotations
@@ -160,20 +163,6 @@ class CanvasState:
     shared_tokens: int = 0
 
 
-class Left(NamedTuple):
-    """A frame of a video that is to be encoded when the step has run.
-
-    Attributes:
-        video: whose.
-        group: the KV cache group of the stream.
-        frame: where it is.
-    """
-
-    video: CanvasState
-    group: int
-    frame: Leaving
-
-
 @dataclass(frozen=True)
 class Batch:
     """A step.
@@ -204,7 +193,8 @@ class CanvasModelState(ModelState):
         self._config = config
         self._videos: dict[str, CanvasState | None] = {}
         self._history = self._new_history()
-        self._left: list[Left] = []
+        # By KV cache group, what is to be encoded when the step has run.
+        self._left: list[tuple[int, Leaving]] = []
         self._batch: Batch | None = None
         self._nothing = torch.empty(0, dtype=torch.int64, device=self.device)
 
@@ -468,11 +458,9 @@ class CanvasModelState(ModelState):
     def _encode_what_left(self) -> None:
         """Encode the frames behind which this step has committed another one."""
         left, self._left = self._left, []
-        for video, group, frame in left:
-            # It may have ended, or have been preempted.
-            if any(video is running for running in self._videos.values()):
-                assert self._history is not None, "nothing leaves where nothing is encoded"
-                self._history.encode(self._layers[group], frame)
+        for group, frame in left:
+            assert self._history is not None, "nothing leaves where nothing is encoded"
+            self._history.encode(self._layers[group], frame)
 
     def _canvases_of(self, input_batch: InputBatch) -> dict[int, Canvas] | None:
         """The canvases of a step; None: it is one that vLLM profiles memory with."""
@@ -532,7 +520,7 @@ class CanvasModelState(ModelState):
         for index, stream in enumerate(video.streams):
             picture = self._picture(stream, start - stream.start, frame, blocks[stream.group])
             shown = committed(ids, video.request, conditional=index == 0) if made else ids
-            self._leave(video, stream, picture)
+            self._leave(stream, picture)
             yield stream.group, Rows.of(picture, shown)
 
     def _canvas_rows(
@@ -559,15 +547,15 @@ class CanvasModelState(ModelState):
         for index, (stream, picture) in enumerate(zip(video.streams, video.pictures, strict=True)):
             if canvas.commits:
                 ids = committed(canvas.ids, video.request, conditional=index == 0)
-                self._leave(video, stream, picture)
+                self._leave(stream, picture)
                 yield stream.group, Rows.of(picture, ids)
             elif (own := asked[index]) is not None:
                 yield stream.group, Rows.of(picture, canvas.ids, own)
 
-    def _leave(self, video: CanvasState, stream: StreamState, picture: Picture) -> None:
+    def _leave(self, stream: StreamState, picture: Picture) -> None:
         """Note what is to be encoded when this step has committed ``picture``."""
         if picture.leaving is not None:
-            self._left.append(Left(video, stream.group, picture.leaving))
+            self._left.append((stream.group, picture.leaving))
 
     def _picture(self, stream: StreamState, start: int, frame: int, blocks: Tensor) -> Picture:
         """Enter a picture: the window slides if it does, and what is read of the past is put together.
