@@ -158,6 +158,7 @@ ENDS = {
     "keys": "the layout of cached keys as an attention backend's published interface",
     "manager": _RETENTION,
     "masked": _CANVAS,
+    "history": "blocks of a cache in formats of their own, and attention layers that are told what to read",
     "metrics": _ACCOUNTS,
     "plugin": "a plugin that is told by every process where it is loaded",
     "prefix cache": _RETENTION,
@@ -942,9 +943,32 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState",
         "add_request; remove_request; initialize_kv_cache; preprocess_state; prepare_attn; prepare_inputs; "
-        "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds",
+        "prepare_dummy_inputs; custom_sampler; prepare_inputs_embeds; postprocess_state",
         "masked: a model state of ours",
         subclass="vllm_packcache.worker.passes:CanvasModelState",
+    ),
+    # Older frames in fewer bits
+    Hook(
+        _RUNNER_V2,
+        "sample_tokens: sample, postprocess_sampled",
+        "history: frames are encoded when a step has run, and before the next one",
+    ),
+    Hook(
+        "vllm.model_executor.layers.attention.attention",
+        "unified_kv_cache_update(key, value, layer_name): get_attention_context, do_kv_cache_update",
+        "history: keys and values of a step are written before attention reads what was put together",
+    ),
+    *(
+        Hook(
+            f"vllm.v1.attention.backends.{owner}",
+            "forward(layer, query, key, value, kv_cache, attn_metadata, output, ...)",
+            "history: attention over another cache than the layer's",
+        )
+        for owner in (
+            "cpu_attn:CPUAttentionBackendImpl",
+            "flash_attn:FlashAttentionImpl",
+            "triton_attn:TritonAttentionImpl",
+        )
     ),
     # Forks
     Hook(
@@ -1074,7 +1098,8 @@ HOOKS: tuple[Hook, ...] = (
         _RUNNER_V2,
         "load_model: init_model_state, num_new_sampled_tokens_per_step, Sampler, custom_sampler; "
         "sample(hidden_states, input_batch, ...): logits_indices, compute_logits, sampler; "
-        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update, all_token_ids",
+        "postprocess_sampled(num_sampled, num_rejected, ...): output_bin_counts, post_update, all_token_ids, "
+        "postprocess_state",
         "masked: a sampler of ours gets hidden states and says which tokens are rejected; guided, it gets the logits "
         "of a step that has been run, and ids that are sampled are put on the device",
     ),
