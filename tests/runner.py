@@ -42,7 +42,9 @@ ON_V2 = frozenset(
         "serving/test_guided_emu3.py",
         "serving/test_guided_sessions.py",
         "serving/test_forks.py",
+        "serving/test_history.py",
         "serving/test_masked_tokens.py",
+        "worker/test_canvas.py",
         "worker/test_key_layout_triton.py",
         "worker/test_runner_v2.py",
     }

@@ -165,6 +165,7 @@ def test_the_scheduler_is_told_the_family(server: ServerConfig, monkeypatch: pyt
         },
         use_v2_model_runner=False,
         max_concurrent_batches=1,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
     )
     monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: engine)
     backend = choose_backend(lambda: Backend)()

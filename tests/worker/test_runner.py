@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.runner import ON_V2
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import POLICY_KEY
 from vllm_packcache.hooks import install as hooks
@@ -87,3 +89,15 @@ def test_a_worker_looks_when_it_has_made_its_runner(additional: dict[str, Any], 
             check_model_runner(init_device)(worker)
     else:
         check_model_runner(init_device)(worker)
+
+
+def test_what_needs_v2_is_run_with_it():
+    """A file that is skipped without it and not collected with it would never be run."""
+    tests = Path(__file__).parents[1]
+    needing = {
+        file.relative_to(tests).as_posix()
+        for file in tests.rglob("test_*.py")
+        if "\npytestmark = needs_v2\n" in file.read_text(encoding="utf-8")
+    }
+    assert needing
+    assert needing <= ON_V2

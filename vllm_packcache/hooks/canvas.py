@@ -216,6 +216,8 @@ def configure(vllm_config: VllmConfig) -> None:
 
 def encoding_in(vllm_config: VllmConfig, config: ServerConfig) -> Encoding | None:
     """How much room older frames take in a layer of a rank; None: as much as when they were new."""
+    if not config.precision.encodes:
+        return None
     model = vllm_config.model_config
     heads, channels = model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()
     page = vllm_config.cache_config.block_size * heads * 2 * channels * model.dtype.itemsize
