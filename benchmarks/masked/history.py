@@ -260,10 +260,14 @@ def draw(result: Result, path: Path) -> None:
         own = result["whole_frame"]["ratios"][f"{name} / {AS_WRITTEN}"][CPU]
         seconds.barh(line, own["median"], height=0.6, color="#2f6fde")
         seconds.plot((own["min"], own["max"]), (line, line), color="black", linewidth=1.2)
-        seconds.annotate(f"{own['median']:.2f}", (own["max"], line), (6, 0), textcoords="offset points", va="center")
         share = result["bytes"][name]
         sizes_of.barh(line, share, height=0.6, color="#2f6fde")
-        sizes_of.annotate(f"{share:.2f}", (share, line), (6, 0), textcoords="offset points", va="center")
+        # Numbers stand behind the mark of the goal.
+        for axes, value, end in (
+            (seconds, own["median"], max(own["max"], MOST_SECONDS)),
+            (sizes_of, share, max(share, MOST_BYTES.get(name, 0))),
+        ):
+            axes.annotate(f"{value:.2f}", (end, line), (6, 0), textcoords="offset points", va="center")
         for axes, bound in ((seconds, MOST_SECONDS), (sizes_of, MOST_BYTES.get(name))):
             if bound is not None:
                 axes.plot((bound, bound), (line - 0.42, line + 0.42), color="#c0392b", linewidth=2)
