@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -102,32 +103,24 @@ MASKED = Benchmark(
     same=lambda result, plan, quick: result.get("quick") == quick,
 )
 
-PASSES = Benchmark(
-    name="masked-passes",
-    title="A masked frame with less computed",
-    place=3,
-    plan=passes.sizes,
-    measure=passes.measure,
-    judged={"targets": passes.targets},
-    goals=passes.goals,
-    rows=passes.rows,
-    long=passes.long,
-    short=passes.short,
-    draw=passes.draw,
-    same=lambda result, plan, quick: result.get("quick") == quick,
-)
 
-HISTORY = Benchmark(
-    name="masked-history",
-    title="A masked frame whose older frames are held in fewer bits",
-    place=3,
-    plan=history.sizes,
-    measure=history.measure,
-    judged={"targets": history.targets},
-    goals=history.goals,
-    rows=history.rows,
-    long=history.long,
-    short=history.short,
-    draw=history.draw,
-    same=lambda result, plan, quick: result.get("quick") == quick,
-)
+def _of(module: ModuleType, name: str, title: str) -> Benchmark:
+    """A benchmark that stands in a module of its own."""
+    return Benchmark(
+        name=name,
+        title=title,
+        place=MASKED.place,
+        plan=module.sizes,
+        measure=module.measure,
+        judged={"targets": module.targets},
+        goals=module.goals,
+        rows=module.rows,
+        long=module.long,
+        short=module.short,
+        draw=module.draw,
+        same=MASKED.same,
+    )
+
+
+PASSES = _of(passes, "masked-passes", "A masked frame with less computed")
+HISTORY = _of(history, "masked-history", "A masked frame whose older frames are held in fewer bits")

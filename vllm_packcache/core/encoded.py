@@ -110,9 +110,7 @@ class EncodedRetention(Retention):
         if self._window is not None and not self.policy.outlives_window:
             older = min(older, max(0, self._window - NEWEST_DISTANCE))
         held = older * self._encoding.held_blocks(longest, self.block_size)
-        making = -(-(self.block_size - 1 + self.layout.tokens_per_frame + ahead) // self.block_size)
-        prompt = -(-(self.layout.condition_tokens + ahead) // self.block_size)
-        return min(most, max(prompt, condition + longest + held + making))
+        return min(most, self._with_frame(condition + longest + held, ahead))
 
     def check(self) -> None:
         """Check what can be known before there is a video.

@@ -289,11 +289,13 @@ class Retention:
             ahead: tokens of the next frame that may be computed while blocks of the past are still held: a step is
                 scheduled before the one in flight has been processed.
         """
-        if self._most_past is None:
-            return None
+        return None if self._most_past is None else self._with_frame(self._most_past, ahead)
+
+    def _with_frame(self, past: int, ahead: int) -> int:
+        """Blocks of the condition, or ``past`` blocks and those of the frame being made, whichever are more."""
         # A frame begins anywhere in a block.
         making = -(-(self.block_size - 1 + self.layout.tokens_per_frame + ahead) // self.block_size)
-        return max(-(-(self.layout.condition_tokens + ahead) // self.block_size), self._most_past + making)
+        return max(-(-(self.layout.condition_tokens + ahead) // self.block_size), past + making)
 
     def segments(self, start: int, stop: int) -> Iterator[LiveSegment]:
         """What the queries ``[start, stop)`` read, one item a frame."""
