@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.decode.samples import CLOCK_NAMES, CPU, WALL, summary
+from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS
 from benchmarks.report.markdown import Files, number, ratio, significant, with_quartiles
 from benchmarks.report.parts import Goal, Result, Row, goals_of_ratios, provenance, row_of_ratio, rows_of_goals
 from benchmarks.report.table import Paragraph, Table
@@ -225,8 +226,8 @@ def long(result: Result, files: Files) -> Iterator[Paragraph]:
 
 
 def _medians(passes: Mapping[str, list[list[float]]]) -> Iterator[tuple[float, ...]]:
-    """Of each pass: the whole, its parts, and the rest."""
-    for of_all in zip(*passes.values(), strict=True):
+    """Of each pass: the whole, the parts that have a column, and the rest."""
+    for of_all in zip(passes["passes"], *(passes[part] for part in (LAYERS, CHOOSING, ENTERING)), strict=True):
         whole, *parts = map(median, of_all)
         yield whole, *parts, max(0.0, whole - sum(parts))
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.decode.samples import CLOCKS, CPU, ratios_of
 from benchmarks.engine_process import EngineFailed, EngineProcess
 from benchmarks.masked.plan import APART, BATCH, BATCH_RATIOS, BLOCK_SIZE, RATIOS, TOGETHER, MaskedPlan, MeasuredVideo
-from benchmarks.masked.process import CHOOSING, ENTERING, LAYERS, PARTS, Made, MaskedEngine, MaskedSettings
+from benchmarks.masked.process import CHOOSING, ENCODING, ENTERING, LAYERS, PARTS, Made, MaskedEngine, MaskedSettings
 from benchmarks.model import write_config
 from vllm_packcache.families.schedule import computed_passes
 
@@ -49,9 +49,9 @@ def summed(frames: Sequence[Frame]) -> Frame:
 def reckoned(own: Mapping[str, list[float]], plan: MaskedPlan, video: MeasuredVideo) -> float:
     """Seconds of a frame of the model that is reported, ``enter + steps x step + commit``.
 
-    All layers are alike: what they take, and what entering a frame takes, is multiplied. The output layer is there
-    once; what it takes goes with the number of tokens that are unknown before each step. Where all layers and all steps
-    are timed, this is the sum of the passes.
+    All layers are alike: what they take, and what entering a frame and encoding one take, is multiplied. The output
+    layer is there once; what it takes goes with the number of tokens that are unknown before each step. Where all
+    layers and all steps are timed, this is the sum of the passes.
 
     Args:
         own: a `Frame` by one clock.
@@ -64,7 +64,8 @@ def reckoned(own: Mapping[str, list[float]], plan: MaskedPlan, video: MeasuredVi
     step = more * fmean(layers) + fmean(rest[:-1])
     of_a_token = sum(own[CHOOSING]) / sum(plan.unknown(video, plan.steps))
     choosing = of_a_token * sum(plan.unknown(video, plan.steps_reported))
-    return more * sum(own[ENTERING]) + plan.steps_reported * step + choosing + more * of_commit + rest[-1]
+    once = sum(own[ENTERING]) + of_commit + sum(own[ENCODING])
+    return more * once + plan.steps_reported * step + choosing + rest[-1]
 
 
 class Bench:

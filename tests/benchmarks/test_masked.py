@@ -67,15 +67,17 @@ def test_every_pass_is_timed_in_its_parts(measured):
     for clock in CLOCKS:
         for part, rounds in ((last, QUICK.rounds), (batch, QUICK.batch_rounds)):
             for own in part["passes"][clock].values():
-                assert list(own) == ["passes", "layers", "choosing", "entering"]
+                assert list(own) == ["passes", "layers", "choosing", "entering", "encoding"]
                 assert all(len(passes) == 3 for passes in own.values())
                 assert all(len(samples) == rounds for passes in own.values() for samples in passes)
                 for number in range(rounds):
-                    whole, layers, choosing, entering = ([one[number] for one in own[what]] for what in own)
-                    assert all(w > p + c + e for w, p, c, e in zip(whole, layers, choosing, entering, strict=True))
+                    whole, layers, choosing, entering, encoding = ([one[number] for one in own[what]] for what in own)
+                    parts = zip(layers, choosing, entering, encoding, strict=True)
+                    assert all(w > sum(own) for w, own in zip(whole, parts, strict=True))
                     assert min(layers) > 0
                     assert min(choosing[:2]) > choosing[2] == 0, "nothing is chosen in the commit"
                     assert entering[0] > entering[1] == entering[2] == 0, "a frame is entered once"
+                    assert max(encoding) < min(layers) / 10, "the history is as it was written"
 
 
 def test_ratios_are_those_of_the_samples(measured):
@@ -231,15 +233,21 @@ def test_prompts_are_those_of_videos(plan: MaskedPlan):
 
 
 def test_a_frame_is_reckoned_from_its_parts():
-    own = {"passes": [20.0, 13.0, 9.0], "layers": [4.0, 3.0, 5.0], "choosing": [6.0, 4.0, 0.0], "entering": [2.0, 0, 0]}
+    own = {
+        "passes": [20.0, 13.0, 10.0],
+        "layers": [4.0, 3.0, 5.0],
+        "choosing": [6.0, 4.0, 0.0],
+        "entering": [2.0, 0, 0],
+        "encoding": [0, 0, 1.0],
+    }
     video = QUICK.cases["full"]
     # Before the second of two steps floor(96 cos(pi / 4)) tokens are unknown.
     assert QUICK.unknown(video, 2) == [96, 67]
     unknown = sum(QUICK.unknown(video, 50))
-    # Three layers: entering 3 x 2; steps of 3 x 3.5 and the rest, 8 and 6; the commit 3 x 5 and 4.
-    assert reckoned(own, QUICK, video) == pytest.approx(6 + 50 * (10.5 + 7) + 10 / 163 * unknown + 15 + 4)
+    # Three layers: entering 3 x 2; steps of 3 x 3.5 and the rest, 8 and 6; the commit 3 x 5 and 4; encoding 3 x 1.
+    assert reckoned(own, QUICK, video) == pytest.approx(6 + 50 * (10.5 + 7) + 10 / 163 * unknown + 15 + 4 + 3)
     whole = dataclasses.replace(QUICK, layers=1, steps_reported=2)
-    assert reckoned(own, whole, video) == pytest.approx(20 + 13 + 9)
+    assert reckoned(own, whole, video) == pytest.approx(20 + 13 + 10)
     assert whole.described.endswith("all of it timed")
     assert ON_GPU.described.endswith("all of it timed")
 
@@ -271,7 +279,8 @@ def test_a_frame_has_all_its_passes():
     made = Made(burst, [{}, parts, parts, parts])
     frame = frame_of(made, 2)
     assert frame["cpu_seconds"]["passes"] == [3.0] * 3
-    assert frame["wall_seconds"] == {"passes": [4.0] * 3, "layers": [1.0] * 3, "choosing": [0] * 3, "entering": [0] * 3}
+    parts = {"layers": [1.0] * 3, "choosing": [0] * 3, "entering": [0] * 3, "encoding": [0] * 3}
+    assert frame["wall_seconds"] == {"passes": [4.0] * 3} | parts
     assert summed([frame, frame])["wall_seconds"]["passes"] == [8.0] * 3
     with pytest.raises(EngineFailed, match="a frame of 3 steps and a commit was made in 3 passes"):
         frame_of(made, 3)
