@@ -40,6 +40,14 @@ def command(
             "given several times."
         ),
     ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history",
+            help="With --masked: older frames in int8, int4 and int2 beside frames as they were written, at equal "
+            "tokens and at equal bytes.",
+        ),
+    ] = False,
     passes: Annotated[
         bool,
         typer.Option("--passes", help="With --masked: quality against what is computed of a frame's passes."),
@@ -54,19 +62,24 @@ def command(
 ) -> None:
     """Measure the videos that a bundled model makes under every policy, at equal live tokens."""
     from benchmarks.formats import check_formats
-    from benchmarks.quality.benchmark import CACHED, CAUSAL, GUIDED, MASKED, PASSES
-    from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked, Passes, made_of
+    from benchmarks.quality.benchmark import CACHED, CAUSAL, GUIDED, HISTORY, MASKED, PASSES
+    from benchmarks.quality.generators import Cached, Causal, Encoded, Generator, Guided, Masked, Passes, made_of
     from benchmarks.quality.runs import QualityPlan
     from vllm_packcache.config.errors import ConfigError
 
     if masked and guidance:
         raise ConfigError("--guidance is for the causal model, the masked one is always guided: leave --masked out")
-    if passes and not masked:
-        raise ConfigError("--passes is for the masked model: give --masked too")
+    for option, given in (("--passes", passes), ("--history", history)):
+        if given and not masked:
+            raise ConfigError(f"{option} is for the masked model: give --masked too")
+    if passes and history:
+        raise ConfigError("--history and --passes are two comparisons: leave one out")
     if made and not passes:
         raise ConfigError("--made is for what passes compute: give --passes too")
     if passes and policy:
         raise ConfigError("--policy: passes are compared under one policy, the default: leave it out")
+    if history and policy:
+        raise ConfigError("--policy: histories are compared under one policy, the last frames: leave it out")
     policies = tuple(policy or ())
     if cache and (masked or guidance or policies):
         raise ConfigError("--cache is for the yardsticks of the causal model: leave --masked, --guidance, --policy out")
@@ -78,6 +91,8 @@ def command(
         benchmark, generator = GUIDED, Guided(policies, tuple(guidance))
     elif passes:
         benchmark, generator = PASSES, Passes(also=tuple(map(made_of, made or ())))
+    elif history:
+        benchmark, generator = HISTORY, Encoded()
     elif masked:
         benchmark, generator = MASKED, Masked(policies=policies)
     else:

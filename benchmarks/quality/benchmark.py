@@ -11,7 +11,7 @@ from benchmarks.protocol import Benchmark, Draw, Session, in_formats
 from benchmarks.quality import passes, plot, report
 from benchmarks.quality.cached import EQUAL_BYTES
 from benchmarks.quality.deviation import deviations
-from benchmarks.quality.generators import Cached, Causal, Guided, Masked, Passes
+from benchmarks.quality.generators import Cached, Causal, Encoded, Guided, Masked, Passes
 from benchmarks.quality.measures import MEASURES, OBJECTS
 from benchmarks.quality.runs import QualityPlan, described, generate_all, strips, summary
 from benchmarks.quality.variants import BLOCK_SIZE, CHANGED, FULL_CACHE, LAST_FRAME, LAST_FRAME_ABSOLUTE, PACKCACHE
@@ -158,6 +158,17 @@ MASKED = replace(
     plan=lambda quick: QualityPlan(generator=Masked()),
     also=_drawn(Masked.benchmark),
     made=_made(Masked.benchmark),
+)
+
+HISTORY = replace(
+    CACHED,
+    name=Encoded.benchmark,
+    title="Quality of videos whose older frames have fewer bits",
+    place=5,
+    plan=lambda quick: QualityPlan(generator=Encoded()),
+    also={f"{stem(Encoded.benchmark)}.csv": plot.write_csv}
+    | in_formats(plot.PICTURES[Encoded.benchmark].chart, plot.draw_differences),
+    made=_made(Encoded.benchmark),
 )
 
 PASSES = replace(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from benchmarks.bundled import CAUSAL, MASKED, identity
 from benchmarks.formats import FLOAT32, FORMATS
+from benchmarks.quality import history
 from benchmarks.quality.cached import InFormats, all_in_formats
 from benchmarks.quality.variants import (
     BLOCK_SIZE,
@@ -28,10 +29,12 @@ from benchmarks.quality.variants import (
     all_variants,
     in_passes,
     policies_only,
+    whole_frames,
     yardsticks,
 )
 from benchmarks.training.live import SPARSELY
 from vllm_packcache.config.errors import ConfigError, shown
+from vllm_packcache.core.packing import HISTORY_FORMATS
 from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked import tokenizer as masked_tokenizer
 from vllm_packcache.demo.scores import sequence, true_frames
@@ -121,6 +124,13 @@ class Generator(ABC):
         return AT_ONCE if self.is_sparse(variant, frames) else ONE_BY_ONE
 
 
+class Short:
+    """Videos of the trained length, and fewer: each takes long, or is made many times."""
+
+    videos = 50
+    lengths = 1
+
+
 @dataclass(frozen=True)
 class Causal(Generator):
     """The bundled model, which makes one token after the other: greedily.
@@ -199,7 +209,7 @@ class Causal(Generator):
 
 
 @dataclass(frozen=True)
-class Guided(Causal):
+class Guided(Short, Causal):
     """The same model, whose videos are led away from those that it makes of the same picture without words.
 
     Args:
@@ -209,16 +219,6 @@ class Guided(Causal):
     scales: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
 
     benchmark = "quality-guided"
-
-    @property
-    def videos(self) -> int:
-        """Fewer: each policy makes them once for every scale, of two streams."""
-        return 50
-
-    @property
-    def lengths(self) -> int:
-        """The trained length."""
-        return 1
 
     @property
     def how(self) -> str:
@@ -242,7 +242,7 @@ class Guided(Causal):
 
 
 @dataclass(frozen=True)
-class Cached(Causal):
+class Cached(Short, Causal):
     """The same model, whose keys and values are kept in bfloat16 and in fewer bits.
 
     Args:
@@ -252,16 +252,6 @@ class Cached(Causal):
     formats: tuple[str, ...] = ("int8_per_token_head", "fp8_e4m3")
 
     benchmark = "quality-cached"
-
-    @property
-    def videos(self) -> int:
-        """Fewer: every token is computed whole."""
-        return 50
-
-    @property
-    def lengths(self) -> int:
-        """The trained length."""
-        return 1
 
     @property
     def how(self) -> str:
@@ -327,13 +317,17 @@ class Masked(Generator):
             f"{'' if self.checkpoint else f'; {SPARSELY}'}"
         )
 
+    @property
+    def shape(self) -> Shape:
+        """Of its videos."""
+        # Where the text is not whole, nothing can be told of these videos.
+        sink = -(-_MOST_TEXT // BLOCK_SIZE) * BLOCK_SIZE
+        return Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame, sink)
+
     @cached_property
     def variants(self) -> Variants:
         """The policies: a video takes many times as long as one that is made token by token."""
-        # Where the text is not whole, nothing can be told of these videos.
-        sink = -(-_MOST_TEXT // BLOCK_SIZE) * BLOCK_SIZE
-        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame, sink)
-        return policies_only(shape).beside(self.policies)
+        return policies_only(self.shape).beside(self.policies)
 
     @cached_property
     def described(self) -> Mapping[str, Any]:
@@ -376,10 +370,11 @@ class Masked(Generator):
         with ExitStack() as stack:
             folder = self.checkpoint or bundle.write_checkpoint(stack.enter_context(TemporaryDirectory()))
             model = LiveLumos.load(folder)
+        fading = history.fading(variant.history)
 
         def make(seed: int) -> Int64:
             own = request(seed)
-            made = generate_masked(model, own.prompt, frames, own.plan, own.options, BLOCK_SIZE)
+            made = generate_masked(model, own.prompt, frames, own.plan, own.options, BLOCK_SIZE, fading)
             return np.stack([lumos.codes_of_frame(ids, masked_tokenizer.GRID_SHAPE) for ids in made.frames.numpy()])
 
         return lambda seeds: np.stack([make(seed) for seed in seeds]) + offset
@@ -389,7 +384,7 @@ _GUIDED = replace(bundle.OPTIONS, steps=8, guidance=1.5)
 
 
 @dataclass(frozen=True)
-class Passes(Masked):
+class Passes(Short, Masked):
     """The bundled masked model, of whose passes something is left out, beside fewer plain passes.
 
     Args:
@@ -409,16 +404,9 @@ class Passes(Masked):
 
     benchmark = "quality-passes"
 
-    @property
-    def lengths(self) -> int:
-        """The trained length."""
-        return 1
-
     @cached_property
     def variants(self) -> Variants:
         """One policy, the default."""
-        sink = -(-_MOST_TEXT // BLOCK_SIZE) * BLOCK_SIZE
-        shape = Shape(bundle.PRESET, _USUAL_TEXT + masked_tokenizer.FRAME.tokens_per_frame, sink)
         fewer, less = list(self.fewer), {steps: list(own) for steps, own in self.less.items()}
         for own in self.also:
             steps = own.get("steps", self.options.steps)
@@ -426,7 +414,7 @@ class Passes(Masked):
                 fewer.append(steps)
             if left_out := {name: value for name, value in own.items() if name != "steps"}:
                 less.setdefault(steps, []).append(left_out)
-        variants = in_passes(shape, self.whole, fewer, less)
+        variants = in_passes(self.shape, self.whole, fewer, less)
         # What is wrong with it is known before hours have passed.
         for variant in variants.named:
             self.options_of(variant)
@@ -531,6 +519,54 @@ def cost(options: MaskedOptions, grid: lumos.Grid) -> Cost:
     passes = schedule(options, grid)
     commit = lumos.frame_layout(grid).tokens_per_frame * (2 if options.guided else 1)
     return Cost(commit + sum(sum(own.rows) for own in passes), computed_passes(options, grid))
+
+
+@dataclass(frozen=True)
+class Encoded(Short, Masked):
+    """The bundled masked model, whose older frames are held in fewer bits.
+
+    Args:
+        formats: of the history.
+        budget: whole frames that are kept as they were written.
+    """
+
+    formats: tuple[str, ...] = HISTORY_FORMATS
+    budget: int = 3
+
+    benchmark = "quality-history"
+
+    @property
+    def how(self) -> str:
+        """What is encoded, and what is compared."""
+        return (
+            f"image to video, float32, {self.options.steps} + 1 passes a frame, guidance {self.options.guidance:g}, "
+            "whole frames, positions re-based; a frame that is older than the newest is what a decoder makes of its "
+            "bytes; equal bytes: as many frames as fit into the blocks of those that are as they were written, in "
+            "bfloat16; all but the full cache is computed whole"
+        )
+
+    @cached_property
+    def kept(self) -> InFormats:
+        """The last frames in each format, at equal tokens and at equal bytes."""
+        return history.in_formats(whole_frames(self.shape)[1], self.formats, self.budget, self.trained_frames)
+
+    @cached_property
+    def variants(self) -> Variants:
+        """The full cache besides."""
+        return Variants(whole_frames(self.shape)[0], self.kept.all)
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Each format and the history as it was written."""
+        return self.kept.pairs
+
+    def about(self, variant: Variant) -> Mapping[str, Any]:
+        """How its history is kept, and what it takes."""
+        return {"cache": variant.history, "bytes": history.held_bytes(variant, self.trained_frames)}
+
+    def is_sparse(self, variant: Variant, frames: int) -> bool:
+        """What is rounded has to be computed, and what that is compared with too."""
+        return variant not in self.kept.all and super().is_sparse(variant, frames)
 
 
 _USUAL_TEXT, _MOST_TEXT = 21, 24

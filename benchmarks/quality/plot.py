@@ -52,6 +52,7 @@ class Pictures(NamedTuple):
 PICTURES = {
     "quality": Pictures("by_frame", "videos"),
     "quality-cached": Pictures("quality_cached", "videos_cached"),
+    "quality-history": Pictures("quality_history", "videos_history"),
     "quality-guided": Pictures("quality_guided", "videos_guided"),
     "quality-masked": Pictures("quality_masked", "videos_masked"),
     "quality-passes": Pictures("quality_passes", ""),
@@ -198,6 +199,12 @@ def draw_by_scale(result: Result, path: Path) -> None:
     save(figure, path, quick=result.get("quick", False))
 
 
+def base_of(result: Result) -> str:
+    """What each format is compared with."""
+    bases = {name.partition(" - ")[2] for name in result["differences"]}
+    return bases.pop() if len(bases) == 1 else "the same policy in bfloat16"
+
+
 def draw_differences(result: Result, path: Path) -> None:
     """Draw every difference with its interval, as PNG or SVG by the suffix of ``path``."""
     span, names = result["spans"][0], list(result["differences"])
@@ -213,7 +220,7 @@ def draw_differences(result: Result, path: Path) -> None:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_title(measure.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(f"more than the same policy in bfloat16, world by world, {span}", fontsize=10)
+    figure.supxlabel(f"more than {base_of(result)}, world by world, {span}", fontsize=10)
     save(figure, path, quick=result.get("quick", False))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.measures import MEASURES
-from benchmarks.quality.plot import FRONTIER, PICTURES, cell
+from benchmarks.quality.plot import FRONTIER, PICTURES, base_of, cell
 from benchmarks.quality.variants import PACKCACHE, SELECTIONS, under
 from benchmarks.report.markdown import Files, listed
 from benchmarks.report.parts import Goal, Result, Row, notes, provenance, row_of_mean, rows_of_count, verdict
@@ -162,7 +162,7 @@ def guidance_sentence(result: Result, span: str) -> str:
 def _of_formats(result: Result, span: str) -> Table:
     """By how much formats change each measure; bold: beyond the confidence interval."""
     return Table(
-        ("less the same policy in bfloat16", "KiB of a video", *(measure.title for measure in MEASURES.values())),
+        (f"less {base_of(result)}", "KiB of a video", *(measure.title for measure in MEASURES.values())),
         [
             (
                 name,
@@ -331,7 +331,7 @@ def short(result: Result, files: Files) -> Iterator[Paragraph]:
     if _scales(result):
         yield guidance_sentence(result, spans[0])
     if _is_cached(result):
-        yield "By how much that is more than in bfloat16, video by video; bold: beyond the confidence interval."
+        yield f"By how much that is more than {base_of(result)}, video by video; bold: beyond the confidence interval."
         yield _of_formats(result, spans[0])
     if result["frontier"]:
         yield from files.picture(FRONTIER, "Quality against live tokens")

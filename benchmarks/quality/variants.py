@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.formats import FLOAT32
 from vllm_packcache.config.errors import ConfigError, shown
 from vllm_packcache.config.guidance import MAX_GUIDANCE
+from vllm_packcache.config.precision import PRECISION_KEY, PrecisionConfig
 from vllm_packcache.config.server import ServerConfig
 from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import VideoLayout
@@ -34,6 +35,9 @@ BUDGETS = (0.5, 1, 2, 4, 8)
 """H of the frontier, in frames; beyond them is the full cache."""
 
 DEFAULT_BUDGET = PackCache.history_frames
+
+AS_WRITTEN = PrecisionConfig().history
+"""Of a history that is not encoded."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Variant:
             a CPU, so only those that the goals are about have them.
         scale: of guidance; 1: none.
         cache: name of the format that keys and values are kept in.
+        history: name of the one that older frames are kept in.
         made: how frames are made in passes, as far as it is not what the generator says.
     """
 
@@ -98,6 +103,7 @@ class Variant:
     lengths: int = 1
     scale: float = 1
     cache: str = FLOAT32.name
+    history: str = AS_WRITTEN
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def guided(self, scale: float) -> Variant:
@@ -107,7 +113,8 @@ class Variant:
     @property
     def server(self) -> ServerConfig:
         """Its configuration, with the layout of the videos."""
-        return ServerConfig.parse(self.policy, {"layout": self.shape.layout, **self.options})
+        precision = {} if self.history == AS_WRITTEN else {PRECISION_KEY: {"history": self.history}}
+        return ServerConfig.parse(self.policy, {"layout": self.shape.layout, **self.options, **precision})
 
     def plan(self, condition_tokens: int | None = None) -> Plan:
         """What a video keeps whose condition has so many tokens; None: as many as is usual."""
@@ -309,6 +316,12 @@ def of_any_budget(shape: Shape) -> tuple[Callable[[float], Variant], ...]:
     """The rule of the paper and the default, of so many frames of history."""
     make = _Make(shape)
     return make.packcache, make.changed
+
+
+def whole_frames(shape: Shape) -> tuple[Variant, Callable[[int], Variant]]:
+    """The full cache, and so many last frames, whole."""
+    make = _Make(shape)
+    return replace(make.full(), lengths=1), lambda budget: replace(make.last_frames(budget), lengths=1)
 
 
 def in_passes(

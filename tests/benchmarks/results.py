@@ -29,7 +29,7 @@ from benchmarks.memory import cached as memory_cached_benchmark
 from benchmarks.memory.plan import CachedPlan
 from benchmarks.memory.runs import MEASURES as REMEMBERED
 from benchmarks.quality.deviation import SETTINGS, WAYS
-from benchmarks.quality.generators import Cached, Causal, Generator, Guided, Masked, Passes
+from benchmarks.quality.generators import Cached, Causal, Encoded, Generator, Guided, Masked, Passes
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.passes import OFF
 from benchmarks.quality.runs import QualityPlan, Videos, summary
@@ -217,6 +217,12 @@ def quality_cached() -> dict[str, Any]:
     return json.loads(json.dumps(_quality(Cached(), 3, 2)))
 
 
+def quality_history() -> dict[str, Any]:
+    """The same of older frames in fewer bits."""
+    model = {"name": "a model", "options": {"steps": 3, "guidance": 1.5}}
+    return json.loads(json.dumps(_quality(Encoded(), 3, 2) | {"model": model}))
+
+
 def memory_cached() -> dict[str, Any]:
     """Of three worlds with random shares that are right."""
     plan = CachedPlan(worlds=3, formats=("int8_per_token_head",))
@@ -393,6 +399,7 @@ def fill(folder: Path) -> dict[str, dict[str, Any]]:
         "quality.json": quality(),
         "quality_cached.json": quality_cached(),
         "quality_guided.json": quality_guided(),
+        "quality_history.json": quality_history(),
         "quality_passes.json": quality_passes(),
         "masked_history.json": masked_history(),
         "masked_passes.json": masked_passes(),

@@ -26,9 +26,11 @@ from benchmarks.protocol import Benchmark
 from benchmarks.quality.benchmark import CACHED as QUALITY_CACHED
 from benchmarks.quality.benchmark import CAUSAL as QUALITY
 from benchmarks.quality.benchmark import GUIDED as QUALITY_GUIDED
+from benchmarks.quality.benchmark import HISTORY as QUALITY_HISTORY
 from benchmarks.quality.benchmark import MASKED as QUALITY_MASKED
 from benchmarks.quality.decoder import Second, VideoCache, generate
-from benchmarks.quality.generators import Cached, Causal, Guided, Masked
+from benchmarks.quality.generators import Cached, Causal, Encoded, Guided, Masked
+from benchmarks.quality.history import fading
 from benchmarks.quality.live_lumos import LiveLumos
 from benchmarks.quality.measures import MEASURES, measure, recognises
 from benchmarks.quality.runs import COPY, TRUTH, QualityPlan
@@ -37,8 +39,10 @@ from benchmarks.training.llama import Llama, load_pretrained
 from vllm_packcache.cli import app
 from vllm_packcache.core import plan as plans
 from vllm_packcache.core.layout import VideoLayout
+from vllm_packcache.core.packing import Packing
 from vllm_packcache.core.policies import AttentionSink, Full, PackCache, Policy, SlidingWindow
 from vllm_packcache.core.positions import Positions
+from vllm_packcache.demo.masked import bundle
 from vllm_packcache.demo.masked.tokenizer import build_text_tokenizer
 from vllm_packcache.demo.scores import FIRST_HELD_OUT_SEED, sequence, true_frames
 from vllm_packcache.demo.tokenizer import FRAME_TOKENS, MODEL_DIR, VideoTokenizer, world_prompt
@@ -46,7 +50,9 @@ from vllm_packcache.demo.world import make_world, palette
 from vllm_packcache.families import lumos
 from vllm_packcache.families.lumos import MaskedOptions
 from vllm_packcache.reference import GuidedVideo, LlamaReference, LumosReference, generate_masked, make_random_lumos
+from vllm_packcache.reference.history import decode_reference
 from vllm_packcache.tools.figures import FORMATS
+from vllm_packcache.worker.history.codec import encode
 
 TINY = QualityPlan(videos=3, frontier_videos=2, trained_frames=2, lengths=2)
 CAUSAL = Causal().variants
@@ -483,6 +489,43 @@ def test_caches_of_fewer_bits_are_compared_with_bfloat16(monkeypatch, tmp_path):
     assert plan.generator.maker(variant, 1)(seeds).tolist() != rounded
 
 
+def test_encoded_histories_are_compared_with_frames_as_they_were_written(monkeypatch, tmp_path):
+    generator = Encoded(options=replace(bundle.OPTIONS, steps=1, guidance=1.0), formats=("int4",), budget=2)
+    plan = QualityPlan(generator=generator, videos=2, trained_frames=3)
+    result = QUALITY_HISTORY.run_in(tmp_path, plan=plan, console=Console(file=io.StringIO(), width=100))
+
+    base, same = "last 2 frames", "last 2 frames, int4"
+    larger = generator.kept.larger[0].name
+    assert list(result["scores"]) == [FULL_CACHE, base, same, larger, TRUTH, COPY]
+    assert list(result["differences"]) == [f"{own} - {base}" for own in (same, larger)]
+    variants = result["variants"]
+    assert [variants[name]["cache"] for name in (base, same, larger)] == ["auto", "int4", "int4"]
+    assert [variants[name]["config"]["window"] for name in (base, same, larger)] == [2, 2, 3]
+    most = variants[FULL_CACHE]["bytes"]
+    assert variants[same]["bytes"] < variants[larger]["bytes"] <= variants[base]["bytes"] < most
+    assert {target["goal"] for target in result["targets"]} == {f"{larger} better than {base}"}
+    assert {path.suffix for path in tmp_path.glob("quality_history.*")} == {".json", ".csv", *FORMATS}
+    # In the third frame the first is older than the newest.
+    (variant,), seeds = generator.kept.same, range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 1)
+    own, written = (generator.maker(variant, 3)(seeds) for variant in (variant, generator.kept.base))
+    assert (own[:, :2] == written[:, :2]).all()
+    wrong = (torch.tensor(10.0), torch.tensor(10.0))
+    monkeypatch.setattr("vllm_packcache.worker.history.codec.decode", lambda *_: wrong)
+    spoiled = generator.maker(variant, 3)(seeds)
+    assert (spoiled[:, :2] == written[:, :2]).all()
+    assert (spoiled != written).sum() > 100 > (own != written).sum()
+
+
+def test_an_encoded_history_is_what_its_bytes_stand_for():
+    keys, values = torch.randn(2, 40, 8, 32, generator=torch.Generator().manual_seed(0))
+    packing = Packing("int2", 8, 32)
+    data = encode(packing, keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous())
+    expected = decode_reference("int2", 8, 32, data.numpy().tobytes(), 40)
+    for own, right in zip(fading("int2")(keys, values), expected, strict=True):
+        assert np.array_equal(own.numpy(), right)
+    assert fading("auto") is None
+
+
 def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
     """Where nobody knows what heads find, everything is computed: of the same two streams."""
     generator = Guided(scales=(0.3,))
@@ -503,6 +546,7 @@ def test_guidance_is_that_of_videos_made_one_by_one(monkeypatch):
         (["--masked", "--videos", "3"], Masked, 3, 40),
         (["--guidance", "1.5", "--guidance", "2"], Guided, 50, 16),
         (["--cache", "fp8_e4m3", "--videos", "9"], Cached, 9, 16),
+        (["--masked", "--history"], Encoded, 50, 10),
     ],
 )
 def test_the_command_takes_a_generator(monkeypatch, tmp_path, arguments, generator, videos, frames):
@@ -563,6 +607,9 @@ def test_a_policy_that_cannot_be_compared_is_named_first(tmp_path, name, sentenc
             "--cache must be one of int8_per_token_head, fp8_per_token_head, fp8_e4m3, fp8_e5m2, not",
         ),
         (["--cache", "fp8_e4m3", "--cache", "fp8_e4m3"], "--cache: fp8_e4m3 is given twice, leave one out"),
+        (["--history"], "--history is for the masked model: give --masked too"),
+        (["--masked", "--history", "--passes"], "--history and --passes are two comparisons: leave one out"),
+        (["--masked", "--history", "--policy", "reset"], "--policy: histories are compared under one policy"),
         (["--cache", "fp8_e4m3", "--masked"], "--cache is for the yardsticks of the causal model: leave --masked,"),
     ],
 )
