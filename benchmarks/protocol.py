@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -40,6 +40,35 @@ class Session:
     folder: Path | None = None
 
 
+class Reporting(Protocol):
+    """What is said of a result: a module that has these functions, or a `Report`."""
+
+    @property
+    def goals(self) -> Callable[[Result], list[Goal]]:
+        """Of a result."""
+
+    @property
+    def rows(self) -> Callable[[Result], Iterable[Row]]:
+        """Every number of a result."""
+
+    @property
+    def long(self) -> Callable[[Result, Files], Iterable[Paragraph]]:
+        """Paragraphs of its section in the report, and of what is printed."""
+
+    @property
+    def short(self) -> Callable[[Result, Files], Iterable[Paragraph]]:
+        """The same for a README: a table, a picture, a few sentences."""
+
+
+class Report(NamedTuple):
+    """See `Reporting`."""
+
+    goals: Callable[[Result], list[Goal]]
+    rows: Callable[[Result], Iterable[Row]]
+    long: Callable[[Result, Files], Iterable[Paragraph]]
+    short: Callable[[Result, Files], Iterable[Paragraph]]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Benchmark:
     """A benchmark. Without ``measure`` it is one that something else runs, and that is reported only.
@@ -51,10 +80,7 @@ class Benchmark:
         plan: what is run, by whether it is to be quick.
         measure: runs a plan; its ``machine`` is what it used of the machine.
         judged: what follows from what was measured, by its key in the result; ``targets`` have their bounds.
-        goals: of a result.
-        rows: every number of a result.
-        long: paragraphs of its section in the report, and of what is printed.
-        short: the same for a README: a table, a picture, a few sentences.
+        report: what is said of a result.
         legend: what is printed after its tables.
         prints: whether its result is printed; not that of one that prints it itself.
         draw: its picture.
@@ -69,10 +95,7 @@ class Benchmark:
     name: str
     title: str
     place: int
-    goals: Callable[[Result], list[Goal]]
-    rows: Callable[[Result], Iterable[Row]]
-    long: Callable[[Result, Files], Iterable[Paragraph]]
-    short: Callable[[Result, Files], Iterable[Paragraph]]
+    report: Reporting
     plan: Callable[[bool], Plan] = lambda quick: None
     measure: Callable[[Any, Session], Mapping[str, Any]] | None = None
     judged: Mapping[str, Callable[[Result], Any]] = field(default_factory=dict)
@@ -170,12 +193,12 @@ class Benchmark:
         """Paragraphs about a result; those of a quick run begin with the warning that it is one."""
         if result.get("quick"):
             yield "**A quick run: its sizes show that everything works, its numbers say nothing.**"
-        yield from (self.short if short else self.long)(result, files)
+        yield from (self.report.short if short else self.report.long)(result, files)
 
     def print(self, result: Result, console: Console, files: Files) -> None:
         """Show the goals of a result and its section of the report, which a terminal has no pictures for."""
         console.print(styled(f"**{self.title}**"))
-        if goals := self.goals(result):
+        if goals := self.report.goals(result):
             Table(GOAL_HEADINGS, goals).print(console)
         for paragraph in self.section(result, files):
             if isinstance(paragraph, Table):

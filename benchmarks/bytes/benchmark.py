@@ -51,8 +51,5 @@ BYTES = Benchmark(
     plan=lambda quick: QUICK if quick else FULL,
     measure=measure,
     judged={"targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.protocol import Benchmark, Session
+from benchmarks.protocol import Benchmark, Report, Session
 from benchmarks.report.markdown import Files, number, percent
 from benchmarks.report.parts import Goal, Result, Row, notes, provenance, verdict
 from benchmarks.report.table import Paragraph, Table
@@ -218,10 +218,7 @@ CAUSAL = Benchmark(
     plan=lambda quick: CalibratePlan(videos=2 if quick else command.DEMO_VIDEOS),
     measure=measure,
     prints=False,
-    goals=goals,
-    rows=rows,
-    long=long,
-    short=short,
+    report=Report(goals, rows, long, short),
     draw=draw,
     same=same,
 )

@@ -115,10 +115,7 @@ DECODE = Benchmark(
     plan=lambda quick: QUICK if quick else FULL,
     measure=measure,
     judged={"share_of_reading": share_of_reading, "checks": checks, "targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
     draw=plot.draw,
     # Results of before there were frames lack them.
     same=lambda result, plan, quick: result.get("quick") == quick and "frames" in result,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.protocol import Benchmark
+from benchmarks.protocol import Benchmark, Report
 from benchmarks.report.markdown import Files, significant
 from benchmarks.report.parts import (
     NOT_MEASURED,
@@ -95,8 +95,5 @@ GPU = Benchmark(
     name="gpu",
     title="On a GPU",
     place=11,
-    goals=goals,
-    rows=rows,
-    long=long,
-    short=short,
+    report=Report(goals, rows, long, short),
 )

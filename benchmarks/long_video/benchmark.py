@@ -48,10 +48,7 @@ LONG_VIDEO = Benchmark(
     place=8,
     plan=lambda quick: FULL,
     measure=measure,
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
     legend=LEGEND,
     draw=plot.draw,
 )

@@ -95,10 +95,7 @@ MASKED = Benchmark(
     plan=sizes,
     measure=measure,
     judged={"checks": checks, "targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
     draw=plot.draw,
     same=lambda result, plan, quick: result.get("quick") == quick,
 )
@@ -113,10 +110,7 @@ def _of(module: ModuleType, name: str, title: str) -> Benchmark:
         plan=module.sizes,
         measure=module.measure,
         judged={"targets": module.targets},
-        goals=module.goals,
-        rows=module.rows,
-        long=module.long,
-        short=module.short,
+        report=module,
         draw=module.draw,
         same=MASKED.same,
     )

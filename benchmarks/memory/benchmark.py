@@ -146,10 +146,7 @@ MEMORY = Benchmark(
     plan=lambda quick: QUICK if quick else FULL,
     measure=measure,
     judged={"targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
     draw=plot.draw,
     same=lambda result, plan, quick: (
         result.get("worlds") == plan.worlds and result.get("films", {}).get("films") == plan.films
@@ -164,9 +161,6 @@ CACHED = Benchmark(
     plan=lambda quick: CACHED_QUICK if quick else CACHED_FULL,
     measure=measure_cached,
     judged={"targets": cached.targets},
-    goals=cached.goals,
-    rows=cached.rows,
-    long=cached.long,
-    short=cached.short,
+    report=cached,
     same=lambda result, plan, quick: result.get("worlds") == plan.worlds,
 )

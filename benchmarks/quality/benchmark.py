@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
-from benchmarks.protocol import Benchmark, Draw, Session, in_formats
+from benchmarks.protocol import Benchmark, Draw, Report, Session, in_formats
 from benchmarks.quality import passes, plot, report
 from benchmarks.quality.cached import EQUAL_BYTES
 from benchmarks.quality.deviation import deviations
@@ -97,93 +97,73 @@ def same(result: Result, plan: QualityPlan, quick: bool) -> bool:
     return sizes.items() <= result.items()
 
 
-def _drawn(name: str) -> dict[str, Draw]:
-    """What both have by a name of their own."""
-    return {f"{stem(name)}.csv": plot.write_csv} | in_formats(plot.PICTURES[name].chart, plot.draw_by_frame)
-
-
-def _made(name: str) -> tuple[str, ...]:
-    return tuple(f"{plot.PICTURES[name].videos}{suffix}" for suffix in FORMATS)
+def _named(name: str, chart: Draw, others: Mapping[str, Draw] | None = None) -> dict[str, Any]:
+    """What all have by a name of their own."""
+    csv, pictures = f"{stem(name)}.csv", plot.PICTURES[name]
+    return {
+        "name": name,
+        "also": {csv: plot.write_csv, **in_formats(pictures.chart, chart), **(others or {})},
+        "made": tuple(f"{pictures.videos}{suffix}" for suffix in FORMATS) if pictures.videos else (),
+    }
 
 
 CAUSAL = Benchmark(
-    name=Causal.benchmark,
     title="Quality of the videos",
     place=4,
     required=True,
     plan=lambda quick: QualityPlan(videos=4, frontier_videos=2, trained_frames=2) if quick else QualityPlan(),
     measure=measure,
     judged={"targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
-    also=_drawn(Causal.benchmark) | in_formats(plot.FRONTIER, plot.draw_frontier),
-    made=_made(Causal.benchmark),
+    report=report,
     duration="seconds_of_this_run",
     same=same,
+    **_named(Causal.benchmark, plot.draw_by_frame, in_formats(plot.FRONTIER, plot.draw_frontier)),
 )
 
 GUIDED = replace(
     CAUSAL,
-    name=Guided.benchmark,
     title="Quality of guided videos",
     required=False,
     plan=lambda quick: QualityPlan(generator=Guided()),
     # What guidance is good for is the model's business: no goal is set.
     judged={},
-    also={f"{stem(Guided.benchmark)}.csv": plot.write_csv}
-    | in_formats(plot.PICTURES[Guided.benchmark].chart, plot.draw_by_scale),
-    made=_made(Guided.benchmark),
+    **_named(Guided.benchmark, plot.draw_by_scale),
 )
 
 CACHED = replace(
     CAUSAL,
-    name=Cached.benchmark,
     title="Quality of videos whose cache has fewer bits",
     required=False,
     plan=lambda quick: QualityPlan(generator=Cached()),
     judged={"targets": targets_of_formats},
-    also={f"{stem(Cached.benchmark)}.csv": plot.write_csv}
-    | in_formats(plot.PICTURES[Cached.benchmark].chart, plot.draw_differences),
-    made=_made(Cached.benchmark),
+    **_named(Cached.benchmark, plot.draw_differences),
 )
 
 MASKED = replace(
     CAUSAL,
-    name=Masked.benchmark,
     title="Quality of videos made masked",
     place=5,
     required=False,
     plan=lambda quick: QualityPlan(generator=Masked()),
-    also=_drawn(Masked.benchmark),
-    made=_made(Masked.benchmark),
+    **_named(Masked.benchmark, plot.draw_by_frame),
 )
 
 HISTORY = replace(
     CACHED,
-    name=Encoded.benchmark,
     title="Quality of videos whose older frames have fewer bits",
     place=5,
     plan=lambda quick: QualityPlan(generator=Encoded()),
-    also={f"{stem(Encoded.benchmark)}.csv": plot.write_csv}
-    | in_formats(plot.PICTURES[Encoded.benchmark].chart, plot.draw_differences),
-    made=_made(Encoded.benchmark),
+    **_named(Encoded.benchmark, plot.draw_differences),
 )
 
 PASSES = replace(
     CAUSAL,
-    name=Passes.benchmark,
     title="Quality against what is computed",
     place=5,
     required=False,
     plan=lambda quick: QualityPlan(generator=Passes()),
     measure=measure_passes,
     judged={"targets": passes.targets},
-    rows=lambda result: chain(report.rows(result), passes.rows(result)),
-    long=passes.long,
-    short=passes.short,
-    also={f"{stem(Passes.benchmark)}.csv": plot.write_csv}
-    | in_formats(plot.PICTURES[Passes.benchmark].chart, passes.draw),
-    made=(),
+    report=Report(report.goals, passes.rows, passes.long, passes.short),
+    **_named(Passes.benchmark, passes.draw),
 )

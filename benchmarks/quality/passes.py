@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.quality import report
 from benchmarks.quality.measures import MEASURES
 from benchmarks.quality.plot import PICTURES, cell
 from benchmarks.report.markdown import Files, listed, number
@@ -69,7 +70,8 @@ _ALL = 4
 
 
 def rows(result: Result) -> Iterator[Row]:
-    """What each costs, and deviations."""
+    """Those of the quality, what each costs, and deviations."""
+    yield from report.rows(result)
     for name, own in result["variants"].items():
         yield Row(name, "rows of a frame", "both streams", own["rows"])
         yield Row(name, "forward passes of a frame", "", own["forwards"])

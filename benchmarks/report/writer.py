@@ -107,7 +107,7 @@ def _csv(results: Results) -> str:
     rows = []
     for benchmark, result in results.items():
         if result is not None:
-            for row in benchmark.rows(result):
+            for row in benchmark.report.rows(result):
                 # Whether something holds is a number too.
                 value = int(row.value) if isinstance(row.value, bool) else row.value
                 rows.append((benchmark.name, *row._replace(value=value)))
@@ -117,7 +117,7 @@ def _csv(results: Results) -> str:
 def _goals(results: Results) -> Iterator[tuple[Benchmark, Goal]]:
     for benchmark, result in results.items():
         if result is not None:
-            yield from ((benchmark, goal) for goal in benchmark.goals(result))
+            yield from ((benchmark, goal) for goal in benchmark.report.goals(result))
         elif benchmark.required:
             yield benchmark, Goal("every goal", NOT_MEASURED, "", "")
 

@@ -66,9 +66,6 @@ SERVE = Benchmark(
     plan=lambda quick: QUICK if quick else USUAL,
     measure=measure,
     judged={"targets": targets},
-    goals=report.goals,
-    rows=report.rows,
-    long=report.long,
-    short=report.short,
+    report=report,
     same=lambda result, plan, quick: sizes(plan).items() <= result.items(),
 )

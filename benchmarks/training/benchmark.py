@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.protocol import Benchmark
+from benchmarks.protocol import Benchmark, Report
 from benchmarks.report.markdown import Files, number, percent
 from benchmarks.report.parts import Goal, Result, Row
 from benchmarks.report.table import Paragraph, Table
@@ -68,9 +68,6 @@ MODEL = Benchmark(
     name="model",
     title="The bundled model",
     place=10,
-    goals=goals,
-    rows=rows,
-    long=_text,
-    short=_text,
+    report=Report(goals, rows, _text, _text),
     own_file=EVALUATION,
 )

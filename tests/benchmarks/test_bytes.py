@@ -63,7 +63,7 @@ def test_what_was_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [JUDGED]
     assert found["left_out"] == ["floats"]
     shown = results.fewer_bytes() | {"left_out": ["floats"]}
-    assert "they were not run" in next(iter(benchmark.BYTES.short(shown, Files(results.ROOT, results.ROOT))))
+    assert "they were not run" in next(iter(benchmark.BYTES.report.short(shown, Files(results.ROOT, results.ROOT))))
 
 
 @pytest.mark.long

@@ -275,7 +275,7 @@ def test_table_shows_every_ratio_and_check(measured):
     console = Console(file=io.StringIO(), width=200)
     DECODE.print(result, console, Files(Path(), Path()))
     wide = console.file.getvalue()
-    goals = DECODE.goals(result)
+    goals = DECODE.report.goals(result)
     assert len(goals) == len(TIMED + COUNTED)
     policies = [name for name in result["frames"]["policies"] if name != "full"]
     for name in [*(goal.name for goal in goals), *plans.FRAME_RATIOS, *policies, *result["checks"]]:

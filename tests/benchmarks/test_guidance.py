@@ -106,9 +106,9 @@ def test_goals_are_judged_by_the_median() -> None:
 
 def test_the_report_has_a_part_of_it(tmp_path: Path) -> None:
     result, files = results.guidance(), Files(tmp_path, tmp_path)
-    text = "\n".join(map(str, GUIDANCE.long(result, files)))
+    text = "\n".join(map(str, GUIDANCE.report.long(result, files)))
     assert all(words in text for words in [*WORDS.values(), *NAMES.values()])
     assert "the last frame of 13 x 4,084 tokens" in text
-    assert "guidance.json" in "\n".join(map(str, GUIDANCE.short(result, files)))
-    assert [goal.name for goal in GUIDANCE.goals(result)] == list(WORDS.values())
-    assert {row.place for row in GUIDANCE.rows(result)} == {"", TEXTS, VIDEOS, LAST}
+    assert "guidance.json" in "\n".join(map(str, GUIDANCE.report.short(result, files)))
+    assert [goal.name for goal in GUIDANCE.report.goals(result)] == list(WORDS.values())
+    assert {row.place for row in GUIDANCE.report.rows(result)} == {"", TEXTS, VIDEOS, LAST}

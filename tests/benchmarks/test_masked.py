@@ -127,7 +127,7 @@ def test_targets_of_a_quick_run_are_not_judged(measured):
     targets = measured[1]["targets"]
     assert [target["ratio"] for target in targets] == TIMED
     assert all(target["met"] is None for target in targets)
-    assert [goal.verdict for goal in MASKED.goals(measured[1])] == ["not judged"] * 3
+    assert [goal.verdict for goal in MASKED.report.goals(measured[1])] == ["not judged"] * 3
 
 
 def test_a_full_run_is_judged_and_the_batch_on_a_gpu_alone(measured):
@@ -143,7 +143,7 @@ def test_a_full_run_is_judged_and_the_batch_on_a_gpu_alone(measured):
 
 def test_table_shows_every_ratio_and_check(measured):
     result, _, printed = measured
-    names = [goal.name for goal in MASKED.goals(result)]
+    names = [goal.name for goal in MASKED.report.goals(result)]
     assert len(names) == len(TIMED)
     for name in [*names, *RATIOS, *result["checks"]]:
         assert name in " ".join(printed.split())
@@ -152,13 +152,13 @@ def test_table_shows_every_ratio_and_check(measured):
 
 
 def test_the_report_has_a_section(measured, tmp_path: Path):
-    paragraphs = list(MASKED.long(measured[1], Files(tmp_path, tmp_path)))
+    paragraphs = list(MASKED.report.long(measured[1], Files(tmp_path, tmp_path)))
     text = "\n".join(map(str, paragraphs))
     assert "| sliding window over the last frame | 758 |" in text
     assert "reckoned from 1 layer, 2 steps and the commit" in text
     assert "12 bytes for each of 1,404 x 1,404 elements" in text
     assert "short reads as many tokens as packcache: yes" in text
-    rows = {(row.name, row.measure, row.place): row.value for row in MASKED.rows(measured[1])}
+    rows = {(row.name, row.measure, row.place): row.value for row in MASKED.report.rows(measured[1])}
     assert rows["packcache", "live tokens", "unconditional"] == 491
     assert rows["full / packcache", "floor", "last frame, whole frame"] == pytest.approx(2.2787, abs=1e-4)
 

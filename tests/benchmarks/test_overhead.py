@@ -88,12 +88,12 @@ def test_the_median_over_rounds_is_judged():
 def test_the_report_has_a_part_of_it(measured, tmp_path):
     result = measured[0]
     files = Files(tmp_path, tmp_path)
-    text = "\n".join(map(str, OVERHEAD.long(result, files)))
+    text = "\n".join(map(str, OVERHEAD.report.long(result, files)))
     assert all(name in text for name in CASES.values())
-    rows = list(OVERHEAD.rows(result))
+    rows = list(OVERHEAD.report.rows(result))
     functions = [own["functions"] for cases in result["host"].values() for own in cases.values()]
     assert sum(row.measure.startswith("in ") and "mean of steps" in row.measure for row in rows) >= sum(
         map(len, functions)
     )
-    assert [goal.verdict for goal in OVERHEAD.goals(result)] == ["not judged"] * 2
-    assert "overhead.json" in "\n".join(map(str, OVERHEAD.short(result, files)))
+    assert [goal.verdict for goal in OVERHEAD.report.goals(result)] == ["not judged"] * 2
+    assert "overhead.json" in "\n".join(map(str, OVERHEAD.report.short(result, files)))

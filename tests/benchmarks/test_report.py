@@ -167,7 +167,7 @@ def test_every_goal_is_in_the_csv_and_in_the_report(folder: Path):
                 assert str(bound) in [row["value"] for row in own if row["measure"] in ("goal >=", "goal <=")]
                 met = "" if target["met"] is None else str(int(target["met"]))
                 assert met in [row["value"] for row in own if row["measure"] == "goal met"]
-        for goal in part.goals(result):
+        for goal in part.report.goals(result):
             line = f"| {part.name} | {' | '.join(goal)} |"
             assert line in written[REPORT]
             assert line in written["README.md"]
@@ -178,7 +178,7 @@ def test_losses_are_as_plain_as_wins(folder: Path):
     assert "| decode, ours: full / packcache | 2.50 | >= 4 | **MISSED** |" in text
     throughput = "| throughput by the engines' processor time, packcache / stock | 2.50 (rounds: 2.40 and 2.60) "
     assert f"{throughput}| >= 3 | **MISSED** |" in text
-    goals = [goal for part in benchmarks() for goal in part.goals(part.read(folder) or {})]
+    goals = [goal for part in benchmarks() for goal in part.report.goals(part.read(folder) or {})]
     goals = [goal for goal in goals if goal.verdict != "not judged"]
     met = [goal for goal in goals if goal.verdict.startswith("met")]
     assert len(goals) > len(met) > 0
@@ -192,9 +192,9 @@ def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: 
     own = [t for t in result["targets"] if (t["goal"], t["span"]) == (target["goal"], target["span"])]
     for one in own:
         one["met"] = True
-    assert quality.goals(result)[0].verdict == "met"
+    assert quality.report.goals(result)[0].verdict == "met"
     own[1]["met"] = own[-1]["met"] = False
-    goal = quality.goals(result)[0]
+    goal = quality.report.goals(result)[0]
     assert goal.verdict == "**MISSED** by PSNR and after occlusion"
     assert goal.value.endswith(f"; {len(own) - 2} of {len(own)} measures")
 

@@ -139,7 +139,7 @@ def test_table_shows_every_row_and_target(measured):
     wide = console.file.getvalue()
     for heading in report._loads(result):
         assert f"  {heading} " in wide
-    for goal in SERVE.goals(result):
+    for goal in SERVE.report.goals(result):
         assert re.search(rf"  {re.escape(goal.name)} +{re.escape(goal.value)} +{re.escape(goal.aim)} ", wide)
     assert "…" not in printed
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.core.encoded import retention_of
 from vllm_packcache.core.retention import Retention
+from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.videos.living import Living
 
 TOKENS, BLOCK = 24, 8
@@ -40,3 +42,27 @@ def test_a_second_stream_is_seen_by_its_own_ids(negative: list[int]) -> None:
             assert said[name]["resident_blocks"] == len(lives)
             states = np.repeat(*np.array(said[name]["blocks"]).T)
             assert np.flatnonzero(states >= -1).tolist() == lives
+
+
+def test_an_encoded_frame_counts_as_the_blocks_that_it_lives_in() -> None:
+    layout = {"grid": [8, 8], "frame_start_tokens": 3, "row_end_tokens": 1, "frame_end_tokens": 1}
+    config = {"layout": layout, "window": 4, "history_frames": 4, "selection": "spatial"}
+    server = ServerConfig.parse("packcache", config | {"precision": {"history": "int4"}}, family=LUMOS)
+    encoding = server.encoding(2, 64, BLOCK * 2 * 2 * 64 * 4)
+    prompt = lumos.text_prompt([], 6, 4)
+    made = server.request({"packcache_frames": 6, "packcache_seed": 1}, prompt)
+    assert made is not None
+    as_written, encoded = Living(made, prompt, BLOCK), Living(made, prompt, BLOCK, encoding)
+    retentions = [retention_of(own.plan.layout, own.plan.policy, BLOCK, encoding) for own in made.streams]
+    for number in range(6):
+        plain, said = (living.add([0] * 76) for living in (as_written, encoded))
+        last = [own.layout.frame_start(number + 1) - 1 for own in retentions]
+        lives = [
+            {*own.live_blocks(token).tolist(), token // BLOCK} for own, token in zip(retentions, last, strict=True)
+        ]
+        assert said["resident_blocks"] == sum(map(len, lives))
+        assert said["full_tokens"] == plain["full_tokens"]
+        freed = plain["resident_blocks"] - said["resident_blocks"]
+        assert plain["resident_tokens"] - said["resident_tokens"] == freed * BLOCK
+        # Two frames have to be there before one is older than the newest.
+        assert (freed > 0) == (number >= 2)

@@ -46,11 +46,13 @@ class FrameView:
         states: one state a block of the whole video, see `NOT_YET`, `DROPPED`, `IN_CONDITION`.
         owners: the frame (or `CONDITION`) that each block counts as while this frame is made.
         tokens: the same in numbers.
+        saved: of the live tokens, those whose room older frames have left that are encoded.
     """
 
     states: BlockStates
     owners: BlockStates
     tokens: FrameTokens
+    saved: int = 0
 
     @property
     def retained(self) -> Int64:
@@ -85,5 +87,6 @@ def view_of(retention: Retention, frame: int, blocks: int | None = None) -> Fram
     states = np.where(live, np.where(owners == CONDITION, IN_CONDITION, frame - owners), DROPPED)
     states[made:] = NOT_YET
     # Of a frame that is encoded all is read, and some blocks are held.
-    read = sum(len(unit.blocks) - len(unit.held) for unit in retention.units(frame)) * retention.block_size
-    return FrameView(states, owners, FrameTokens(frame, segment.live_tokens(retention.block_size) + read, stop))
+    saved = sum(len(unit.blocks) - len(unit.held) for unit in retention.units(frame)) * retention.block_size
+    tokens = FrameTokens(frame, segment.live_tokens(retention.block_size) + saved, stop)
+    return FrameView(states, owners, tokens, saved)

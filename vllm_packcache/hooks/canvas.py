@@ -22,13 +22,13 @@ from vllm_packcache.config.formats import CANVAS_BACKENDS, check_masked
 from vllm_packcache.config.precision import PRECISION_KEY
 from vllm_packcache.config.server import CANVAS_OPTION, REQUEST_PREFIX, ServerConfig, read_config
 from vllm_packcache.config.sources import CONFIG_KEY
-from vllm_packcache.core.encoded import EncodedRetention, Encoding
+from vllm_packcache.core.encoded import EncodedRetention
 from vllm_packcache.core.forks import FORK_OPTION
 from vllm_packcache.core.layout import VideoLayout
 from vllm_packcache.core.policies import Policy
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.families.lumos import CanvasRequest
-from vllm_packcache.hooks.roles import Serving, held_blocks, pool_blocks, steps_ahead
+from vllm_packcache.hooks.roles import Serving, encoding_in, held_blocks, pool_blocks, steps_ahead
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -212,16 +212,6 @@ def configure(vllm_config: VllmConfig) -> None:
     installed = sorted(found.name for found in entry_points(group="vllm.logits_processors"))
     if installed:
         logger.warning("Logits processors that are installed have no effect on this model: %s", ", ".join(installed))
-
-
-def encoding_in(vllm_config: VllmConfig, config: ServerConfig) -> Encoding | None:
-    """How much room older frames take in a layer of a rank; None: as much as when they were new."""
-    if not config.precision.encodes:
-        return None
-    model = vllm_config.model_config
-    heads, channels = model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()
-    page = vllm_config.cache_config.block_size * heads * 2 * channels * model.dtype.itemsize
-    return config.encoding(heads, channels, page)
 
 
 def check_precision(config: ServerConfig, vllm_config: VllmConfig) -> None:

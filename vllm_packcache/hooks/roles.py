@@ -98,6 +98,16 @@ def steps_ahead(vllm_config: VllmConfig) -> int:
     return vllm_config.max_concurrent_batches - 1
 
 
+def encoding_in(vllm_config: VllmConfig, config: ServerConfig) -> Encoding | None:
+    """How much room older frames take in a layer of a rank; None: as much as when they were new."""
+    if not config.precision.encodes:
+        return None
+    model = vllm_config.model_config
+    heads, channels = model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()
+    page = vllm_config.cache_config.block_size * heads * 2 * channels * model.dtype.itemsize
+    return config.encoding(heads, channels, page)
+
+
 def held_blocks(
     streams: Sequence[Stream], total: int, block_size: int, ahead: int, encoding: Encoding | None = None
 ) -> int:

@@ -26,6 +26,7 @@ from vllm_packcache.config.server import OPT_OUT, REQUEST_PREFIX, ServerConfig
 from vllm_packcache.config.videos import STORE_FLAG
 from vllm_packcache.core.plan import VideoRequest
 from vllm_packcache.core.policies import Full as KeepsAll
+from vllm_packcache.hooks.roles import encoding_in
 from vllm_packcache.media.processors.base import NEGATIVE, Asked, Prepared, VideoProcessor, processor_of
 from vllm_packcache.videos.files import INPUT
 from vllm_packcache.videos.living import Living
@@ -304,7 +305,9 @@ class Jobs:
             params = self._params(prepared)
             made = self.config.request_of(params, prepared.prompt_ids, len(prepared.prompt_ids))
             assert made is not None, "every video has options of one"
-            living = Living(made, prepared.prompt_ids, self.engine.vllm_config.cache_config.block_size)
+            vllm_config = self.engine.vllm_config
+            encoding = encoding_in(vllm_config, self.config)
+            living = Living(made, prepared.prompt_ids, vllm_config.cache_config.block_size, encoding)
             await self._check(prepared, params)
         except ValueError as error:
             raise Refusal(400, _one_line(error)) from None

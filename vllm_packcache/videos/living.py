@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_packcache.core.encoded import Encoding, retention_of
 from vllm_packcache.core.plan import Stream, VideoRequest
 from vllm_packcache.core.policies.base import Int64
 from vllm_packcache.core.retention import Retention
@@ -26,10 +27,13 @@ class Living:
         made: what the request makes.
         prompt_ids: of the request.
         block_size: tokens of a KV-cache block.
+        encoding: how much room older frames take; None: as much as when they were new.
     """
 
-    def __init__(self, made: VideoRequest, prompt_ids: Sequence[int], block_size: int) -> None:
-        self._ids, self._block_size = list(prompt_ids), block_size
+    def __init__(
+        self, made: VideoRequest, prompt_ids: Sequence[int], block_size: int, encoding: Encoding | None = None
+    ) -> None:
+        self._ids, self._block_size, self._encoding = list(prompt_ids), block_size, encoding
         self._streams = [(stream, self._retention(stream)) for stream in made.streams]
         self._frame = max(0, made.streams[0].plan.layout.frame_of(len(self._ids)))
 
@@ -61,7 +65,7 @@ class Living:
         last = positions.of(np.array([view.tokens.full - 1]), positions.window_start(self._frame))
         return {
             "resident_blocks": int((view.states >= IN_CONDITION).sum()),
-            "resident_tokens": view.tokens.live,
+            "resident_tokens": view.tokens.live - view.saved,
             "full_tokens": view.tokens.full,
             "positions": [0, int(last.max()) + 1],
             "blocks": _runs(view),
@@ -70,7 +74,7 @@ class Living:
     def _retention(self, stream: Stream) -> Retention:
         plan = stream.plan
         tokens = partial(self._between, stream) if plan.policy.reads_tokens else None
-        return Retention(plan.layout, plan.policy, self._block_size, tokens)
+        return retention_of(plan.layout, plan.policy, self._block_size, self._encoding, tokens)
 
     def _between(self, stream: Stream, start: int, stop: int) -> Int64:
         return np.array(stream.ids(self._ids, start, stop), dtype=np.int64)
