@@ -75,11 +75,9 @@ def held_bytes(variant: Variant, frames: int | None = None) -> int:
         frames: of the video; None: as many as it likes, for a policy that bounds them.
     """
     plan, size = variant.plan(), _size()
-    most = Retention(plan.layout, plan.policy, BLOCK_SIZE, some_tokens).most_blocks()
-    if frames is not None:
-        all_blocks = -(-plan.layout.frame_start(frames) // BLOCK_SIZE)
-        most = all_blocks if most is None else min(most, all_blocks)
-    assert most is not None
+    retention = Retention(plan.layout, plan.policy, BLOCK_SIZE, some_tokens)
+    most = retention.most_blocks() if frames is None else retention.most_of(plan.layout.frame_start(frames))
+    assert most is not None, "what keeps everything has no bound"
     of_token = 2 * FORMATS[variant.cache].bytes_of_key(size["head_dim"])
     return most * BLOCK_SIZE * of_token * size["num_key_value_heads"] * size["num_hidden_layers"]
 

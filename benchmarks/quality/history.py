@@ -55,10 +55,9 @@ def held_bytes(variant: Variant, frames: int | None = None) -> int:
     heads, channels, layers = _size()
     page = 2 * BLOCK_SIZE * heads * BFLOAT16.bytes_of_key(channels)
     plan, encoding = variant.plan(), variant.server.encoding(heads, channels, page)
-    most = retention_of(plan.layout, plan.policy, BLOCK_SIZE, encoding).most_blocks()
-    if most is None:
-        assert frames is not None, "what keeps everything has no bound"
-        most = -(-plan.layout.frame_start(frames) // BLOCK_SIZE)
+    retention = retention_of(plan.layout, plan.policy, BLOCK_SIZE, encoding)
+    most = retention.most_blocks() if frames is None else retention.most_of(plan.layout.frame_start(frames))
+    assert most is not None, "what keeps everything has no bound"
     return most * page * layers
 
 

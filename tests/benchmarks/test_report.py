@@ -192,9 +192,9 @@ def test_a_goal_of_quality_is_met_by_all_measures_or_says_which_miss_it(folder: 
     own = [t for t in result["targets"] if (t["goal"], t["span"]) == (target["goal"], target["span"])]
     for one in own:
         one["met"] = True
-    assert quality.report.goals(result)[0].verdict == "met"
+    assert quality.goals(result)[0].verdict == "met"
     own[1]["met"] = own[-1]["met"] = False
-    goal = quality.report.goals(result)[0]
+    goal = quality.goals(result)[0]
     assert goal.verdict == "**MISSED** by PSNR and after occlusion"
     assert goal.value.endswith(f"; {len(own) - 2} of {len(own)} measures")
 

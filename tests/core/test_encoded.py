@@ -67,6 +67,8 @@ def test_what_is_read_is_what_the_policy_keeps(
         )
         if bound is not None:
             assert len(encoded.live_blocks(stop - 1)) <= bound
+        # A request that ends with this frame has held no more than one of its length may.
+        assert len(encoded.live_blocks(stop - 1)) <= encoded.most_of(stop) <= plain.most_of(stop)
         rotated = encoded.sliding_blocks(frame).tolist()
         assert not {block for unit in units for block in unit.held} & set(rotated)
 
@@ -74,15 +76,15 @@ def test_what_is_read_is_what_the_policy_keeps(
 def test_a_real_frame_in_fewer_bits() -> None:
     """4,084 tokens of 128 channels in blocks of 16: what 13 latent frames of the paper hold at most."""
     layout = VideoLayout(FrameLayout(4084), 4084 + 40, 4084)
-    most = {}
-    for history in (None, *HISTORY_FORMATS):
-        page = 16 * 8 * 2 * 128 * 2
-        own = None if history is None else Encoding(Packing(history, 8, 128), page)
-        policy = PackCache(window=12, history_frames=12, selection="spatial")
-        most[history] = retention_of(layout, policy, 16, own).most_blocks()
+    encodings = {history: Encoding(Packing(history, 8, 128), 16 * 8 * 2 * 128 * 2) for history in HISTORY_FORMATS}
+    policy = PackCache(window=12, history_frames=12, selection="spatial")
+    most = {history: retention_of(layout, policy, 16, own).most_blocks() for history, own in encodings.items()}
     # The condition, the newest frame and the one being made, and eleven frames in fewer bits.
     rest = 258 + 256 + 257
-    older = {history: (blocks - rest) / 11 / 256 for history, blocks in most.items() if history}
+    for history, own in encodings.items():
+        # Twelve frames before the thirteenth: so does a policy without a bound.
+        assert retention_of(layout, Full(), 16, own).most_of(layout.frame_start(13)) == most[history]
+    older = {history: (blocks - rest) / 11 / 256 for history, blocks in most.items() if blocks}
     assert older["int8"] == pytest.approx(0.516, abs=0.01)
     assert older["int4"] == pytest.approx(0.297, abs=0.01)
     assert older["int2"] == pytest.approx(0.172, abs=0.01)

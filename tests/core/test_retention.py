@@ -307,4 +307,6 @@ def test_most_blocks_is_no_more_than_rounding_above_what_is_held(retention):
 
 
 def test_a_policy_that_keeps_all_has_no_most_blocks():
-    assert Retention(VideoLayout(FrameLayout(10), 5), Full(), 16).most_blocks() is None
+    retention = Retention(VideoLayout(FrameLayout(10), 5), Full(), 16)
+    assert retention.most_blocks() is None
+    assert (retention.most_of(32), retention.most_of(33)) == (2, 3)

@@ -17,6 +17,7 @@ import pytest
 from tests.media.tokenizer_files import CODES, random_video, write_text_tokenizer, write_video_tokenizer
 from vllm_packcache.config.errors import ConfigError
 from vllm_packcache.config.server import ServerConfig
+from vllm_packcache.config.sources import load_mapping
 from vllm_packcache.core.layout import FrameLayout
 from vllm_packcache.families import LUMOS, lumos
 from vllm_packcache.media.processors import lumos as lumos_processor
@@ -573,6 +574,29 @@ def test_a_page_offers_guidance_where_there_is_any(folder: Path) -> None:
     assert options["guidance_scale"]["default"] == 1
     assert "packcache_negative_prompt_ids" in options
     assert "negative_prompt" not in options
+
+
+@pytest.mark.parametrize("name", ["demo_masked", "lumos", "masked_ids"])
+def test_how_a_server_makes_frames_is_what_a_page_begins_with(name: str, folder: Path) -> None:
+    layout = load_mapping("demo_masked")["layout"] if name == "demo_masked" else {"grid": list(GRID)}
+    passes = {"steps": 6, "guidance": 3.0, "refresh": 4, "guidance_interval": 2}
+    plain, said = (
+        ServerConfig.parse("packcache", {"layout": layout, **own}, family=LUMOS) for own in ({}, {"passes": passes})
+    )
+    tokenizer = {"demo_masked": "demo_masked", "lumos": str(folder), "masked_ids": None}[name]
+    for server in (plain, said):
+        processor = processor_of(tokenizer, role="canvas", server=server, max_model_len=8192)
+        options = processor.about()["options"]
+        shown = {
+            name.removeprefix("packcache_"): options[name]["default"]
+            for name in ("packcache_refresh", "packcache_reuse", "packcache_guidance_interval")
+        } | {"steps": options["num_inference_steps"]["default"], "guidance": options["guidance_scale"]["default"]}
+        made = plan(server, processor.prepare(least(name))).options
+        assert shown == {own: getattr(made, own) for own in shown}
+        # What was not asked for is as the server says, and as usual where it says nothing.
+        assert ({own: shown[own] for own in passes} == passes) == (server is said)
+        unguided = plan(server, processor.prepare(replace(least(name), guidance=1.0))).options
+        assert (unguided.guided, unguided.refresh) == (False, made.refresh)
 
 
 # Pictures that an operator names

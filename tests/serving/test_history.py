@@ -227,6 +227,23 @@ def test_a_video_holds_fewer_blocks(masked_engine: Any, lumos_model: Path) -> No
     assert held["int2"] == held["int4"] < held["int8"]
 
 
+def test_a_video_that_keeps_all_of_its_frames_needs_no_more_room_than_it_takes(
+    engine: Callable[..., Any], lumos_model: Path
+) -> None:
+    """Encoded it has room, at start and when it comes, in a pool that is too small for its frames as written."""
+    case = Case(20, (8, 14)).having(frames=8, steps=1, guidance=2, seed=3)
+    shape = {"layout": {"grid": [8, 14]}}
+    options = {"model": lumos_model, "max_model_len": 1056, "max_num_batched_tokens": None, "max_num_seqs": 4}
+    with pytest.raises(ValueError, match="max seq len"):
+        engine("full", shape, num_gpu_blocks_override=48, **options)
+    small, roomy = (
+        engine("full", {**shape, "precision": {"history": "int2"}}, num_gpu_blocks_override=blocks, **options)
+        for blocks in (48, 200)
+    )
+    # Two of them have room when they begin, and one is preempted when they grow.
+    assert generate(small, case, case) == generate(roomy, case) * 2
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "sentence"),
     [

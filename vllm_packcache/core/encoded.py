@@ -101,16 +101,27 @@ class EncodedRetention(Retention):
     def most_blocks(self, ahead: int = 0) -> int | None:
         """See `Retention.most_blocks`."""
         most = super().most_blocks(ahead)
-        shortest, longest = self._unit_sizes()
+        shortest, _ = self._unit_sizes()
         if most is None or self._most_past is None or shortest == 0:
             return most
-        condition = len(self.blocks.condition_blocks)
         # More of the condition or of the newest frame in place of older ones would be more: units are no larger.
-        older = max(0, self._most_past - condition - shortest) // shortest
+        older = max(0, self._most_past - len(self.blocks.condition_blocks) - shortest) // shortest
         if self._window is not None and not self.policy.outlives_window:
             older = min(older, max(0, self._window - NEWEST_DISTANCE))
-        held = older * self._encoding.held_blocks(longest, self.block_size)
-        return min(most, self._with_frame(condition + longest + held, ahead))
+        return min(most, self._with_older(older, ahead))
+
+    def most_of(self, tokens: int, ahead: int = 0) -> int:
+        """See `Retention.most_of`: what a policy keeps without a bound is encoded too."""
+        frames = -(-max(0, tokens - self.layout.condition_tokens) // self.layout.tokens_per_frame)
+        # Behind the last frame there is none that makes the newest an older one.
+        older = max(0, frames - 1 - NEWEST_DISTANCE)
+        return min(super().most_of(tokens, ahead), self._with_older(older, ahead))
+
+    def _with_older(self, frames: int, ahead: int) -> int:
+        """Blocks of the condition, of so many older frames, of the newest and of the one being made, at most."""
+        _, longest = self._unit_sizes()
+        held = frames * self._encoding.held_blocks(longest, self.block_size) if longest else 0
+        return self._with_frame(len(self.blocks.condition_blocks) + longest + held, ahead)
 
     def check(self) -> None:
         """Check what can be known before there is a video.

@@ -291,6 +291,17 @@ class Retention:
         """
         return None if self._most_past is None else self._with_frame(self._most_past, ahead)
 
+    def most_of(self, tokens: int, ahead: int = 0) -> int:
+        """Blocks that the request holds at most, if it is ``tokens`` long in the end.
+
+        Args:
+            tokens: of the whole request.
+            ahead: see `most_blocks`.
+        """
+        length = -(-tokens // self.block_size)
+        most = self.most_blocks(ahead)
+        return length if most is None else min(length, most)
+
     def _with_frame(self, past: int, ahead: int) -> int:
         """Blocks of the condition, or ``past`` blocks and those of the frame being made, whichever are more."""
         # A frame begins anywhere in a block.

@@ -74,7 +74,7 @@ class DemoProcessor:
             "most_frames": most,
             "picture": "required",
             "clip": False,
-            "options": base.ranges("causal", self._guidance),
+            "options": base.ranges(self._guidance),
             "examples": [self._example],
         }
 

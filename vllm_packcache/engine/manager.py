@@ -551,7 +551,12 @@ class RetentionManager(FullAttentionManager):
             return None
         tokens = partial(_tokens_of, request, stream) if plan.policy.reads_tokens else None
         retention = self._spec.retention_of(plan.layout, plan.policy, tokens)
-        held = Held(stream, retention, record, retention.most_blocks(self._tokens_ahead))
+        most = retention.most_blocks(self._tokens_ahead)
+        if most is None and self._spec.encoding is not None:
+            # Such a request says how long it will be, and no turn makes it longer.
+            total = stream.own_tokens(request.num_prompt_tokens + request.max_tokens)
+            most = retention.most_of(total, self._tokens_ahead)
+        held = Held(stream, retention, record, most)
         held.enter(CONDITION)
         record.phase = held.phase
         if self.second is not None and len(made.streams) > 1:

@@ -91,9 +91,7 @@ class RetentionSpec(FullAttentionSpec):
         bounds = [cdiv(max_model_len, self.block_size)]
         if layout is not None:
             usual = self.retention_of(layout.shortest_condition(), config.policy)
-            bound = usual.most_blocks(self.tokens_ahead)
-            if bound is not None:
-                bounds.append(bound)
+            bounds.append(usual.most_of(max_model_len, self.tokens_ahead))
         if config.position_limit is not None:
             # Where the condition and the window begin and end they may share blocks with tokens that are gone.
             bounds.append(cdiv(config.position_limit + self.tokens_ahead, self.block_size) + 3)

@@ -120,12 +120,10 @@ def held_blocks(
         ahead: tokens that may be scheduled before a step has been processed.
         encoding: how much room older frames take; None: as much as when they were new.
     """
-    blocks = 0
-    for stream in streams:
-        most = retention_of(stream.plan.layout, stream.plan.policy, block_size, encoding).most_blocks(ahead)
-        length = -(-stream.own_tokens(total) // block_size)
-        blocks += length if most is None else min(length, most)
-    return blocks
+    return sum(
+        retention_of(own.plan.layout, own.plan.policy, block_size, encoding).most_of(own.own_tokens(total), ahead)
+        for own in streams
+    )
 
 
 def pool_blocks(vllm_config: VllmConfig) -> int | None:

@@ -46,7 +46,7 @@ class MaskedDemoProcessor:
         if server is not None:
             options = {"grid": list(GRID_SHAPE), "frames": 1}
             check_frames(server, options, lumos.text_prompt([], 1, RATE), FRAME.tokens_per_frame, PRESET)
-        self._most = max_model_len
+        self._server, self._most = server, max_model_len
         self._pictures = VideoTokenizer()
         self._words = build_text_tokenizer()
 
@@ -64,7 +64,7 @@ class MaskedDemoProcessor:
             "most_frames": min(MAX_SECONDS, most),
             "picture": "optional",
             "clip": False,
-            "options": base.masked_ranges(OPTIONS),
+            "options": base.masked_ranges(self._server, OPTIONS),
             "examples": [self._example],
         }
 
@@ -83,7 +83,7 @@ class MaskedDemoProcessor:
                 f"num_frames must lie between {1 + len(given)} and {MAX_SECONDS + len(given)}, not {pictures}: the "
                 "model was shown no longer ones"
             )
-        options = {**_defaults(), **how, "frames": made, "condition_frames": len(given)}
+        options = {**self._usual(), **how, "frames": made, "condition_frames": len(given)}
         return self._prepared(prompt_of(self._text(asked.prompt, made), given), options, given, pictures)
 
     def extend(self, kept: Kept, asked: Asked) -> Prepared:
@@ -105,6 +105,12 @@ class MaskedDemoProcessor:
     def decoder(self, prepared: Prepared) -> _Decoder:
         """See `VideoProcessor.decoder`."""
         return _Decoder(self._pictures, prepared.given)
+
+    def _usual(self) -> dict[str, Any]:
+        """How the demo's videos are made, as a request says it; nothing, where the server says how."""
+        if self._server is not None and self._server.passes is not None:
+            return {}
+        return {name: int(value) if isinstance(value, bool) else value for name, value in asdict(OPTIONS).items()}
 
     def _text(self, prompt: str, frames: int) -> list[int]:
         """The prompt without frames; the number of those to make is stated as its duration."""
@@ -157,8 +163,3 @@ class _Decoder:
 
     def _decoded(self, codes: Int64) -> Pixels:
         return self._pictures.decode_frames(codes[None] + self._pictures.visual_offset)
-
-
-def _defaults() -> dict[str, Any]:
-    """How the demo's videos are made, as a request says it."""
-    return {name: int(value) if isinstance(value, bool) else value for name, value in asdict(OPTIONS).items()}

@@ -610,16 +610,13 @@ def seed_range() -> dict[str, float]:
     return {"default": 0, "least": 0, "most": 2**53 - 1, "step": 1}
 
 
-def ranges(role: Role, guidance: GuidanceConfig | None = None, *, text: bool = True) -> dict[str, dict[str, Any]]:
-    """Options of a page for a model that makes frames in one of two ways, with the published defaults.
+def ranges(guidance: GuidanceConfig | None = None, *, text: bool = True) -> dict[str, dict[str, Any]]:
+    """Options of a page for a model that makes one token after the other.
 
     Args:
-        role: how it makes them.
-        guidance: of causal videos, as the server's configuration has it; None: it guides none.
+        guidance: as the server's configuration has it; None: it guides none.
         text: whether prompts are text.
     """
-    if role == "canvas":
-        return masked_ranges(lumos.MaskedOptions())
     options: dict[str, dict[str, Any]] = {"temperature": {"default": 0, "least": 0, "most": 2, "step": 0.1}}
     if guidance is not None:
         scale = guidance.scale
@@ -628,15 +625,28 @@ def ranges(role: Role, guidance: GuidanceConfig | None = None, *, text: bool = T
     return {**options, "seed": seed_range()}
 
 
-def masked_ranges(options: lumos.MaskedOptions) -> dict[str, dict[str, Any]]:
+def masked_ranges(server: ServerConfig | None, own: lumos.MaskedOptions | None = None) -> dict[str, dict[str, Any]]:
     """Options of a page for a model that makes frames in passes.
 
     Args:
-        options: the defaults.
+        server: its configuration, which may say how frames are made; None: not known.
+        own: how they are made where it does not; None: as published.
     """
+    said = None if server is None else server.passes
+    usual = said or own or lumos.MaskedOptions()
+    every: dict[str, float] = {"least": 1, "most": 200, "step": 1}
+    share: dict[str, float] = {"least": 0, "most": 1, "step": 0.01}
+    left_out = {
+        "refresh": every,
+        "reuse": share,
+        "guidance_interval": every,
+        "guidance_from": share,
+        "guidance_until": share,
+    }
     return {
-        "guidance_scale": {"default": options.guidance, "least": 1, "most": 30, "step": 0.1},
-        "num_inference_steps": {"default": options.steps, "least": 1, "most": 200, "step": 1},
+        "guidance_scale": {"default": usual.guidance, "least": 1, "most": 30, "step": 0.1},
+        "num_inference_steps": {"default": usual.steps, **every},
+        **{f"{REQUEST_PREFIX}{name}": {"default": getattr(usual, name), **bounds} for name, bounds in left_out.items()},
         "seed": seed_range(),
     }
 

@@ -234,7 +234,7 @@ class Emu3Processor:
         return base.guided(asked, options, self._guidance, lambda text: [*self._read(text or usual), *opening])
 
     def _ranges(self) -> dict[str, Any]:
-        ranges = base.ranges("causal", self._guidance)
+        ranges = base.ranges(self._guidance)
         return {**ranges, "temperature": {**ranges["temperature"], "default": emu3.TEMPERATURE}}
 
     @staticmethod

@@ -54,9 +54,14 @@ class IdsProcessor:
             "most_frames": most,
             "picture": "none",
             "clip": False,
-            "options": base.ranges(self._server.family.role, self._server.guidance, text=False),
+            "options": self._ranges(),
             "examples": [],
         }
+
+    def _ranges(self) -> dict[str, dict[str, Any]]:
+        if self._server.family.role == "canvas":
+            return base.masked_ranges(self._server)
+        return base.ranges(self._server.guidance, text=False)
 
     def prepare(self, asked: Asked) -> Prepared:
         """See `VideoProcessor.prepare`."""

@@ -180,7 +180,7 @@ class LumosProcessor:
         base.check_files(folder, base.COSMOS_FILES)
         self._text = TextTokenizer(folder)
         self._video: VideoTokenizer = OneAtATime(CosmosTokenizer(folder))
-        self._most = max_model_len
+        self._server, self._most = server, max_model_len
         self._most_tokens: int | None = None
         self._size = SIZES[1]
         if server is not None and server.grid is not None:
@@ -206,7 +206,7 @@ class LumosProcessor:
             "most_frames": seconds * FRAMES_PER_SECOND,
             "picture": "optional",
             "clip": True,
-            "options": base.ranges("canvas"),
+            "options": base.masked_ranges(self._server),
             "examples": [],
         }
 

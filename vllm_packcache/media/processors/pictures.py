@@ -97,7 +97,7 @@ class PicturesProcessor:
             "most_frames": most,
             "picture": "none" if self._prompt is None else "optional",
             "clip": False,
-            "options": base.ranges("causal", self._server.guidance, text=self._prompt is not None),
+            "options": base.ranges(self._server.guidance, text=self._prompt is not None),
             "examples": [],
         }
 

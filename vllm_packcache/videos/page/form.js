@@ -31,6 +31,11 @@ const HINTS = {
   negative_prompt: "What is not to be seen in a guided video",
   negative_prompt_ids: "Token ids in place of the prompt's that guidance leads away from, such as [1, 2, 3]",
   num_inference_steps: "In how many steps a frame is made",
+  refresh: "Every so many computed passes all of a frame is computed, in between what is not settled",
+  reuse: "A pass is left out before which a smaller share of the frame became known",
+  guidance_interval: "Guidance is computed in every so-many-th pass",
+  guidance_from: "The share of the passes before guidance begins",
+  guidance_until: "The share of the passes where guidance ends",
   temperature: "0: always the likeliest token",
 };
 const CHOICES = { selection: ["changed", "spatial", "rows", "tail", "random"] };
