@@ -218,6 +218,7 @@ def draw_differences(result: Result, path: Path) -> None:
         axes.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(names)), [name.partition(" - ")[0] for name in names], fontsize=7)
         axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_title(measure.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"more than {base_of(result)}, world by world, {span}", fontsize=10)
