@@ -579,7 +579,7 @@ def test_a_page_offers_guidance_where_there_is_any(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["demo_masked", "lumos", "masked_ids"])
 def test_how_a_server_makes_frames_is_what_a_page_begins_with(name: str, folder: Path) -> None:
     layout = load_mapping("demo_masked")["layout"] if name == "demo_masked" else {"grid": list(GRID)}
-    passes = {"steps": 6, "guidance": 3.0, "refresh": 4, "guidance_interval": 2}
+    passes = {"steps": 600, "guidance": 31.25, "refresh": 4, "guidance_interval": 300}
     plain, said = (
         ServerConfig.parse("packcache", {"layout": layout, **own}, family=LUMOS) for own in ({}, {"passes": passes})
     )
@@ -592,6 +592,10 @@ def test_how_a_server_makes_frames_is_what_a_page_begins_with(name: str, folder:
             for name in ("packcache_refresh", "packcache_reuse", "packcache_guidance_interval")
         } | {"steps": options["num_inference_steps"]["default"], "guidance": options["guidance_scale"]["default"]}
         made = plan(server, processor.prepare(least(name))).options
+        # A browser refuses a form whose numbers are out of bounds.
+        for own in options.values():
+            assert own["least"] <= own["default"] <= own["most"]
+            assert "step" not in own or (own["default"] - own["least"]) % own["step"] == 0
         assert shown == {own: getattr(made, own) for own in shown}
         # What was not asked for is as the server says, and as usual where it says nothing.
         assert ({own: shown[own] for own in passes} == passes) == (server is said)

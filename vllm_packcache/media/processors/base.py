@@ -634,19 +634,21 @@ def masked_ranges(server: ServerConfig | None, own: lumos.MaskedOptions | None =
     """
     said = None if server is None else server.passes
     usual = said or own or lumos.MaskedOptions()
-    every: dict[str, float] = {"least": 1, "most": 200, "step": 1}
-    share: dict[str, float] = {"least": 0, "most": 1, "step": 0.01}
-    left_out = {
-        "refresh": every,
-        "reuse": share,
-        "guidance_interval": every,
-        "guidance_from": share,
-        "guidance_until": share,
+
+    def number(name: str) -> dict[str, float]:
+        # A browser refuses a default that is out of bounds.
+        default = getattr(usual, name)
+        return {"default": default, "least": 1, "most": max(200, default), "step": 1}
+
+    shares = ("reuse", "guidance_from", "guidance_until")
+    left_out = {name: number(name) for name in ("refresh", "guidance_interval")} | {
+        name: {"default": getattr(usual, name), "least": 0, "most": 1} for name in shares
     }
+    scale = usual.guidance
     return {
-        "guidance_scale": {"default": usual.guidance, "least": 1, "most": 30, "step": 0.1},
-        "num_inference_steps": {"default": usual.steps, **every},
-        **{f"{REQUEST_PREFIX}{name}": {"default": getattr(usual, name), **bounds} for name, bounds in left_out.items()},
+        "guidance_scale": {"default": scale, "least": min(1, scale), "most": max(30, scale)},
+        "num_inference_steps": number("steps"),
+        **{f"{REQUEST_PREFIX}{name}": bounds for name, bounds in left_out.items()},
         "seed": seed_range(),
     }
 
